@@ -1,0 +1,32 @@
+"""NeuroScope's engine: hook any mlx-lm model, capture and edit what it computes, exactly.
+
+from mlx_hooks import HookedModel
+model = HookedModel.from_pretrained("neuroscope-tiny")
+logits, cache = model.run_with_cache("The capital of France is")
+"""
+
+from .activations import ActivationCache, CapturedActivation
+from .architectures import ModelConfig
+from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError
+from .generation import GenerationResult, GenerationStep
+from .hook_points import HookPoint
+from .manager import ActivationHookManager, HookSpec
+from .model import HookedModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "ActivationHookManager",
+    "CapturedActivation",
+    "GenerationResult",
+    "GenerationStep",
+    "HookError",
+    "HookPoint",
+    "HookSpec",
+    "HookedModel",
+    "ModelConfig",
+    "ModelLoadError",
+    "UnknownHookError",
+    "UnsupportedModelError",
+]

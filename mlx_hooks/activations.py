@@ -1,0 +1,158 @@
+"""What a run captured: single records, and the cache that joins them into whole sequences."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import UnknownHookError
+from .hook_points import HookPoint, NamesFilter, canonical_name, select, short_name, unknown_point
+
+
+@dataclass(frozen=True)
+class CapturedActivation:
+    """One activation of one forward pass.
+
+    Args:
+        hook_point: where it was captured; ``hook_point.axes`` names the axes of ``value``.
+        value: the array, exactly as the model computed it.
+        position_ids: absolute position of each entry along the position axis.
+        phase: "prefill" (the prompt) or "decode" (a generated token).
+        step: 0 for the prompt, k for the forward pass of the k-th generated token.
+        hook_id, layer_name, component: as the hook spec asked; empty for captures by name.
+        is_input: captured at a module's input.
+    """
+
+    hook_point: HookPoint
+    value: mx.array
+    position_ids: Sequence[int]
+    phase: str
+    step: int
+    hook_id: str = ""
+    layer_name: str = ""
+    component: str = ""
+    is_input: bool = False
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """First absolute position, and one past the last."""
+        return (self.position_ids[0], self.position_ids[-1] + 1) if len(self.position_ids) else (0, 0)
+
+    def numpy(self, dtype: str = "float32") -> np.ndarray:
+        """The value as a NumPy array; numbers of any float type become ``dtype``, integers stay int32."""
+        return to_numpy(self.value, dtype)
+
+
+def to_numpy(value: mx.array, dtype: str = "float32") -> np.ndarray:
+    """A NumPy copy of an MLX array. bfloat16, which NumPy lacks, goes through float32 without loss."""
+    if not mx.issubdtype(value.dtype, mx.floating):
+        return np.array(value.astype(mx.int32))
+    if value.dtype == mx.bfloat16:
+        value = value.astype(mx.float32)
+    return np.array(value).astype(dtype, copy=False)
+
+
+def scalar(array: mx.array) -> float:
+    """The number in an array of one element."""
+    return cast(float, array.item())
+
+
+def id_list(array: mx.array) -> list[int]:
+    """Token ids [pos] as Python numbers."""
+    return cast(list[int], array.tolist())
+
+
+def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
+    """Records of consecutive calls at one hook point as one record, along the position axis.
+
+    Rows of attention scores and patterns are padded with -inf and 0 for keys that did not exist yet, which is what
+    one full forward pass shows there. A point without a position axis keeps its last record.
+    """
+    first, last = records[0], records[-1]
+    axis = first.hook_point.position_axis
+    if len(records) == 1:
+        return first
+    if axis is None:
+        return last
+    values = [record.value for record in records]
+    if first.hook_point.axes[-1] == "key":
+        n_keys = max(value.shape[-1] for value in values)
+        fill = -mx.inf if first.hook_point.component == "attn_scores" else 0.0
+        values = [
+            mx.pad(
+                value,
+                [(0, 0)] * 3 + [(0, n_keys - value.shape[-1])],
+                constant_values=mx.array(fill, value.dtype),
+            )
+            for value in values
+        ]
+    ids = [record.position_ids for record in records]
+    whole = all(isinstance(i, range) for i in ids) and all(a[-1] + 1 == b[0] for a, b in pairwise(ids))
+    joined = range(ids[0][0], ids[-1][-1] + 1) if whole else tuple(p for part in ids for p in part)
+    return replace(first, value=mx.concatenate(values, axis=axis), position_ids=joined)
+
+
+class ActivationCache(Mapping[str, mx.array]):
+    """Captured activations by canonical name, in forward order.
+
+    Records of prefill and decode, or of several calls with one KV cache, read as one sequence:
+
+        logits, cache = model.run_with_cache("The capital of France is")
+        cache["blocks.3.hook_resid_post"].shape      # (1, 5, d_model)
+        cache["pattern", 3]                          # the same as cache["blocks.3.attn.hook_pattern"]
+        cache.records["hook_embed"][0].positions     # (0, 5)
+
+    Values are MLX arrays. Everything captured stays in memory for as long as the activation cache does: give
+    ``names_filter`` or ``positions`` to keep less.
+    """
+
+    def __init__(self, records: dict[str, list[CapturedActivation]] | None = None) -> None:
+        self.records: dict[str, list[CapturedActivation]] = records if records is not None else {}
+
+    def __getitem__(self, key: str | tuple[str, int]) -> mx.array:
+        name = short_name(*key) if isinstance(key, tuple) else canonical_name(key)
+        if name not in self.records:
+            raise unknown_point(name, {n: r[0].hook_point for n, r in self.records.items()})
+        return join(self.records[name]).value
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            name = short_name(*key) if isinstance(key, tuple) else canonical_name(str(key))
+        except UnknownHookError:
+            return False
+        return name in self.records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} hook points, {self.nbytes / 1e6:.1f} MB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all captured values."""
+        return sum(record.value.nbytes for records in self.records.values() for record in records)
+
+    def positions(self, key: str | tuple[str, int]) -> Sequence[int]:
+        """Absolute positions of the entries along the position axis of ``cache[key]``."""
+        name = short_name(*key) if isinstance(key, tuple) else canonical_name(key)
+        return join(self.records[name]).position_ids
+
+    def numpy(self, key: str | tuple[str, int], dtype: str = "float32") -> np.ndarray:
+        """``cache[key]`` as a NumPy array."""
+        return to_numpy(self[key], dtype)
+
+    def select(self, names_filter: NamesFilter) -> "ActivationCache":
+        """The part of the cache that a filter names, without copying."""
+        points = {name: records[0].hook_point for name, records in self.records.items()}
+        return ActivationCache({p.name: self.records[p.name] for p in select(points, names_filter)})
+
+    def add(self, record: CapturedActivation) -> None:
+        """Append one forward pass's record."""
+        self.records.setdefault(record.hook_point.name, []).append(record)

@@ -1,0 +1,1 @@
+"""Numbers from activations: each analysis says how it computes them and needs nothing that was not captured."""

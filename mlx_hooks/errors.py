@@ -1,0 +1,17 @@
+"""The engine's errors: each says what was expected, what was got, and what to do next."""
+
+
+class HookError(Exception):
+    """A hook, capture or edit that cannot be done as asked."""
+
+
+class UnknownHookError(HookError):
+    """A hook point, layer, component or hook id that the model does not have; the message lists what it has."""
+
+
+class UnsupportedModelError(HookError):
+    """A model whose module tree is not understood well enough to be hooked exactly."""
+
+
+class ModelLoadError(HookError):
+    """A model path or name that could not be loaded."""

@@ -1,0 +1,282 @@
+"""The token loop: mlx-lm's arithmetic and pipelining, with hooks.
+
+As mlx-lm does, the prompt runs through the model in chunks of all but its last token, then the last token; and the
+pass for token n+1 is started before token n is handed out. Captured arrays join the evaluation of their own pass.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from .activations import ActivationCache, CapturedActivation, join, scalar
+from .errors import HookError
+from .instrument import Hook
+from .manager import CapturePlan
+
+if TYPE_CHECKING:
+    from .model import HookedModel
+
+Activations = dict[str, list[CapturedActivation]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen; ``temperature`` 0 takes the most probable one. The same seed gives the same text."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raises HookError for a number outside its range."""
+        for name, low, high in [
+            ("temperature", 0, None),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("top_k", 0, None),
+        ]:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value < low or (high is not None and value > high):
+                raise HookError(f"{name} is a number from {low}{f' to {high}' if high else ' up'}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class GenerationStep:
+    """One forward pass during generation, and the token that it led to.
+
+    Args:
+        index: 0 for the prompt, k for the pass of the k-th generated token.
+        token: the id chosen after this pass; None when only the prompt was to be read.
+        text: text that became certain with this token; may be empty (part of a character, or of a stop string).
+        logprob: natural log of the token's probability, after logit processors, before temperature.
+        finish_reason: None while generation goes on; "stop" (end token or stop string) or "length".
+        activations: records of this pass by hook id.
+    """
+
+    index: int
+    token: int | None
+    text: str
+    logprob: float | None
+    finish_reason: str | None
+    activations: Activations = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What ``HookedModel.generate`` answers.
+
+    Args:
+        text: the generated text, without end token and stop string.
+        tokens: the generated ids, an end token included.
+        prompt_tokens: the ids of the prompt.
+        finish_reason: "stop" or "length".
+        activations: records by hook id: one per forward pass and hook point, prefill first. The last generated token
+            was never fed to the model, so it has none.
+        cache: the same activations by hook-point name, prompt and generated tokens as one sequence.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: list[int]
+    finish_reason: str
+    activations: Activations
+    cache: ActivationCache
+
+
+def generate_steps(
+    model: "HookedModel",
+    prompt_tokens: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    plan: CapturePlan,
+    hooks: Sequence[Hook] = (),
+    prefill_step_size: int = 2048,
+) -> Iterator[GenerationStep]:
+    """Generate token by token. Hooks are attached during forward passes only, never while the caller holds the step.
+
+    Raises:
+        HookError: for an empty prompt, a token outside the vocabulary, or a number out of range.
+    """
+    _check(model, prompt_tokens, max_tokens, sampling)
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    forward = _Forward(model, plan, hooks, prompt_tokens, sampling)
+    token, logprob, activations = forward.prefill(prefill_step_size, sample=max_tokens > 0)
+    if max_tokens == 0:
+        yield GenerationStep(0, None, "", None, "length", activations)
+        return
+    text = _Text(model.tokenizer, stop)
+    end_tokens = set(getattr(model.tokenizer, "eos_token_ids", None) or ())
+    for index in range(max_tokens):
+        last = index == max_tokens - 1
+        # Start the next pass before waiting for this token, so that the device never idles.
+        ahead = None if last else forward.decode(token, index + 1)
+        token_id = int(scalar(token))
+        new_text = text.add(token_id, is_end=token_id in end_tokens)
+        stopped = token_id in end_tokens or text.stopped
+        reason = "stop" if stopped else "length" if last else None
+        if reason:
+            new_text += text.finish()
+        yield GenerationStep(index, token_id, new_text, scalar(logprob), reason, activations)
+        if stopped or ahead is None:
+            return
+        token, logprob, activations = ahead
+
+
+def _check(model: "HookedModel", tokens: Sequence[int], max_tokens: int, sampling: Sampling) -> None:
+    if not tokens:
+        raise HookError("The prompt has no tokens: give it at least one.")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
+        raise HookError(f"max_tokens is a whole number from 0 up, got {max_tokens!r}.")
+    sampling.check()
+    outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not 0 <= t < model.cfg.d_vocab]
+    if outside:
+        raise HookError(f"Token {outside[0]} is outside the vocabulary: ids are 0 to {model.cfg.d_vocab - 1}.")
+
+
+class _Forward:
+    """The forward passes of one generation and their captures."""
+
+    def __init__(
+        self,
+        model: "HookedModel",
+        plan: CapturePlan,
+        hooks: Sequence[Hook],
+        prompt: Sequence[int],
+        sampling: Sampling,
+    ) -> None:
+        self.model = model
+        self.prompt = mx.array(list(prompt))
+        self.kv_cache = make_prompt_cache(model.model)
+        self.sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k)
+        self.processors = make_logits_processors(dict(sampling.logit_bias or {}), sampling.repetition_penalty)
+        self.history: mx.array | None = None
+        self.records: list[CapturedActivation] = []
+        recorders = plan.hooks(model.instrument.run, self.records.append)
+        self.attached = model.instrument.plan([*hooks, *recorders])
+        self.hook_ids = plan.hook_ids
+
+    def prefill(self, chunk: int, *, sample: bool) -> tuple[mx.array, mx.array, Activations]:
+        """Run the prompt; its chunks' records are joined, so each hook has one record per hook point."""
+        records: list[CapturedActivation] = []
+        head = self.prompt[:-1]
+        for begin in range(0, head.size, chunk):
+            self._run(head[begin : begin + chunk], "prefill", 0)
+            mx.eval([entry.state for entry in self.kv_cache], *[record.value for record in self.records])
+            records += self._take()
+        token, logprob = self._run(self.prompt[-1:], "prefill", 0)
+        joined = self._by_id(records + self._take(), joining=True)
+        arrays = [record.value for group in joined.values() for record in group]
+        mx.async_eval(*([token, logprob] if sample else []), *arrays)
+        if not sample:
+            # Without a token to wait for, nothing else would say that the pass is done.
+            mx.eval(*arrays)
+        return token, logprob, joined
+
+    def decode(self, token: mx.array, step: int) -> tuple[mx.array, mx.array, Activations]:
+        """Run one generated token."""
+        next_token, logprob = self._run(token, "decode", step)
+        records = self._take()
+        mx.async_eval(next_token, logprob, *[record.value for record in records])
+        return next_token, logprob, self._by_id(records)
+
+    def _run(self, tokens: mx.array, phase: str, step: int) -> tuple[mx.array, mx.array]:
+        with self.model.instrument.attached(self.attached, phase=phase, step=step):
+            logits = self.model.model(tokens[None], cache=self.kv_cache)[:, -1, :]
+        if self.processors:
+            self.history = tokens if self.history is None else mx.concatenate([self.history, tokens])
+            for processor in self.processors:
+                logits = processor(self.history, logits)
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        token = self.sampler(logprobs)
+        return token, logprobs[0, token[0]]
+
+    def _take(self) -> list[CapturedActivation]:
+        taken, self.records[:] = list(self.records), []
+        return taken
+
+    def _by_id(self, records: Iterable[CapturedActivation], joining: bool = False) -> Activations:
+        groups: dict[tuple[str, str], list[CapturedActivation]] = {}
+        for record in records:
+            groups.setdefault((record.hook_id, record.hook_point.name), []).append(record)
+        by_id: Activations = {hook_id: [] for hook_id in self.hook_ids}
+        for (hook_id, _), group in groups.items():
+            by_id[hook_id] += [join(group)] if joining else group
+        return by_id
+
+
+class _Text:
+    """Text from tokens, holding back what may turn out to be part of a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise HookError("A stop string is a string of at least one character.")
+        if stop and tokenizer is None:
+            raise HookError("Stop strings need a tokenizer: HookedModel(model, tokenizer).")
+        self.detokenizer = tokenizer.detokenizer if tokenizer is not None else None
+        self.stop = list(stop)
+        self.held = ""
+        self.stopped = False
+
+    def add(self, token: int, *, is_end: bool) -> str:
+        """The text that this token makes certain."""
+        if self.detokenizer is None or is_end:
+            return ""
+        self.detokenizer.add_token(token)
+        return self._release(self.detokenizer.last_segment)
+
+    def finish(self) -> str:
+        """What was still held back when generation ends."""
+        if self.detokenizer is None or self.stopped:
+            return ""
+        self.detokenizer.finalize()
+        return self._release(self.detokenizer.last_segment, final=True)
+
+    def _release(self, segment: str, final: bool = False) -> str:
+        self.held += segment
+        found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.stopped = True
+            text, self.held = self.held[: min(found)], ""
+            return text
+        keep = 0 if final else max((_overlap(self.held, s) for s in self.stop), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``: ("a END", "ENDING") -> 3."""
+    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep]) -> GenerationResult:
+    """Run the steps to their end and join what they say."""
+    text, tokens, cache = "", [], ActivationCache()
+    activations: Activations = {}
+    reason = "length"
+    owner: dict[str, tuple[str, bool]] = {}
+    for step in steps:
+        text += step.text
+        if step.token is not None:
+            tokens.append(step.token)
+        reason = step.finish_reason or reason
+        for hook_id, records in step.activations.items():
+            activations.setdefault(hook_id, []).extend(records)
+            for record in records:
+                # Two hooks may ask for one point: the cache keeps it once.
+                if owner.setdefault(record.hook_point.name, (hook_id, record.is_input)) == (
+                    hook_id,
+                    record.is_input,
+                ):
+                    cache.add(record)
+    return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache)

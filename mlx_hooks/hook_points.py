@@ -1,0 +1,343 @@
+"""The vocabulary: every hook-point name, its axes, and every other spelling that is accepted.
+
+Names are TransformerLens's. Nothing else in the engine spells a name: other modules ask this one.
+``blocks.{i}.attn.hook_in`` and its like (a module's input) are TransformerLens-bridge names and are
+emitted because no legacy name exists for them.
+"""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .errors import UnknownHookError
+
+RESID = ("batch", "pos", "d_model")
+HEADS = ("batch", "pos", "head", "d_head")
+ATTENTION = ("batch", "head", "query", "key")
+MLP = ("batch", "pos", "d_mlp")
+
+POSITION_AXES = ("pos", "query")
+"""The axes along which records of several calls continue one sequence."""
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One place in a model where an activation can be read or replaced.
+
+    >>> block_point("resid_post", 3)
+    HookPoint(name='blocks.3.hook_resid_post', layer=3, component='resid_post', axes=('batch', 'pos', 'd_model'))
+
+    Args:
+        name: the canonical name, or ``path.input`` / ``path.output`` for a raw module.
+        layer: the block's index from 0, or None outside the blocks.
+        component: the short name, unique within a layer (``cache["resid_post", 3]``).
+        axes: one name per axis of the value; empty for a raw module.
+    """
+
+    name: str
+    layer: int | None
+    component: str
+    axes: tuple[str, ...]
+
+    @property
+    def position_axis(self) -> int | None:
+        """Index of the axis that runs over positions, or None where there is none."""
+        return next((i for i, axis in enumerate(self.axes) if axis in POSITION_AXES), None)
+
+
+# (name, component, axes), in the order of a forward pass.
+_BEFORE: list[tuple[str, str, tuple[str, ...]]] = [
+    ("embed.hook_in", "embed_in", ("batch", "pos")),
+    ("hook_embed", "embed", RESID),
+    ("hook_pos_embed", "pos_embed", ("pos", "d_model")),
+]
+_BLOCK: list[tuple[str, str, tuple[str, ...]]] = [
+    ("hook_resid_pre", "resid_pre", RESID),
+    ("ln1.hook_in", "ln1_in", RESID),
+    ("ln1.hook_normalized", "ln1", RESID),
+    ("attn.hook_in", "attn_in", RESID),
+    ("attn.hook_q", "q", HEADS),
+    ("attn.hook_k", "k", HEADS),
+    ("attn.hook_v", "v", HEADS),
+    ("attn.hook_rot_q", "rot_q", HEADS),
+    ("attn.hook_rot_k", "rot_k", HEADS),
+    ("attn.hook_attn_scores", "attn_scores", ATTENTION),
+    ("attn.hook_pattern", "pattern", ATTENTION),
+    ("attn.hook_z", "z", HEADS),
+    ("hook_attn_out", "attn_out", RESID),
+    ("hook_resid_mid", "resid_mid", RESID),
+    ("ln2.hook_in", "ln2_in", RESID),
+    ("ln2.hook_normalized", "ln2", RESID),
+    ("mlp.hook_in", "mlp_in", RESID),
+    ("mlp.hook_pre", "mlp_pre", MLP),
+    ("mlp.hook_pre_linear", "mlp_pre_linear", MLP),
+    ("mlp.hook_post", "mlp_post", MLP),
+    ("hook_mlp_out", "mlp_out", RESID),
+    ("hook_resid_post", "resid_post", RESID),
+]
+_AFTER: list[tuple[str, str, tuple[str, ...]]] = [
+    ("ln_final.hook_in", "ln_final_in", RESID),
+    ("ln_final.hook_normalized", "ln_final", RESID),
+    ("hook_logits", "logits", ("batch", "pos", "d_vocab")),
+]
+_BLOCK_ROWS = {component: (name, axes) for name, component, axes in _BLOCK}
+_OUTER_ROWS = {component: (name, axes) for name, component, axes in _BEFORE + _AFTER}
+
+_SHORTHANDS = {"pre": "mlp_pre", "pre_linear": "mlp_pre_linear", "post": "mlp_post", "scores": "attn_scores"}
+
+# Other libraries' names, as patterns of the whole name -> component. {i} stands for the layer.
+_ALIASES = {
+    # nnterp
+    "token_embeddings": "embed",
+    "layers_input[{i}]": "resid_pre",
+    "layers_output[{i}]": "resid_post",
+    "attentions_input[{i}]": "attn_in",
+    "attentions_output[{i}]": "attn_out",
+    "mlps_input[{i}]": "mlp_in",
+    "mlps_output[{i}]": "mlp_out",
+    "attention_probabilities[{i}]": "pattern",
+    "logits": "logits",
+    # TransformerLens bridge. Its attn.hook_out is the branch, never the stream after it.
+    "embed.hook_out": "embed",
+    "pos_embed.hook_out": "pos_embed",
+    "blocks.{i}.hook_in": "resid_pre",
+    "blocks.{i}.hook_out": "resid_post",
+    "blocks.{i}.ln1.hook_out": "ln1",
+    "blocks.{i}.ln2.hook_out": "ln2",
+    "blocks.{i}.attn.q.hook_out": "q",
+    "blocks.{i}.attn.k.hook_out": "k",
+    "blocks.{i}.attn.v.hook_out": "v",
+    "blocks.{i}.attn.hook_out": "attn_out",
+    "blocks.{i}.mlp.hook_out": "mlp_out",
+    "ln_final.hook_out": "ln_final",
+    "unembed.hook_out": "logits",
+}
+
+
+def block_point(component: str, layer: int) -> HookPoint:
+    """The hook point of a component in a block: ``block_point("pattern", 2).name == "blocks.2.attn.hook_pattern"``."""
+    name, axes = _BLOCK_ROWS[component]
+    return HookPoint(f"blocks.{layer}.{name}", layer, component, axes)
+
+
+def outer_point(component: str) -> HookPoint:
+    """The hook point of a component outside the blocks: ``outer_point("embed").name == "hook_embed"``."""
+    name, axes = _OUTER_ROWS[component]
+    return HookPoint(name, None, component, axes)
+
+
+def module_point(path: str, place: str, layer: int | None) -> HookPoint:
+    """The raw escape hatch: ``place`` ("input" or "output") of the module at ``path``."""
+    return HookPoint(f"{path}.{place}", layer, "module", ())
+
+
+def in_forward_order(has: Callable[[HookPoint], bool], n_layers: int) -> dict[str, HookPoint]:
+    """All hook points of a model with ``n_layers`` blocks for which ``has`` is true, in the order of a forward pass."""
+    points = [outer_point(component) for _, component, _ in _BEFORE]
+    for layer in range(n_layers):
+        points += [block_point(component, layer) for _, component, _ in _BLOCK]
+    points += [outer_point(component) for _, component, _ in _AFTER]
+    return {point.name: point for point in points if has(point)}
+
+
+def canonical_name(name: str) -> str:
+    """Translate another library's name or a short one ("embed"); any other is returned as it is.
+
+    >>> canonical_name("layers_output[3]")
+    'blocks.3.hook_resid_post'
+    """
+    outer = _ALIASES.get(name, name)
+    if outer in _OUTER_ROWS:
+        return outer_point(outer).name
+    numbers = re.findall(r"\d+", name)
+    if len(numbers) == 1:
+        component = _ALIASES.get(name.replace(numbers[0], "{i}", 1))
+        if component is not None:
+            return block_point(component, int(numbers[0])).name
+    return name
+
+
+def short_name(component: str, layer: int | None = None) -> str:
+    """The canonical name behind ``cache["pattern", 3]``.
+
+    Raises:
+        UnknownHookError: lists the components there are.
+    """
+    component = _SHORTHANDS.get(component, component)
+    if layer is None and component in _OUTER_ROWS:
+        return outer_point(component).name
+    if layer is not None and component in _BLOCK_ROWS:
+        return block_point(component, layer).name
+    known = ", ".join(_BLOCK_ROWS if layer is not None else _OUTER_ROWS)
+    where = "in a block" if layer is not None else "outside the blocks"
+    raise UnknownHookError(f"Unknown component {component!r} {where}. There are: {known}.")
+
+
+NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
+
+
+def select(points: dict[str, HookPoint], names_filter: NamesFilter) -> list[HookPoint]:
+    """The points that a filter means, in forward order.
+
+    Args:
+        points: what the model has, by canonical name.
+        names_filter: None (all), a name or alias, a glob (``"blocks.*.hook_resid_post"``), a list of these, or a
+            predicate on the canonical name.
+
+    Raises:
+        UnknownHookError: for a name that the model lacks and for a glob or predicate that selects nothing.
+    """
+    if names_filter is None:
+        return list(points.values())
+    if callable(names_filter):
+        chosen = {name for name in points if names_filter(name)}
+        if not chosen:
+            raise UnknownHookError(f"The predicate selects none of the {len(points)} hook points. {_overview(points)}")
+        return [points[name] for name in points if name in chosen]
+    chosen = set()
+    for name in [names_filter] if isinstance(names_filter, str) else names_filter:
+        if not isinstance(name, str):
+            raise UnknownHookError(f"A hook-point name is a string, not {type(name).__name__}.")
+        canonical = canonical_name(name)
+        if canonical in points:
+            chosen.add(canonical)
+            continue
+        matching = fnmatch.filter(points, canonical) if any(c in canonical for c in "*?") else []
+        if not matching:
+            raise unknown_point(name, points)
+        chosen.update(matching)
+    return [points[name] for name in points if name in chosen]
+
+
+def unknown_point(name: str, points: dict[str, HookPoint]) -> UnknownHookError:
+    """The error for a name that ``points`` lacks: nearest name, and what there is."""
+    near = difflib.get_close_matches(name, points, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return UnknownHookError(f"Unknown hook point {name!r}.{hint} {_overview(points)}")
+
+
+def _overview(points: Iterable[str]) -> str:
+    """What there is, with each block's names written once: ``blocks.{0-3}.hook_resid_pre, ...``."""
+    names = list(points)
+    layers = sorted({int(n.split(".")[1]) for n in names if n.startswith("blocks.")})
+    rows = dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.{i}", n) for n in names)
+    span = f" Layers (i): {layers[0]}-{layers[-1]}." if layers else ""
+    return f"There are: {', '.join(rows)}.{span}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The REST vocabulary: layer_name + component.
+
+
+@dataclass(frozen=True)
+class Component:
+    """What a REST component means: components of a block at its output and at its input (None: it has no input)."""
+
+    output: tuple[str, ...]
+    input: tuple[str, ...] | None
+
+
+COMPONENTS = {
+    "residual": Component(("resid_post",), ("resid_pre",)),
+    "attention": Component(("attn_out",), ("attn_in",)),
+    "mlp": Component(("mlp_out",), ("mlp_in",)),
+    "embedding": Component(("embed",), ("embed_in",)),
+    "layernorm": Component(("ln1", "ln2"), ("ln1_in", "ln2_in")),
+    "query": Component(("rot_q",), None),
+    "key": Component(("rot_k",), None),
+    "value": Component(("v",), None),
+    "attention_scores": Component(("attn_scores",), None),
+    "attention_pattern": Component(("pattern",), None),
+}
+
+EMBEDDING_NAMES = (
+    "transformer.wte",
+    "model.embed_tokens",
+    "model.wte",
+    "wte",
+    "embed_tokens",
+    "embed",
+    "hook_embed",
+)
+FINAL_NORM_NAMES = ("transformer.ln_f", "model.norm", "model.ln_f", "ln_f", "norm", "ln_final")
+NORM_NAMES = {
+    "ln1": "ln1",
+    "ln_1": "ln1",
+    "input_layernorm": "ln1",
+    "ln2": "ln2",
+    "ln_2": "ln2",
+    "post_attention_layernorm": "ln2",
+}
+
+_BLOCK_NAME = re.compile(r"(?:(?:transformer\.h|model\.layers|model\.h|layers|blocks|h)\.)?(\d+)(?:\.(\w+))?")
+
+
+@dataclass(frozen=True)
+class LayerName:
+    """A parsed ``layer_name``: ``place`` is "block", "embedding" or "final_norm"; ``norm`` is set when it names one."""
+
+    place: str
+    layer: int | None = None
+    norm: str | None = None
+
+
+def parse_layer_name(name: str, n_layers: int) -> LayerName:
+    """Read a layer name in any of its accepted spellings.
+
+    >>> parse_layer_name("transformer.h.5", n_layers=12)
+    LayerName(place='block', layer=5, norm=None)
+
+    Raises:
+        UnknownHookError: lists the spellings and the layers there are.
+    """
+    if name in EMBEDDING_NAMES:
+        return LayerName("embedding")
+    if name in FINAL_NORM_NAMES:
+        return LayerName("final_norm")
+    match = _BLOCK_NAME.fullmatch(name)
+    if match and int(match[1]) < n_layers:
+        norm = NORM_NAMES.get(match[2] or "")
+        if match[2] is None or norm is not None:
+            return LayerName("block", int(match[1]), norm)
+    last = n_layers - 1
+    raise UnknownHookError(
+        f"Unknown layer {name!r}. Blocks: transformer.h.0 to transformer.h.{last} (also model.layers.{last}, "
+        f"layers.{last}, blocks.{last}, {last}); embedding: transformer.wte or model.embed_tokens; last norm: "
+        f"transformer.ln_f or model.norm; one norm of a block: transformer.h.{last}.ln_1, transformer.h.{last}.ln_2."
+    )
+
+
+def component_points(layer_name: str, component: str, *, is_input: bool, n_layers: int) -> list[HookPoint]:
+    """The hook points that ``layer_name`` + ``component`` mean at a module's output or input.
+
+    Raises:
+        UnknownHookError: for an unknown layer or component, or a component that this layer does not have.
+    """
+    if component not in COMPONENTS:
+        raise UnknownHookError(f"Unknown component {component!r}. There are: {', '.join(COMPONENTS)}.")
+    layer = parse_layer_name(layer_name, n_layers)
+    side = COMPONENTS[component].input if is_input else COMPONENTS[component].output
+    if side is None:
+        raise UnknownHookError(
+            f"Component {component!r} has no input to capture: set capture_input to false. "
+            f"With input: {', '.join(c for c, row in COMPONENTS.items() if row.input)}."
+        )
+    home = {"embedding": "embedding", "layernorm": "final_norm"}.get(component)
+    if layer.place == "embedding" and component == "embedding":
+        return [outer_point(name) for name in side]
+    if layer.place == "final_norm" and component == "layernorm":
+        return [outer_point("ln_final_in" if is_input else "ln_final")]
+    if layer.place == "block" and component == "layernorm":
+        chosen = [name for name in side if layer.norm in (None, name.removesuffix("_in"))]
+        return [block_point(name, _index(layer)) for name in chosen]
+    if layer.place == "block" and layer.norm is None and component != "embedding":
+        return [block_point(name, _index(layer)) for name in side]
+    allowed = "transformer.wte" if home == "embedding" else f"a block, transformer.h.0 to transformer.h.{n_layers - 1}"
+    raise UnknownHookError(f"{layer_name!r} has no component {component!r}: ask it of {allowed}.")
+
+
+def _index(layer: LayerName) -> int:
+    assert layer.layer is not None
+    return layer.layer

@@ -1,0 +1,360 @@
+"""``HookedModel``: the one class a user starts with."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import generation, hook_points, manager
+from .activations import ActivationCache, CapturedActivation, id_list, scalar
+from .architectures import Architecture, ModelConfig
+from .attention import weighted_values
+from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError
+from .generation import GenerationResult, GenerationStep, Sampling
+from .hook_points import HookPoint, NamesFilter
+from .instrument import Hook, HookFunction, Instrument, Positions, Recorder
+from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
+
+Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array
+ForwardHooks = Iterable[tuple[NamesFilter, HookFunction]]
+
+BUNDLED = "neuroscope-tiny"
+
+
+class HookedModel:
+    """An mlx-lm model whose activations can be read and replaced, without changing its code.
+
+        model = HookedModel.from_pretrained("neuroscope-tiny")
+        logits, cache = model.run_with_cache("The capital of France is")
+        cache["blocks.3.hook_resid_post"]                       # (1, 5, d_model), exactly as computed
+
+        def zero_head_1(z, hook_point):                         # (batch, pos, head, d_head)
+            z[:, :, 1] = 0
+            return z
+        model.run_with_hooks("The capital of France is", [("blocks.2.attn.hook_z", zero_head_1)])
+
+    A hook is called as ``fn(value, hook_point)``: what it returns replaces the value (same shape; cast to the value's
+    type), None leaves it alone. Hooks are gone after the call or ``with`` block, whatever was raised.
+
+    Args:
+        model: any model loaded by mlx-lm. Its classes and functions stay its own, except while hooks are attached.
+        tokenizer: mlx-lm's tokenizer; without it, give token ids instead of text.
+
+    Raises:
+        UnsupportedModelError: when the module tree is not known, or a short run shows that an identity such as
+            ``resid_post = resid_mid + mlp_out`` does not hold, so that captures could not be trusted.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.architecture = Architecture(model)
+        self.instrument = Instrument(self.architecture)
+        self.activation_hook_manager = ActivationHookManager(self.resolve_hooks)
+        self._verify()
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> "HookedModel":
+        """Load the bundled ``neuroscope-tiny``, a folder in mlx-lm's layout, or a Hugging Face id.
+
+        Raises:
+            ModelLoadError: one sentence on what is missing.
+            UnsupportedModelError: the model loads but cannot be hooked exactly.
+        """
+        return cls(*_load(str(name_or_path)))
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """n_layers, d_model, n_heads, n_key_value_heads, d_head, d_mlp, d_vocab, model_type, quantization."""
+        return self.architecture.cfg
+
+    @property
+    def hook_points(self) -> dict[str, HookPoint]:
+        """Every hook point of this model by canonical name, in forward order."""
+        return self.architecture.points
+
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        sizes = f"{cfg.n_layers} layers, {cfg.d_model} wide, {cfg.n_heads} heads of {cfg.d_head}, {cfg.d_vocab} tokens"
+        seen = dict.fromkeys((re.sub(r"^blocks\.\d+", "blocks.{i}", p.name), p.axes) for p in self.hook_points.values())
+        rows = "\n".join(f"  {name:34} {', '.join(axes)}" for name, axes in seen)
+        return f"HookedModel({cfg.model_type}: {sizes})\n{rows}"
+
+    # Tokens
+
+    def to_tokens(self, inputs: Tokens) -> mx.array:
+        """Token ids [batch, pos] of a text, of ids, or of equally long rows of ids.
+
+        Raises:
+            HookError: for text without a tokenizer, no tokens, rows of unequal length or ids outside the vocabulary.
+        """
+        if isinstance(inputs, str):
+            if self.tokenizer is None:
+                raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
+            inputs = self.tokenizer.encode(inputs)
+        try:
+            array = np.array(inputs)
+        except ValueError:
+            raise HookError("Rows of tokens differ in length: run them one by one.") from None
+        array = array[None] if array.ndim == 1 else array
+        if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise HookError(
+                f"Tokens are a text or whole numbers [pos] or [batch, pos], got {array.dtype} of shape {array.shape}."
+            )
+        if array.min() < 0 or array.max() >= self.cfg.d_vocab:
+            raise HookError(f"Token ids are 0 to {self.cfg.d_vocab - 1}, got {array.min()} to {array.max()}.")
+        return mx.array(array)
+
+    def to_str_tokens(self, inputs: Tokens) -> list[str]:
+        """Each token of one sequence as text, in order."""
+        if self.tokenizer is None:
+            raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
+        return [self.tokenizer.decode([token]) for token in id_list(self.to_tokens(inputs)[0])]
+
+    def unembed(self, residual: mx.array) -> mx.array:
+        """Logits [..., d_vocab] of residual-stream values [..., d_model], through the last norm and the unembedding."""
+        return self.architecture.unembed(residual)
+
+    # Runs
+
+    def __call__(self, tokens: Tokens, kv_cache: list | None = None) -> mx.array:
+        """Logits [batch, pos, d_vocab]. Registered hooks record."""
+        return self.run_with_hooks(tokens, [], kv_cache)
+
+    def run_with_cache(
+        self,
+        tokens: Tokens,
+        names_filter: NamesFilter = None,
+        positions: Positions = None,
+        kv_cache: list | None = None,
+    ) -> tuple[mx.array, ActivationCache]:
+        """One forward pass, and the activations of it.
+
+        Args:
+            tokens: text, ids or rows of ids.
+            names_filter: None (all hook points), a name, a glob, a list of these or a predicate. All of them on a long
+                text take much memory: ``"blocks.*.hook_resid_post"`` is often enough.
+            positions: absolute positions to keep: None (all), "last", an int, a list or a slice.
+            kv_cache: mlx-lm's prompt cache; with it, the call continues the sequence of the calls before.
+
+        Returns:
+            logits [batch, pos, d_vocab] and the activation cache, both evaluated.
+        """
+        cache = ActivationCache()
+        points = self._points(names_filter)
+        recorder = Recorder(self.instrument.run, cache.add, positions)
+        logits = self._run(tokens, [recorder.hook(point) for point in points], kv_cache)
+        mx.eval(logits, *[record.value for records in cache.records.values() for record in records])
+        # Hooks fire in the order of computation: names in forward order read better.
+        cache.records = {point.name: cache.records[point.name] for point in points}
+        return logits, cache
+
+    def run_with_hooks(self, tokens: Tokens, fwd_hooks: ForwardHooks, kv_cache: list | None = None) -> mx.array:
+        """Logits [batch, pos, d_vocab] of one forward pass with hooks: ``[(name_or_filter, fn), ...]``."""
+        return self._run(tokens, self._forward_hooks(fwd_hooks), kv_cache)
+
+    @contextmanager
+    def hooks(self, fwd_hooks: ForwardHooks) -> Iterator["HookedModel"]:
+        """Keep hooks attached for a block: every run of the model inside it meets them, mlx-lm's own calls too."""
+        with self.instrument.attached(self.instrument.plan(self._forward_hooks(fwd_hooks))):
+            yield self
+
+    def _run(self, tokens: Tokens, hooks: list[Hook], kv_cache: list | None) -> mx.array:
+        inputs = self.to_tokens(tokens)
+        run = self.instrument.run
+        if len(self.activation_hook_manager):
+            hooks = hooks + self.activation_hook_manager.plan().hooks(run, self.activation_hook_manager.start())
+        with self.instrument.attached(self.instrument.plan(hooks)):
+            return self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
+
+    def _forward_hooks(self, fwd_hooks: ForwardHooks) -> list[Hook]:
+        return [Hook(point, fn) for name_or_filter, fn in fwd_hooks for point in self._points(name_or_filter)]
+
+    def _points(self, names_filter: NamesFilter) -> list[HookPoint]:
+        """The points of a filter; what is no hook point may be a raw module path (``model.layers.0.mlp.up_proj``)."""
+        if isinstance(names_filter, str):
+            names_filter = [names_filter]
+        if names_filter is None or callable(names_filter):
+            return hook_points.select(self.hook_points, names_filter)
+        raw = {name: point for name in names_filter if (point := self._raw_point(name)) is not None}
+        named = [name for name in names_filter if name not in raw]
+        return (hook_points.select(self.hook_points, named) if named else []) + list(raw.values())
+
+    def _raw_point(self, name: str) -> HookPoint | None:
+        known = not isinstance(name, str) or hook_points.canonical_name(name) in self.hook_points
+        return None if known else self.architecture.locate(name)
+
+    # Generation
+
+    def generate_steps(
+        self,
+        prompt: Tokens,
+        *,
+        max_tokens: int = 100,
+        stop: Sequence[str] = (),
+        capture: Iterable[Capture] | CapturePlan | None = None,
+        fwd_hooks: ForwardHooks = (),
+        **sampling: Any,
+    ) -> Iterator[GenerationStep]:
+        """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
+
+        Between steps the model is as if no hook existed; closing the iterator ends the generation.
+        """
+        tokens = self.to_tokens(prompt)
+        if tokens.shape[0] != 1:
+            raise HookError(f"generate takes one prompt, got {tokens.shape[0]} rows.")
+        plan = self._capture_plan(capture)
+        hooks = self._forward_hooks(fwd_hooks)
+        steps = generation.generate_steps(
+            self,
+            id_list(tokens[0]),
+            max_tokens=max_tokens,
+            sampling=_sampling(sampling),
+            stop=[stop] if isinstance(stop, str) else list(stop),
+            plan=plan,
+            hooks=hooks,
+        )
+        return self._registering(steps) if capture is None and len(plan) else steps
+
+    def generate(self, prompt: Tokens, **options: Any) -> GenerationResult:
+        """Generate text and capture activations of prompt and generated tokens.
+
+            result = model.generate("The capital of France is", max_tokens=5, capture=["blocks.*.hook_resid_post"])
+            result.cache["resid_post", 0]               # (1, prompt + generated - 1, d_model)
+
+        Args:
+            prompt: text or ids of one sequence.
+            max_tokens: most tokens to generate; 0 only reads the prompt.
+            stop: strings that end the text; they are not part of it.
+            capture: hook specs and hook-point names; None for the registered hooks.
+            fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass.
+            temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`generation.Sampling`;
+                the default takes the most probable token.
+        """
+        tokens = self.to_tokens(prompt)
+        return generation.collect(id_list(tokens[0]), self.generate_steps(tokens, **options))
+
+    def _capture_plan(self, capture: Iterable[Capture] | CapturePlan | None) -> CapturePlan:
+        if isinstance(capture, CapturePlan):
+            return capture
+        return self.activation_hook_manager.plan() if capture is None else self.resolve_hooks(capture)
+
+    def _registering(self, steps: Iterator[GenerationStep]) -> Iterator[GenerationStep]:
+        keep = self.activation_hook_manager.start()
+        for step in steps:
+            for records in step.activations.values():
+                for record in records:
+                    keep(record)
+            yield step
+
+    # Hooks by id
+
+    def resolve_hooks(self, captures: Iterable[Capture]) -> CapturePlan:
+        """Check hook specs and names against this model without running it.
+
+        Raises:
+            HookError, UnknownHookError: say which one is wrong and what there is.
+        """
+        return manager.resolve(captures, self.architecture, self._points)
+
+    def register_activation_hook(
+        self,
+        layer_name: str,
+        component: str,
+        hook_id: str = "",
+        capture_input: bool = False,
+        capture_output: bool = True,
+    ) -> str:
+        """Record a component in every run from now on; answers the hook id. See :class:`HookSpec`.
+
+        The records of the latest run are ``model.captured_activations(hook_id)``.
+        """
+        return self.activation_hook_manager.register(
+            HookSpec(layer_name, component, hook_id, capture_input, capture_output)
+        )
+
+    def unregister_activation_hook(self, hook_id: str) -> None:
+        """Stop recording; an unknown id is an error that lists the registered ones."""
+        self.activation_hook_manager.unregister(hook_id)
+
+    def clear_activation_hooks(self) -> None:
+        """Stop recording everything."""
+        self.activation_hook_manager.clear()
+
+    def captured_activations(self, hook_id: str) -> list[CapturedActivation]:
+        """What a registered hook recorded in the latest run.
+
+        Raises:
+            UnknownHookError: lists the registered ids.
+        """
+        if hook_id not in self.activation_hook_manager.specs:
+            known = ", ".join(self.activation_hook_manager.specs) or "none"
+            raise UnknownHookError(f"No hook {hook_id!r} is registered. Registered: {known}.")
+        return list(self.activation_hook_manager.captured.get(hook_id, []))
+
+    # Trust
+
+    def _verify(self) -> None:
+        """Run a few tokens and check that what would be captured is what the model computes."""
+        tokens = mx.arange(min(4, self.cfg.d_vocab))[None]
+        logits, cache = self.run_with_cache(tokens)
+        stream = cache["embed"] + cache["pos_embed"] if "pos_embed" in cache else cache["embed"]
+        for layer in range(self.cfg.n_layers):
+            pre, mid, post = (cache[f"resid_{part}", layer] for part in ("pre", "mid", "post"))
+            heads = weighted_values(cache["pattern", layer], cache["v", layer].swapaxes(1, 2)).swapaxes(1, 2)
+            here = f"in block {layer}"
+            self._check_close(f"resid_pre = the stream before it {here}", pre, stream)
+            self._check_close(f"z = pattern @ v {here}", cache["z", layer], heads)
+            self._check_close(f"resid_mid = resid_pre + attn_out {here}", mid, pre + cache["attn_out", layer])
+            self._check_close(f"resid_post = resid_mid + mlp_out {here}", post, mid + cache["mlp_out", layer])
+            stream = post
+        self._check_close("logits = unembedding of the last norm of resid_post", logits, self.unembed(stream))
+
+    def _check_close(self, identity: str, got: mx.array, expected: mx.array) -> None:
+        got, expected = got.astype(mx.float32), expected.astype(mx.float32)
+        # The reference of the size is the larger one: weights of zero make both sides zero.
+        size = max(scalar(mx.linalg.norm(got)), scalar(mx.linalg.norm(expected)))
+        deviation = scalar(mx.linalg.norm(got - expected))
+        if not deviation <= 0.03 * size:
+            raise UnsupportedModelError(
+                f"{self.cfg.model_type} cannot be hooked exactly: {identity} does not hold "
+                f"(deviation {deviation:.3g} of {size:.3g})."
+            )
+
+
+def _sampling(options: dict[str, Any]) -> Sampling:
+    unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
+    if unknown:
+        allowed = ["max_tokens", "stop", "capture", "fwd_hooks", *Sampling.__dataclass_fields__]
+        raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
+    return Sampling(**options)
+
+
+def _load(name: str) -> tuple[nn.Module, Any]:
+    """The model and tokenizer of a name, through mlx_lm."""
+    import mlx_lm
+
+    if name == BUNDLED:
+        path = str(files("mlx_hooks") / "bundled" / BUNDLED)
+    else:
+        path = str(Path(name).expanduser())
+        is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+        if not Path(path).exists() and not is_hub_id:
+            raise ModelLoadError(
+                f"There is no model at {name!r}: give the bundled {BUNDLED!r}, a folder with config.json and "
+                "model.safetensors, or a Hugging Face id such as 'owner/name'."
+            )
+        if Path(path).exists() and not (Path(path) / "config.json").is_file():
+            raise ModelLoadError(f"{name!r} is not a model folder: it has no config.json.")
+    try:
+        model, tokenizer = mlx_lm.load(path)[:2]
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelLoadError(f"mlx-lm could not load {name!r}: {reason}") from error
+    return model, tokenizer
