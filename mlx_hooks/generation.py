@@ -171,10 +171,10 @@ class _Forward:
         records: list[CapturedActivation] = []
         head = self.prompt[:-1]
         for begin in range(0, head.size, chunk):
-            self._run(head[begin : begin + chunk], "prefill", 0)
+            self._forward(head[begin : begin + chunk], "prefill", 0)
             mx.eval([entry.state for entry in self.kv_cache], *[record.value for record in self.records])
             records += self._take()
-        token, logprob = self._run(self.prompt[-1:], "prefill", 0)
+        token, logprob = self._sample(self._forward(self.prompt[-1:], "prefill", 0))
         joined = self._by_id(records + self._take(), joining=True)
         arrays = [record.value for group in joined.values() for record in group]
         mx.async_eval(*([token, logprob] if sample else []), *arrays)
@@ -185,18 +185,22 @@ class _Forward:
 
     def decode(self, token: mx.array, step: int) -> tuple[mx.array, mx.array, Activations]:
         """Run one generated token."""
-        next_token, logprob = self._run(token, "decode", step)
+        next_token, logprob = self._sample(self._forward(token, "decode", step))
         records = self._take()
         mx.async_eval(next_token, logprob, *[record.value for record in records])
         return next_token, logprob, self._by_id(records)
 
-    def _run(self, tokens: mx.array, phase: str, step: int) -> tuple[mx.array, mx.array]:
-        with self.model.instrument.attached(self.attached, phase=phase, step=step):
-            logits = self.model.model(tokens[None], cache=self.kv_cache)[:, -1, :]
+    def _forward(self, tokens: mx.array, phase: str, step: int) -> mx.array:
+        """Logits [1, d_vocab] after the last of the tokens."""
         if self.processors:
             self.history = tokens if self.history is None else mx.concatenate([self.history, tokens])
-            for processor in self.processors:
-                logits = processor(self.history, logits)
+        with self.model.instrument.attached(self.attached, phase=phase, step=step):
+            return self.model.model(tokens[None], cache=self.kv_cache)[:, -1, :]
+
+    def _sample(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The chosen token [1] and the log of its probability."""
+        for processor in self.processors:
+            logits = processor(self.history, logits)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token = self.sampler(logprobs)
         return token, logprobs[0, token[0]]

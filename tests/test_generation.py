@@ -1,0 +1,221 @@
+"""Generation with hooks: the same tokens as mlx-lm, and activations of every position once."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import stream_generate
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from tiny_models import CONFIGS, make_model
+
+from mlx_hooks import HookedModel, HookError, HookSpec, UnknownHookError
+
+PROMPT = [1, 5, 9, 3, 7]
+EVERYTHING = ["hook_*", "embed.*", "blocks.*", "ln_final.*"]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> HookedModel:
+    return HookedModel(make_model(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama() -> HookedModel:
+    return HookedModel(make_model("llama"))
+
+
+def test_tokens_and_probabilities_are_mlx_lms_bit_for_bit(model: HookedModel) -> None:
+    expected = list(generate_step(mx.array(PROMPT), model.model, max_tokens=8))
+    steps = list(model.generate_steps(PROMPT, max_tokens=8, capture=EVERYTHING))
+    assert [step.token for step in steps] == [token for token, _ in expected]
+    assert [step.logprob for step in steps] == [logprobs[token].item() for token, logprobs in expected]
+
+
+def test_sampling_with_a_seed_is_mlx_lms_and_repeatable(llama: HookedModel) -> None:
+    mx.random.seed(7)
+    sampler = make_sampler(0.9, 0.95, top_k=20)
+    expected = [token for token, _ in generate_step(mx.array(PROMPT), llama.model, max_tokens=12, sampler=sampler)]
+    options = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "top_k": 20}
+    assert llama.generate(PROMPT, seed=7, **options).tokens == expected
+    assert llama.generate(PROMPT, seed=7, capture=EVERYTHING, **options).tokens == expected
+    assert llama.generate(PROMPT, seed=8, **options).tokens != expected
+
+
+def test_logit_bias_and_repetition_penalty_are_mlx_lms(llama: HookedModel) -> None:
+    processors = make_logits_processors({11: 2.5, 12: -100.0}, 1.3)
+    expected = generate_step(mx.array(PROMPT), llama.model, max_tokens=8, logits_processors=processors)
+    options = {"logit_bias": {11: 2.5, 12: -100.0}, "repetition_penalty": 1.3, "max_tokens": 8}
+    tokens = llama.generate(PROMPT, **options).tokens
+    assert tokens == [token for token, _ in expected]
+    assert tokens != llama.generate(PROMPT, max_tokens=8).tokens
+
+
+def test_activations_of_prompt_and_generated_tokens_equal_one_forward_pass(model: HookedModel) -> None:
+    result = model.generate(PROMPT, max_tokens=6, capture=EVERYTHING)
+    fed = PROMPT + result.tokens[:-1]
+    _, full = model.run_with_cache([fed])
+    assert set(result.cache) == set(full)
+    for name in full:
+        assert list(result.cache.positions(name)) == list(range(len(fed))), name
+        # Other shapes of matrix products: float32 rounding.
+        np.testing.assert_allclose(result.cache.numpy(name), full.numpy(name), rtol=3e-4, atol=3e-4, err_msg=name)
+
+
+def test_each_step_carries_its_own_positions_phase_and_shape(llama: HookedModel) -> None:
+    specs = [HookSpec("transformer.h.1", "residual", "r"), HookSpec("transformer.h.1", "attention_pattern", "p")]
+    steps = list(llama.generate_steps(PROMPT, max_tokens=3, capture=specs))
+    assert [step.index for step in steps] == [0, 1, 2]
+    assert [step.finish_reason for step in steps] == [None, None, "length"]
+    rows = [(r.phase, r.step, r.positions, r.value.shape) for step in steps for r in step.activations["r"]]
+    assert rows == [
+        ("prefill", 0, (0, 5), (1, 5, 32)),
+        ("decode", 1, (5, 6), (1, 1, 32)),
+        ("decode", 2, (6, 7), (1, 1, 32)),
+    ]
+    shapes = [r.value.shape for step in steps for r in step.activations["p"]]
+    assert shapes == [(1, 4, 5, 5), (1, 4, 1, 6), (1, 4, 1, 7)]
+
+
+def test_a_prompt_in_chunks_gives_the_same_records(llama: HookedModel) -> None:
+    from mlx_hooks.generation import Sampling, collect, generate_steps
+
+    prompt = list(range(1, 12))
+    plan = llama.resolve_hooks(EVERYTHING)
+    options = {"max_tokens": 3, "sampling": Sampling(), "stop": [], "plan": plan}
+    whole = collect(prompt, generate_steps(llama, prompt, **options))
+    chunked = collect(prompt, generate_steps(llama, prompt, prefill_step_size=4, **options))
+    assert chunked.tokens == whole.tokens
+    for hook_id, records in whole.activations.items():
+        assert [r.positions for r in chunked.activations[hook_id]] == [r.positions for r in records]
+        for a, b in zip(chunked.activations[hook_id], records, strict=True):
+            np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=3e-4, atol=3e-4, err_msg=hook_id)
+
+
+def test_zero_tokens_only_reads_the_prompt(llama: HookedModel) -> None:
+    result = llama.generate(PROMPT, max_tokens=0, capture=["hook_embed", "blocks.2.hook_resid_post"])
+    assert (result.tokens, result.text, result.finish_reason) == ([], "", "length")
+    assert result.cache["resid_post", 2].shape == (1, 5, 32)
+    assert result.cache.positions("hook_embed") == range(5)
+
+
+def test_a_prompt_of_one_token_is_enough(llama: HookedModel) -> None:
+    result = llama.generate([3], max_tokens=2, capture=["hook_embed"])
+    assert [r.positions for r in result.activations["hook_embed"]] == [(0, 1), (1, 2)]
+
+
+def test_edits_apply_to_every_pass(llama: HookedModel) -> None:
+    edit = ("blocks.1.hook_mlp_out", lambda value, point: value * 0)
+    result = llama.generate(PROMPT, max_tokens=4, fwd_hooks=[edit], capture=["hook_logits", "blocks.1.hook_mlp_out"])
+    full = llama.run_with_hooks([PROMPT + result.tokens[:-1]], [edit])
+    np.testing.assert_allclose(result.cache.numpy("hook_logits"), np.array(full), rtol=3e-4, atol=3e-4)
+    assert not result.cache.numpy(("mlp_out", 1)).any()
+    assert result.tokens != llama.generate(PROMPT, max_tokens=4).tokens
+
+
+def test_between_steps_the_model_is_plain_and_others_may_run(llama: HookedModel) -> None:
+    expected = llama.generate(PROMPT, max_tokens=5, capture=["blocks.1.attn.hook_pattern"])
+    steps = llama.generate_steps(PROMPT, max_tokens=5, capture=["blocks.1.attn.hook_pattern"])
+    tokens, classes = [], {type(module).__call__ for _, module in make_model("llama").named_modules()}
+    for step in steps:
+        tokens.append(step.token)
+        assert {type(module).__call__ for _, module in llama.model.named_modules()} == classes
+        llama.run_with_cache([9, 9, 9, 9])
+    assert tokens == expected.tokens
+
+
+def test_closing_the_iterator_ends_the_generation(llama: HookedModel) -> None:
+    steps = llama.generate_steps(PROMPT, max_tokens=1000)
+    next(steps)
+    steps.close()
+    assert list(steps) == []
+
+
+def test_registered_hooks_record_in_every_run_until_unregistered(llama: HookedModel) -> None:
+    model = HookedModel(llama.model)
+    hook_id = model.register_activation_hook(layer_name="transformer.h.1", component="residual")
+    assert hook_id == "transformer.h.1_residual"
+    result = model.generate(PROMPT, max_tokens=3)
+    assert [r.positions for r in model.captured_activations(hook_id)] == [(0, 5), (5, 6), (6, 7)]
+    assert [r.positions for r in result.activations[hook_id]] == [(0, 5), (5, 6), (6, 7)]
+    model([1, 2, 3])
+    (record,) = model.captured_activations(hook_id)
+    _, cache = llama.run_with_cache([1, 2, 3])
+    assert mx.array_equal(record.value, cache["resid_post", 1])
+    assert (record.layer_name, record.component, record.is_input) == ("transformer.h.1", "residual", False)
+    with pytest.raises(HookError, match="registered already"):
+        model.register_activation_hook("transformer.h.1", "residual")
+    model.unregister_activation_hook(hook_id)
+    with pytest.raises(UnknownHookError, match="No hook 'transformer.h.1_residual' is registered. Registered: none"):
+        model.unregister_activation_hook(hook_id)
+    with pytest.raises(UnknownHookError):
+        model.captured_activations(hook_id)
+    with pytest.raises(UnknownHookError, match="Unknown layer"):
+        model.register_activation_hook("transformer.h.99", "residual")
+    model.register_activation_hook("0", "mlp", hook_id="a", capture_input=True)
+    model([1, 2])
+    assert [r.is_input for r in model.captured_activations("a")] == [True, False]
+    model.clear_activation_hooks()
+    assert len(model.activation_hook_manager) == 0
+
+
+def test_two_hooks_may_ask_for_one_point(llama: HookedModel) -> None:
+    specs = [HookSpec("1", "residual", "a"), {"layer_name": "blocks.1", "component": "residual", "hook_id": "b"}]
+    result = llama.generate(PROMPT, max_tokens=2, capture=specs)
+    assert mx.array_equal(result.activations["a"][0].value, result.activations["b"][0].value)
+    assert result.cache["resid_post", 1].shape == (1, 6, 32)
+    with pytest.raises(HookError, match="share the hook_id 'a'"):
+        llama.resolve_hooks([specs[0], specs[0]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "Tokens are a text or whole numbers"),
+        ([1, 60], {}, "Token ids are 0 to 59, got 1 to 60"),
+        ([-1], {}, "Token ids are 0 to 59"),
+        ([1.5], {}, "whole numbers"),
+        ([[1, 2], [3]], {}, "differ in length"),
+        ([[1, 2], [3, 4]], {}, "takes one prompt, got 2 rows"),
+        ("text", {}, "no tokenizer"),
+        ([1], {"max_tokens": -1}, "max_tokens is a whole number from 0 up, got -1"),
+        ([1], {"max_tokens": 2.5}, "max_tokens is a whole number"),
+        ([1], {"temperature": -0.1}, "temperature is a number from 0 up"),
+        ([1], {"top_p": 1.5}, "top_p is a number from 0 to 1"),
+        ([1], {"stop": ["x"]}, "Stop strings need a tokenizer"),
+        ([1], {"beams": 4}, "generate has no argument 'beams'. Allowed: max_tokens"),
+        ([1], {"logit_bias": {99: 1.0}}, "Token 99 is outside the vocabulary"),
+        ([1], {"capture": ["blocks.9.hook_resid_post"]}, "Unknown hook point"),
+    ],
+)
+def test_bad_input_is_one_clear_error(llama: HookedModel, prompt: object, options: dict, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        llama.generate(prompt, **options)
+
+
+class TestWithTheBundledModel:
+    @pytest.fixture(scope="class")
+    def tiny(self) -> HookedModel:
+        return HookedModel.from_pretrained("neuroscope-tiny")
+
+    def test_text_is_mlx_lms(self, tiny: HookedModel) -> None:
+        prompt = tiny.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+        replies = list(stream_generate(tiny.model, tiny.tokenizer, prompt, max_tokens=30))
+        result = tiny.generate(prompt, max_tokens=30)
+        assert result.text == "".join(reply.text for reply in replies)
+        assert result.finish_reason == replies[-1].finish_reason == "stop"
+        assert result.tokens[-1] in tiny.tokenizer.eos_token_ids
+
+    def test_a_stop_string_ends_the_text_wherever_tokens_part(self, tiny: HookedModel) -> None:
+        whole = tiny.generate("The capital of France is", max_tokens=12).text
+        for begin in range(1, len(whole) - 1):
+            for length in (1, 2, 7):
+                stop = whole[begin : begin + length]
+                steps = list(tiny.generate_steps("The capital of France is", max_tokens=12, stop=stop))
+                assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
+                assert steps[-1].finish_reason == "stop"
+
+    def test_a_stop_string_that_never_comes_holds_nothing_back(self, tiny: HookedModel) -> None:
+        whole = tiny.generate("The capital of France is", max_tokens=12)
+        stopped = tiny.generate("The capital of France is", max_tokens=12, stop=[whole.text[-3:] + "#", "nowhere"])
+        assert stopped.text == whole.text
+        assert stopped.finish_reason == whole.finish_reason

@@ -1,0 +1,184 @@
+"""The vocabulary: names, aliases, the REST table, and errors that list what there is."""
+
+import pytest
+from tiny_models import CONFIGS, N_LAYERS, make_model
+
+from mlx_hooks import HookedModel, HookError, HookSpec, UnknownHookError
+from mlx_hooks.hook_points import COMPONENTS, canonical_name, short_name
+from mlx_hooks.instrument import select_positions
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> HookedModel:
+    return HookedModel(make_model(request.param))
+
+
+def names(model: HookedModel, layer_name: str, component: str, **sides: bool) -> list[str]:
+    return [point.name for point, _ in HookSpec(layer_name, component, **sides).points(model.architecture)]
+
+
+def test_hook_points_stand_in_forward_order(model: HookedModel) -> None:
+    seen: list[str] = []
+    model.run_with_hooks([1, 2, 3], [(None, lambda value, point: seen.append(point.name))])
+    assert sorted(seen) == sorted(model.hook_points)
+    listed = [name for name in model.hook_points if "resid" in name or name.startswith(("hook_", "ln_final"))]
+    assert [name for name in seen if name in set(listed)] == [n for n in listed if n in set(seen)]
+
+
+@pytest.mark.parametrize("spelling", ["transformer.h.1", "model.layers.1", "layers.1", "blocks.1", "1", "model.h.1"])
+def test_every_spelling_of_a_block_means_it_on_every_architecture(model: HookedModel, spelling: str) -> None:
+    assert names(model, spelling, "residual") == ["blocks.1.hook_resid_post"]
+
+
+@pytest.mark.parametrize("spelling", ["transformer.wte", "model.embed_tokens"])
+def test_the_embedding_and_the_last_norm_have_aliases(model: HookedModel, spelling: str) -> None:
+    assert names(model, spelling, "embedding") == ["hook_embed"]
+    for norm in ("transformer.ln_f", "model.norm"):
+        assert names(model, norm, "layernorm") == ["ln_final.hook_normalized"]
+
+
+def test_the_rest_table_maps_every_component_at_both_sides(model: HookedModel) -> None:
+    at = "blocks.2."
+    expected = {
+        "residual": (["hook_resid_post"], ["hook_resid_pre"]),
+        "attention": (["hook_attn_out"], ["attn.hook_in"]),
+        "mlp": (["hook_mlp_out"], ["mlp.hook_in"]),
+        "layernorm": (["ln1.hook_normalized", "ln2.hook_normalized"], ["ln1.hook_in", "ln2.hook_in"]),
+        "query": (["attn.hook_rot_q"], None),
+        "key": (["attn.hook_rot_k"], None),
+        "value": (["attn.hook_v"], None),
+        "attention_scores": (["attn.hook_attn_scores"], None),
+        "attention_pattern": (["attn.hook_pattern"], None),
+    }
+    assert set(expected) | {"embedding"} == set(COMPONENTS)
+    for component, (output, given) in expected.items():
+        assert names(model, "transformer.h.2", component) == [at + name for name in output]
+        if given is None:
+            with pytest.raises(UnknownHookError, match=f"'{component}' has no input"):
+                names(model, "transformer.h.2", component, capture_input=True)
+        else:
+            sides = {"capture_input": True, "capture_output": False}
+            assert names(model, "transformer.h.2", component, **sides) == [at + name for name in given]
+            both = names(model, "transformer.h.2", component, capture_input=True)
+            assert both == [at + name for name in given + output]
+    sides = {"capture_input": True, "capture_output": False}
+    assert names(model, "transformer.wte", "embedding", **sides) == ["embed.hook_in"]
+
+
+@pytest.mark.parametrize(
+    ("layer_name", "name"),
+    [
+        ("transformer.h.1.ln_1", "ln1"),
+        ("model.layers.1.input_layernorm", "ln1"),
+        ("blocks.1.ln2", "ln2"),
+        ("model.layers.1.post_attention_layernorm", "ln2"),
+    ],
+)
+def test_layernorm_is_exactly_one_when_the_layer_name_names_it(model: HookedModel, layer_name: str, name: str) -> None:
+    assert names(model, layer_name, "layernorm") == [f"blocks.1.{name}.hook_normalized"]
+
+
+@pytest.mark.parametrize(
+    ("layer_name", "component", "message"),
+    [
+        ("transformer.h.3", "residual", "Unknown layer 'transformer.h.3'. Blocks: transformer.h.0 to transformer.h.2"),
+        ("-1", "residual", "Unknown layer '-1'"),
+        ("", "residual", "Unknown layer ''"),
+        ("model.layers.1.self_attn", "attention", "Unknown layer 'model.layers.1.self_attn'"),
+        ("transformer.h.1", "neurons", "Unknown component 'neurons'. There are: residual, attention, mlp, embedding"),
+        ("transformer.h.1", "embedding", "has no component 'embedding': ask it of transformer.wte"),
+        ("transformer.wte", "residual", "has no component 'residual': ask it of a block"),
+        ("transformer.ln_f", "mlp", "has no component 'mlp': ask it of a block"),
+        ("transformer.h.1.ln_1", "mlp", "has no component 'mlp': ask it of a block"),
+    ],
+)
+def test_an_unknown_layer_or_component_lists_what_there_is(layer_name: str, component: str, message: str) -> None:
+    model = HookedModel(make_model("llama"))
+    with pytest.raises(UnknownHookError) as caught:
+        names(model, layer_name, component)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("layers_input[2]", "blocks.2.hook_resid_pre"),
+        ("layers_output[12]", "blocks.12.hook_resid_post"),
+        ("attentions_output[0]", "blocks.0.hook_attn_out"),
+        ("mlps_output[0]", "blocks.0.hook_mlp_out"),
+        ("attention_probabilities[3]", "blocks.3.attn.hook_pattern"),
+        ("token_embeddings", "hook_embed"),
+        ("logits", "hook_logits"),
+        ("embed", "hook_embed"),
+        ("embed.hook_out", "hook_embed"),
+        ("blocks.4.hook_out", "blocks.4.hook_resid_post"),
+        ("blocks.4.attn.hook_out", "blocks.4.hook_attn_out"),
+        ("blocks.4.attn.q.hook_out", "blocks.4.attn.hook_q"),
+        ("unembed.hook_out", "hook_logits"),
+        ("blocks.4.hook_resid_mid", "blocks.4.hook_resid_mid"),
+    ],
+)
+def test_other_libraries_names_are_accepted(alias: str, name: str) -> None:
+    assert canonical_name(alias) == name
+
+
+def test_short_names_are_transformerlens_ones() -> None:
+    assert short_name("pattern", 3) == "blocks.3.attn.hook_pattern"
+    assert short_name("post", 3) == "blocks.3.mlp.hook_post"
+    assert short_name("logits") == "hook_logits"
+    with pytest.raises(UnknownHookError, match="Unknown component 'patern' in a block. There are: resid_pre"):
+        short_name("patern", 3)
+
+
+def test_a_cache_says_what_it_holds_when_asked_for_more() -> None:
+    model = HookedModel(make_model("llama"))
+    _, cache = model.run_with_cache([1, 2], ["hook_embed", "blocks.*.hook_resid_post"])
+    assert ("resid_post", 1) in cache
+    assert "layers_output[1]" in cache
+    assert ("pattern", 1) not in cache
+    assert "nonsense" not in cache
+    with pytest.raises(UnknownHookError, match=r"There are: hook_embed, blocks\.\{i\}\.hook_resid_post\. Layers"):
+        cache["pattern", 1]
+    assert list(cache.select("blocks.1.*")) == ["blocks.1.hook_resid_post"]
+    assert repr(cache) == "ActivationCache(4 hook points, 0.0 MB)"
+
+
+@pytest.mark.parametrize("bad", ["blocks.*.hook_nothing", ["hook_embed", 3], lambda name: False, "model.layers.9.mlp"])
+def test_a_filter_that_selects_nothing_is_an_error(bad: object) -> None:
+    model = HookedModel(make_model("llama"))
+    with pytest.raises(UnknownHookError):
+        model.run_with_cache([1, 2], bad)
+
+
+@pytest.mark.parametrize("positions", [5, -6, [0, 9], [], "first"])
+def test_positions_outside_the_call_are_refused(positions: object) -> None:
+    with pytest.raises(HookError, match="outside the 5 tokens|allowed are 'last'"):
+        select_positions(positions, start=0, length=5)
+
+
+def test_positions_are_absolute_when_a_kv_cache_goes_before() -> None:
+    assert select_positions([7, -1], start=5, length=4) == [2, 3]
+    assert select_positions(slice(6, 8), start=5, length=4) == [1, 2]
+
+
+def test_a_model_prints_its_hook_points(model: HookedModel) -> None:
+    text = repr(model)
+    assert f"{N_LAYERS} layers" in text
+    assert "blocks.{i}.attn.hook_pattern" in text
+    assert "batch, head, query, key" in text
+    assert len(text.splitlines()) < 40
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"layer_name": "1"}, "missing component"),
+        ({"layer_name": "1", "component": "mlp", "layer": 3}, "unknown layer"),
+        ({"layer_name": 1, "component": "mlp"}, "layer_name of a hook is a string, got 1"),
+        ({"layer_name": "1", "component": "mlp", "capture_output": False}, "captures nothing"),
+        (7, "A hook is a HookSpec or a mapping, got int"),
+    ],
+)
+def test_a_malformed_spec_is_refused(spec: object, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        HookSpec.of(spec)

@@ -1,0 +1,100 @@
+"""Arrows between modules point down only: the layers of docs/design.md, read from the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Upper modules may import lower ones. A folder stands for all modules in it.
+ENGINE = [
+    "cli", "training", "analysis", "selftest", "model", "generation", "storage", "observers", "manager", "instrument",
+    "interventions", "activations", "architectures", "attention", "hook_points", "errors",
+]  # fmt: skip
+PACKAGES = {
+    "mlx_hooks": {"forbidden": {"flask", "waitress", "requests", "api_server", "neuroscope_bridge"}},
+    "neuroscope_bridge": {"forbidden": {"mlx", "mlx_lm", "flask", "mlx_hooks", "api_server"}},
+    "api_server": {"forbidden": {"requests", "neuroscope_bridge"}, "allowed": {"neuroscope_bridge.payload"}},
+}
+# The command line starts the server and writes the Smalltalk interface: it stands above all packages.
+COMMAND_LINE = {"api_server", "neuroscope_bridge"}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, inside functions too; what only types need is left out."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def violations(package: str) -> list[str]:
+    rule = PACKAGES[package]
+    found = []
+    for path in sources(package):
+        above = COMMAND_LINE if path.name == "cli.py" else set()
+        for name in imports(path):
+            parts = name.split(".")
+            reached = {".".join(parts[: i + 1]) for i in range(len(parts))}
+            if reached & (rule["forbidden"] - above) and not reached & rule.get("allowed", set()):
+                # `from neuroscope_bridge import payload` reads as the package and as the module: the module counts.
+                if name not in {a.rpartition(".")[0] for a in rule.get("allowed", set())} or not any(
+                    a in imports(path) for a in rule.get("allowed", set())
+                ):
+                    found.append(f"{path.relative_to(ROOT)} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_they_may(package: str) -> None:
+    assert sources(package)
+    assert violations(package) == []
+
+
+def engine_layer(module: str) -> int | None:
+    parts = module.split(".")
+    return ENGINE.index(parts[1]) if parts[0] == "mlx_hooks" and len(parts) > 1 and parts[1] in ENGINE else None
+
+
+def test_inside_the_engine_arrows_point_down() -> None:
+    wrong = []
+    for path in sources("mlx_hooks"):
+        own = engine_layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if own is None:
+            assert path.name == "__init__.py", f"{path} has no place in the layers"
+            continue
+        wrong += [f"{path.name} imports {name}" for name in imports(path) if (engine_layer(name) or 99) < own]
+    assert wrong == []
+
+
+def test_importing_the_bridge_loads_no_mlx() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, neuroscope_bridge; print([m for m in sys.modules if m.split('.')[0] in ('mlx', 'flask')])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_a_wrong_arrow_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package, line in [("mlx_hooks", "def f():\n    from flask import Flask\n"), ("api_server", "import requests\n"),
+                          ("neuroscope_bridge", "from mlx import core\n")]:  # fmt: skip
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "x.py").write_text(line)
+        monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+        assert violations(package)

@@ -1,0 +1,191 @@
+"""Hooks live inside a call or a block; afterwards the model is as if they had never been there."""
+
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from tiny_models import CONFIGS, make_model
+
+from mlx_hooks import HookedModel, HookPoint, UnknownHookError, UnsupportedModelError
+
+TOKENS = [[1, 5, 9, 3]]
+
+
+def state(model: HookedModel) -> list:
+    """Everything that attaching hooks may touch: classes, instance attributes, parameter paths, MLX's kernel."""
+    modules = [(path, type(module), sorted(module.__dict__)) for path, module in model.model.named_modules()]
+    parameters = [path for path, _ in tree_flatten(model.model.parameters())]
+    return [modules, parameters, mx.fast.scaled_dot_product_attention, id(mx.fast.scaled_dot_product_attention)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_leaves_classes_functions_and_parameters_untouched(name: str) -> None:
+    raw = make_model(name)
+    classes = [type(module) for _, module in raw.named_modules()]
+    model = HookedModel(raw)
+    before = state(model)
+    assert [type(module) for _, module in raw.named_modules()] == classes
+    model.run_with_cache(TOKENS)
+    model.run_with_hooks(TOKENS, [(None, lambda value, point: None)])
+    model.generate([1, 2], max_tokens=3, capture=["blocks.*"])
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_exception_at_any_hook_point_leaves_the_model_untouched(name: str) -> None:
+    model = HookedModel(make_model(name))
+    before = state(model)
+    kv_cache = make_prompt_cache(model.model)
+    cache_classes = [type(entry) for entry in kv_cache]
+    plain = model(TOKENS)
+    for point_name in model.hook_points:
+
+        def fail(value: mx.array, point: HookPoint) -> None:
+            raise RuntimeError(point.name)
+
+        with pytest.raises(RuntimeError, match=point_name):
+            model.run_with_hooks(TOKENS, [(point_name, fail)], make_prompt_cache(model.model))
+        assert state(model) == before, point_name
+    with pytest.raises(RuntimeError, match="hook_z"):
+        model.run_with_hooks(TOKENS, [("blocks.1.attn.hook_z", fail)], kv_cache)
+    assert [type(entry) for entry in kv_cache] == cache_classes
+    assert mx.array_equal(model(TOKENS), plain)
+
+
+def test_hooks_inside_a_block_meet_every_run_and_end_with_it() -> None:
+    model = HookedModel(make_model("llama"))
+    plain = model(TOKENS)
+    before = state(model)
+    with model.hooks([("blocks.1.hook_mlp_out", lambda value, point: value * 0)]) as same:
+        assert same is model
+        hooked = model(TOKENS)
+        assert mx.array_equal(model.model(mx.array(TOKENS)), hooked)
+    assert not mx.array_equal(hooked, plain)
+    assert mx.array_equal(model(TOKENS), plain)
+    assert state(model) == before
+
+
+def test_nested_blocks_add_up_and_unwind_in_order() -> None:
+    model = HookedModel(make_model("llama"))
+    calls: list[str] = []
+    with model.hooks([("hook_embed", lambda value, point: calls.append("outer"))]):
+        with model.hooks([("hook_embed", lambda value, point: calls.append("inner"))]):
+            _, cache = model.run_with_cache(TOKENS, "hook_embed")
+        model(TOKENS)
+    model(TOKENS)
+    assert calls == ["outer", "inner", "outer"]
+    assert cache["hook_embed"].shape == (1, 4, 32)
+
+
+def test_an_exception_in_an_inner_block_leaves_the_outer_hooks_attached() -> None:
+    model = HookedModel(make_model("llama"))
+    calls: list[int] = []
+    with model.hooks([("hook_embed", lambda value, point: calls.append(1))]):
+        with pytest.raises(ZeroDivisionError), model.hooks([("hook_embed", lambda value, point: 1 / 0)]):
+            model(TOKENS)
+        model(TOKENS)
+    assert len(calls) == 2
+
+
+def test_mlx_lms_own_generation_meets_the_hooks_of_a_block() -> None:
+    model = HookedModel(make_model("llama"))
+    positions: list[int] = []
+
+    def note(value: mx.array, point: HookPoint) -> None:
+        positions.extend(range(model.instrument.run.start, model.instrument.run.start + value.shape[1]))
+
+    with model.hooks([("hook_embed", note)]):
+        steps = generate_step(mx.array(TOKENS[0]), model.model, max_tokens=3)
+        assert len(list(steps)) == 3
+    assert positions[:6] == [0, 1, 2, 3, 4, 5]
+
+
+def test_another_threads_plain_run_is_not_seen() -> None:
+    model = HookedModel(make_model("llama"))
+    seen: list[threading.Thread] = []
+    results: list[mx.array] = []
+
+    def plain_run() -> None:
+        # MLX arrays belong to the thread that made them.
+        results.append(np.array(make_model("llama")(mx.array(TOKENS))))
+        results.append(np.array(model.model(mx.array(TOKENS))))
+
+    def double(value: mx.array, point: HookPoint) -> mx.array:
+        seen.append(threading.current_thread())
+        return value * 2
+
+    with model.hooks([("blocks.0.attn.hook_z", double), ("blocks.0.hook_resid_pre", double)]):
+        thread = threading.Thread(target=plain_run)
+        thread.start()
+        thread.join()
+        assert not seen
+        model(TOKENS)
+        assert len(seen) == 2
+    assert np.array_equal(results[0], results[1])
+
+
+def test_another_threads_hooked_run_waits_for_the_block() -> None:
+    model = HookedModel(make_model("llama"))
+    order: list[str] = []
+
+    def hooked_run() -> None:
+        order.append("asked")
+        np.array(model(TOKENS))
+        order.append("ran")
+
+    with model.hooks([("hook_embed", lambda value, point: None)]):
+        thread = threading.Thread(target=hooked_run)
+        thread.start()
+        thread.join(timeout=0.3)
+        order.append("block ends")
+    thread.join()
+    assert order == ["asked", "block ends", "ran"]
+
+
+def test_two_models_hooked_at_once_keep_apart() -> None:
+    one, two = HookedModel(make_model("llama", seed=1)), HookedModel(make_model("qwen3", seed=2))
+    alone = [m.run_with_cache(TOKENS)[1].numpy(("pattern", 1)) for m in (one, two)]
+    kernel = mx.fast.scaled_dot_product_attention
+    with one.hooks([("blocks.1.attn.hook_pattern", lambda value, point: None)]):
+        _, inner = two.run_with_cache(TOKENS)
+        _, outer = one.run_with_cache(TOKENS)
+    assert np.array_equal(outer.numpy(("pattern", 1)), alone[0])
+    assert np.array_equal(inner.numpy(("pattern", 1)), alone[1])
+    assert mx.fast.scaled_dot_product_attention is kernel
+
+
+def test_an_unknown_name_is_refused_before_anything_runs() -> None:
+    model = HookedModel(make_model("llama"))
+    with pytest.raises(UnknownHookError, match=r"Did you mean blocks\.2\.hook_resid_post\?.*Layers \(i\): 0-2"):
+        model.run_with_cache(TOKENS, "blocks.2.resid_post")
+    with pytest.raises(UnknownHookError, match="Unknown hook point 'blocks.3.hook_resid_post'"):
+        model.run_with_hooks(TOKENS, [("blocks.3.hook_resid_post", lambda value, point: None)])
+
+
+def test_a_model_whose_stream_has_a_multiplier_is_refused() -> None:
+    # The children of granite's blocks are llama's, but what they add is multiplied: captures would be wrong.
+    CONFIGS["granite"] = CONFIGS["llama"] | {
+        "model_type": "granite", "logits_scaling": 1.0, "attention_multiplier": 0.35, "embedding_multiplier": 1.0,
+        "residual_multiplier": 0.5, "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0,
+    }  # fmt: skip
+    try:
+        raw = make_model("granite")
+    finally:
+        del CONFIGS["granite"]
+    with pytest.raises(UnsupportedModelError, match="granite cannot be hooked exactly: resid_mid = resid_pre"):
+        HookedModel(raw)
+    assert all(type(module).__module__.startswith(("mlx", "mlx_lm")) for _, module in raw.named_modules())
+
+
+def test_a_model_with_unknown_modules_is_refused_with_their_names() -> None:
+    CONFIGS["gemma2"] = CONFIGS["llama"] | {"model_type": "gemma2", "head_dim": 8}
+    try:
+        raw = make_model("gemma2")
+    finally:
+        del CONFIGS["gemma2"]
+    with pytest.raises(UnsupportedModelError, match="not a known kind of block: it has {.*pre_feedforward_layernorm"):
+        HookedModel(raw)
