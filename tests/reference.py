@@ -1,4 +1,4 @@
-"""An independent oracle: the forward pass of llama, qwen2, qwen3 and gpt2 from their papers' formulas, in NumPy float64.
+"""An independent oracle: the forward pass of llama, qwen2, qwen3 and gpt2, from the formulas, in NumPy float64.
 
 It shares no code with the engine or mlx-lm. ``edits`` replaces a value at a hook point on the way, so that what an
 edit should do can be computed without the engine.

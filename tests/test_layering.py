@@ -35,8 +35,15 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level]) if node.level else ""
             module = ".".join(filter(None, [base, node.module]))
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            found |= {_module(module, alias.name) for alias in node.names}
     return found
+
+
+def _module(package: str, name: str) -> str:
+    """What ``from package import name`` imports: the submodule where there is one, else the package."""
+    folder = ROOT / package.replace(".", "/")
+    is_module = (folder / f"{name}.py").exists() or (folder / name).is_dir()
+    return f"{package}.{name}" if is_module else package
 
 
 def sources(package: str) -> list[Path]:
@@ -47,16 +54,9 @@ def violations(package: str) -> list[str]:
     rule = PACKAGES[package]
     found = []
     for path in sources(package):
-        above = COMMAND_LINE if path.name == "cli.py" else set()
-        for name in imports(path):
-            parts = name.split(".")
-            reached = {".".join(parts[: i + 1]) for i in range(len(parts))}
-            if reached & (rule["forbidden"] - above) and not reached & rule.get("allowed", set()):
-                # `from neuroscope_bridge import payload` reads as the package and as the module: the module counts.
-                if name not in {a.rpartition(".")[0] for a in rule.get("allowed", set())} or not any(
-                    a in imports(path) for a in rule.get("allowed", set())
-                ):
-                    found.append(f"{path.relative_to(ROOT)} imports {name}")
+        forbidden = rule["forbidden"] - (COMMAND_LINE if path.name == "cli.py" else set())
+        wrong = {name for name in imports(path) if name.split(".")[0] in forbidden} - rule.get("allowed", set())
+        found += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(wrong)]
     return found
 
 
