@@ -11,7 +11,7 @@ from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedMode
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
 from .manager import ActivationHookManager, HookSpec
-from .model import HookedModel
+from .model import HookedModel, load_model
 
 __version__ = "0.1.0"
 
@@ -29,4 +29,5 @@ __all__ = [
     "ModelLoadError",
     "UnknownHookError",
     "UnsupportedModelError",
+    "load_model",
 ]

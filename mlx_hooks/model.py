@@ -328,6 +328,11 @@ class HookedModel:
             )
 
 
+def load_model(name_or_path: str | Path) -> HookedModel:
+    """The same as ``HookedModel.from_pretrained``."""
+    return HookedModel.from_pretrained(name_or_path)
+
+
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:

@@ -60,6 +60,13 @@ def test_captures_show_edited_values_and_the_stream_still_sums_up(model: HookedM
     assert mx.array_equal(cache["resid_mid", 1], cache["resid_pre", 1] + cache["attn_out", 1])
 
 
+def test_an_edit_of_what_a_norm_reads_leaves_the_stream_alone(model: HookedModel) -> None:
+    with model.hooks([("blocks.1.ln2.hook_in", lambda value, point: value * 3 + 1)]):
+        _, cache = model.run_with_cache(TOKENS)
+    assert mx.array_equal(cache["resid_mid", 1], cache["resid_pre", 1] + cache["attn_out", 1])
+    assert mx.array_equal(cache["blocks.1.ln2.hook_in"], cache["resid_mid", 1] * 3 + 1)
+
+
 @pytest.mark.parametrize("component", ["q", "k", "rot_q", "rot_k", "v", "z", "pattern", "attn_scores", "resid_pre"])
 def test_an_edit_lasts_through_cached_decoding(model: HookedModel, component: str) -> None:
     # With one full pass as the oracle: an edited key or value must be the one that later tokens see.

@@ -232,6 +232,17 @@ def test_attention_pattern_matches_a_sliding_window() -> None:
         np.testing.assert_allclose(cache.numpy(("z", i)), z, rtol=1e-5, atol=1e-5)
 
 
+def test_records_that_do_not_begin_at_the_first_position_join_where_they_stand() -> None:
+    model = HookedModel(make_model("llama"))
+    kv_cache = make_prompt_cache(model.model)
+    model.run_with_cache([1, 5, 9], "hook_embed", kv_cache=kv_cache)
+    parts = [model.run_with_cache([t], "blocks.1.attn.hook_pattern", kv_cache=kv_cache)[1] for t in (3, 7)]
+    joined = join([part.records["blocks.1.attn.hook_pattern"][0] for part in parts])
+    assert joined.positions == (3, 5)
+    assert joined.position_ids == range(3, 5)
+    assert joined.value.shape == (1, 4, 2, 5)
+
+
 def test_joining_nothing_but_one_record_changes_nothing() -> None:
     model = HookedModel(make_model("llama"))
     _, cache = model.run_with_cache(TOKENS, "hook_embed")
