@@ -1,0 +1,676 @@
+"""The Python client: every route of the server as a method, activations as numpy arrays."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, cast, overload
+from urllib.parse import quote, urlsplit
+
+import orjson
+import requests
+from requests.auth import AuthBase
+from urllib3 import exceptions as transport
+
+from .errors import (
+    NeuroScopeAPIError,
+    NeuroScopeError,
+    PayloadError,
+    ResponseFormatError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+)
+from .payload import decode_activation, dumps
+
+DEFAULT_BASE_URL = "http://127.0.0.1:8080"
+DEFAULT_TIMEOUT = 600.0
+CONNECT_TIMEOUT = 10.0
+READ_BYTES = 1 << 16
+SNIPPET = 200  # characters of a foreign answer that an error quotes
+
+Messages = Sequence[Mapping[str, str]]
+Hooks = Sequence[Mapping[str, Any]]
+Reply = dict[str, Any]
+
+
+class LMStudioNeuroScopeClient:
+    """A connection to a NeuroScope server.
+
+        with LMStudioNeuroScopeClient() as client:
+            client.load_model("neuroscope-tiny")
+            hooks = [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "r1"}]
+            messages = [{"role": "user", "content": "hello"}]
+            result = client.generate_with_activations(messages, hooks, max_tokens=5)
+            result["choices"][0]["message"]["content"]
+            result["activations"]["r1"][0]["data"].shape      # (1, prompt tokens, d_model)
+
+    Connections are kept open between calls. Use one client per thread.
+
+    Args:
+        base_url: Where the server is, `http://127.0.0.1:8080` by default.
+        timeout: Seconds that the server may stay silent before `ServerTimeoutError`. Without `stream` it is
+            silent for the whole of a generation.
+        api_key: The key that the server was started with, sent as a Bearer token.
+
+    Every method raises `ServerUnreachableError`, `ServerTimeoutError`, `NeuroScopeAPIError` (the server said
+    no) or `ResponseFormatError` (the answer is not NeuroScope's), all of them `NeuroScopeError`.
+
+    Raises:
+        ValueError: `base_url` is no http or https URL or holds a password, `timeout` is not above 0, or
+            `api_key` cannot stand in an HTTP header.
+    """
+
+    def __init__(
+        self, base_url: str = DEFAULT_BASE_URL, timeout: float = DEFAULT_TIMEOUT, api_key: str | None = None
+    ) -> None:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError(f"base_url must look like {DEFAULT_BASE_URL}, got {base_url!r}.")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("base_url must hold neither user, query nor fragment; give a key as api_key.")
+        if not timeout > 0:
+            raise ValueError(f"timeout must be seconds above 0, got {timeout!r}.")
+        if api_key is not None and not (
+            api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
+        ):
+            raise ValueError("api_key must be printable ASCII without spaces around it.")  # and never quoted
+        self.base_url = base_url.rstrip("/")
+        self.timeout = timeout
+        self._session = requests.Session()
+        self._session.headers.update({"Content-Type": "application/json", "Accept": "application/json"})
+        # Proxies of the environment are for the world outside; a loopback server is never behind one.
+        self._session.trust_env = not _is_loopback(parts.hostname)
+        self._session.auth = _Bearer(api_key)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(base_url={self.base_url!r}, timeout={self.timeout!r})"
+
+    def __enter__(self) -> LMStudioNeuroScopeClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections that are kept open; a later call opens new ones."""
+        self._session.close()
+
+    # -- server and models -----------------------------------------------------------------------
+
+    def health(self) -> Reply:
+        """What the server says about itself: `{"status": "healthy", ...}`."""
+        return self._json("GET", "/health")
+
+    def health_check(self) -> bool:
+        """Whether a healthy server answers; False instead of an error where none does."""
+        try:
+            return self.health().get("status") == "healthy"
+        except NeuroScopeError:
+            return False
+
+    def list_models(self) -> list[Reply]:
+        """The loaded models, the one loaded last at the end: `[{"id": "neuroscope-tiny", ...}]`."""
+        return cast("list[Reply]", self._field("GET", "/v1/models", "data", list))
+
+    def load_model(self, model_path: str | os.PathLike[str], model_id: str | None = None, **options: Any) -> Reply:
+        """Load a model into the server.
+
+            client.load_model("neuroscope-tiny")
+            # {'model_id': 'neuroscope-tiny', 'status': 'loaded', 'num_layers': 4, ...}
+
+        Args:
+            model_path: `neuroscope-tiny`, a folder that the server can read, or a Hugging Face id.
+            model_id: The name to use in requests; by default the last part of the path.
+            options: Further fields of the request.
+        """
+        return self._json(
+            "POST", "/v1/models/load", {"model_path": os.fspath(model_path), "model_id": model_id, **options}
+        )
+
+    def unload_model(self, model_id: str | None = None) -> Reply:
+        """Unload a model, by default the one loaded last."""
+        return self._json("DELETE", self._model_route(model_id))
+
+    def model_info(self, model_id: str | None = None) -> Reply:
+        """The configuration of a model, by default the one loaded last: num_layers, model_type and so on."""
+        return self._json("GET", self._model_route(model_id))
+
+    def hook_points(self, model_id: str | None = None) -> list[Reply]:
+        """Everything that a model lets one capture, in forward order.
+
+            client.hook_points()[0]["name"]      # 'hook_embed'
+
+        Each has name, layer (None outside the blocks), component and axes.
+        """
+        route = f"{self._model_route(model_id)}/hook_points"
+        return cast("list[Reply]", self._field("GET", route, "hook_points", list))
+
+    def tokenize(self, text: str | None = None, *, messages: Messages | None = None, model: str | None = None) -> Reply:
+        """The tokens of a text, or of a chat as its template writes it.
+
+            client.tokenize("the cat sat")      # {'tokens': [5, 17, 90], 'token_strings': [...], 'count': 3}
+
+        Raises:
+            ValueError: both or neither of `text` and `messages`.
+        """
+        _require_one(text=text, messages=messages)
+        return self._json("POST", "/v1/tokenize", {"text": text, "messages": messages, "model": model})
+
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """The text of token ids."""
+        body = {"tokens": [int(token) for token in tokens], "model": model}
+        return cast(str, self._field("POST", "/v1/detokenize", "text", str, body))
+
+    # -- generation ------------------------------------------------------------------------------
+
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[True], **options: Any) -> EventStream: ...
+    @overload
+    def chat(self, messages: Messages, *, stream: Literal[False] = False, **options: Any) -> Reply: ...
+    def chat(
+        self,
+        messages: Messages,
+        max_tokens: int = 100,
+        temperature: float = 0.7,
+        stream: bool = False,
+        **options: Any,
+    ) -> Reply | EventStream:
+        """Answer a chat, in OpenAI's format.
+
+            client.chat([{"role": "user", "content": "hello"}])["choices"][0]["message"]["content"]
+            for event in client.chat(messages, stream=True):
+                print(event["choices"][0]["delta"].get("content", ""), end="")
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]`.
+            max_tokens: The most tokens to generate.
+            temperature: 0 takes the likeliest token each time.
+            stream: Return an `EventStream`, one event per token, instead of one reply.
+            options: Further fields: model, top_p, top_k, min_p, repetition_penalty, seed, stop.
+        """
+        body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature, **options}
+        return self._generate("/v1/chat/completions", body, stream)
+
+    @overload
+    def complete(self, prompt: str | Sequence[int], *, stream: Literal[True], **options: Any) -> EventStream: ...
+    @overload
+    def complete(self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **options: Any) -> Reply: ...
+    def complete(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 100,
+        temperature: float = 0.7,
+        stream: bool = False,
+        **options: Any,
+    ) -> Reply | EventStream:
+        """Continue a text, or token ids.
+
+            client.complete("The capital of France is", max_tokens=1, temperature=0)["choices"][0]["text"]
+
+        The other arguments are those of `chat`.
+        """
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **options}
+        return self._generate("/v1/completions", body, stream)
+
+    @overload
+    def generate_with_activations(
+        self,
+        messages: Messages,
+        activation_hooks: Hooks | None = None,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> EventStream: ...
+    @overload
+    def generate_with_activations(
+        self,
+        messages: Messages,
+        activation_hooks: Hooks | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Reply: ...
+    def generate_with_activations(
+        self,
+        messages: Messages,
+        activation_hooks: Hooks | None = None,
+        max_tokens: int = 100,
+        temperature: float = 0.7,
+        stream: bool = False,
+        activation_encoding: str = "base64",
+        **options: Any,
+    ) -> Reply | EventStream:
+        """Answer a chat and bring back what the hooks captured.
+
+            hooks = [{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "r5"}]
+            result = client.generate_with_activations(messages, hooks, max_tokens=2)
+            [record["data"].shape for record in result["activations"]["r5"]]
+            # [(1, 10, 768), (1, 1, 768)]: the prompt, then each token that was fed back
+
+        Args:
+            messages: `[{"role": "user", "content": "..."}, ...]`.
+            activation_hooks: Hook specs; None for the registered ones (`register_hooks`).
+            max_tokens: 0 only reads the prompt.
+            temperature: 0 takes the likeliest token each time.
+            stream: Return an `EventStream`; each event has the activations of its step.
+            activation_encoding: How arrays travel: `base64`, `json`, or `none` (records without data).
+            options: Further fields: activation_dtype (`float32`, `float16`) and those of `chat`.
+
+        Returns:
+            The reply, or the events, as sent, save that `data` of every record is a numpy array.
+            `stack_records` joins the records of a hook.
+        """
+        body = {
+            "messages": messages,
+            "activation_hooks": activation_hooks,
+            "activation_encoding": activation_encoding,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            **options,
+        }
+        return self._generate("/v1/chat/completions/with_activations", body, stream)
+
+    @overload
+    def complete_with_activations(
+        self,
+        prompt: str | Sequence[int],
+        activation_hooks: Hooks | None = None,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> EventStream: ...
+    @overload
+    def complete_with_activations(
+        self,
+        prompt: str | Sequence[int],
+        activation_hooks: Hooks | None = None,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> Reply: ...
+    def complete_with_activations(
+        self,
+        prompt: str | Sequence[int],
+        activation_hooks: Hooks | None = None,
+        max_tokens: int = 100,
+        temperature: float = 0.7,
+        stream: bool = False,
+        activation_encoding: str = "base64",
+        **options: Any,
+    ) -> Reply | EventStream:
+        """Continue a text and bring back what the hooks captured.
+
+            client.complete_with_activations("When Mary and John went to", hooks, max_tokens=0)["activations"]
+
+        Arguments and result are those of `generate_with_activations`, with a text or token ids as `prompt`.
+        """
+        body = {
+            "prompt": prompt,
+            "activation_hooks": activation_hooks,
+            "activation_encoding": activation_encoding,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            **options,
+        }
+        return self._generate("/v1/completions/with_activations", body, stream)
+
+    # -- hooks and analysis ----------------------------------------------------------------------
+
+    def register_hooks(self, hooks: Hooks, model: str | None = None) -> list[str]:
+        """Register hooks for the requests that name none of their own.
+
+            client.register_hooks([{"layer_name": "transformer.h.5", "component": "mlp", "hook_id": "m5"}])
+            # ['m5']
+
+        Returns:
+            The ids, those that the server made up included.
+        """
+        body = {"hooks": hooks, "model": model}
+        return cast("list[str]", self._field("POST", "/v1/activations/hooks", "registered_hooks", list, body))
+
+    def list_hooks(self, model: str | None = None) -> list[Reply]:
+        """The registered hook specs."""
+        return cast("list[Reply]", self._field("GET", "/v1/activations/hooks", "hooks", list, params={"model": model}))
+
+    def clear_hooks(self, model: str | None = None) -> Reply:
+        """Remove all registered hooks."""
+        return self._json("DELETE", "/v1/activations/hooks", params={"model": model})
+
+    def delete_hook(self, hook_id: str, model: str | None = None) -> Reply:
+        """Remove one registered hook; an unknown id is a `NeuroScopeAPIError` with status 404."""
+        return self._json("DELETE", f"/v1/activations/hooks/{quote(hook_id, safe='')}", params={"model": model})
+
+    register_activation_hooks = register_hooks
+    clear_activation_hooks = clear_hooks
+
+    def logit_lens(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        messages: Messages | None = None,
+        top_k: int = 5,
+        position: int = -1,
+        model: str | None = None,
+    ) -> Reply:
+        """What the model would predict after each layer.
+
+            lens = client.logit_lens("The capital of France is")
+            [layer["predictions"][0]["token"] for layer in lens["layers"]]
+
+        Args:
+            prompt: A text or token ids; or give `messages`.
+            top_k: Predictions per layer.
+            position: Token to read at; negative counts from the end.
+
+        Raises:
+            ValueError: both or neither of `prompt` and `messages`.
+        """
+        _require_one(prompt=prompt, messages=messages)
+        body = {"prompt": prompt, "messages": messages, "top_k": top_k, "position": position, "model": model}
+        return self._json("POST", "/v1/analysis/logit_lens", body)
+
+    # -- transport -------------------------------------------------------------------------------
+
+    def _model_route(self, model_id: str | None) -> str:
+        if model_id is None:
+            models = self.list_models()
+            if not models:
+                raise NeuroScopeError(f"No model is loaded at {self.base_url}: call load_model first.")
+            model_id = _expect(models[-1], "id", str, "GET /v1/models")
+        return f"/v1/models/{quote(str(model_id), safe='')}"
+
+    def _generate(self, route: str, body: Reply, stream: bool) -> Reply | EventStream:
+        body["stream"] = stream
+        if stream:
+            return EventStream(self._send("POST", route, body, stream=True), f"POST {route}", self.timeout)
+        reply = self._json("POST", route, body)
+        _expect(reply, "choices", list, f"POST {route}")
+        return _with_arrays(reply, f"POST {route}")
+
+    def _field(
+        self,
+        method: str,
+        route: str,
+        name: str,
+        kind: type,
+        body: Reply | None = None,
+        params: Reply | None = None,
+    ) -> Any:
+        return _expect(self._json(method, route, body, params), name, kind, f"{method} {route}")
+
+    def _json(self, method: str, route: str, body: Reply | None = None, params: Reply | None = None) -> Reply:
+        response = self._send(method, route, body, params)
+        reply = _parse(response.content)
+        if not isinstance(reply, dict):
+            raise ResponseFormatError(
+                f"{method} {route}: expected a JSON object, got {_quoted(response.content)}. "
+                f"Is {self.base_url} a NeuroScope server?"
+            )
+        return reply
+
+    def _send(
+        self,
+        method: str,
+        route: str,
+        body: Reply | None = None,
+        params: Reply | None = None,
+        stream: bool = False,
+    ) -> requests.Response:
+        data = None if body is None else dumps({name: value for name, value in body.items() if value is not None})
+        try:
+            response = self._session.request(
+                method,
+                self.base_url + route,
+                params=params,
+                data=data,
+                headers={"Accept": "text/event-stream"} if stream else None,
+                timeout=(min(CONNECT_TIMEOUT, self.timeout), self.timeout),
+                allow_redirects=False,
+                stream=stream,
+            )
+        except requests.ConnectTimeout as error:
+            raise self._unreachable("it does not accept connections") from error
+        except requests.Timeout as error:
+            raise _timed_out(f"{method} {route}", self.timeout) from error
+        except requests.RequestException as error:
+            # A read timeout in the middle of a body arrives as a ConnectionError.
+            if _caused_by(error, transport.ReadTimeoutError):
+                raise _timed_out(f"{method} {route}", self.timeout) from error
+            if _caused_by(error, transport.ProtocolError):
+                raise ServerUnreachableError(
+                    f"The server at {self.base_url} closed the connection before it answered {method} {route}."
+                ) from error
+            raise self._unreachable(_innermost(error)) from error
+        if response.status_code >= 300:
+            with response:
+                raise _api_error(response, f"{method} {route}")
+        return response
+
+    def _unreachable(self, reason: str) -> ServerUnreachableError:
+        return ServerUnreachableError(
+            f"No NeuroScope server answers at {self.base_url} ({reason}). Start one with `neuroscope serve`."
+        )
+
+
+class EventStream:
+    """The events of a streamed generation, each as soon as it comes.
+
+        with client.generate_with_activations(messages, hooks, stream=True) as events:
+            for event in events:
+                print(event["choices"][0]["delta"].get("content", ""), end="")
+                event.get("activations")      # of this step, as numpy arrays
+
+    `close`, or leaving the `with`, closes the connection, which ends the generation on the server. An
+    iterator that is read to its end closes itself.
+
+    Raises:
+        NeuroScopeAPIError: the server reported an error in the stream (its `status` is None).
+        ServerUnreachableError: the connection broke before the end of the stream.
+        ServerTimeoutError: nothing came for the client's `timeout`.
+        ResponseFormatError: an event that is not JSON, or damaged activations.
+    """
+
+    def __init__(self, response: requests.Response, source: str, timeout: float) -> None:
+        self._response = response
+        kind = response.headers.get("Content-Type", "")
+        if not kind.startswith("text/event-stream"):
+            response.close()
+            raise ResponseFormatError(f"{source}: expected an event stream, got {kind or 'no content type'!r}.")
+        # Not a method of this object: a cycle would leave the connection open until the garbage collector comes.
+        self._events = _events(response, source, timeout)
+
+    def __iter__(self) -> EventStream:
+        return self
+
+    def __next__(self) -> Reply:
+        return next(self._events)
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; the iterator has ended then. Safe to call twice."""
+        self._events.close()
+        self._response.close()
+
+
+def _events(response: requests.Response, source: str, timeout: float) -> Generator[Reply, None, None]:
+    try:
+        for text in parse_event_stream(_chunks(response, source, timeout)):
+            if text == "[DONE]":
+                return
+            event = _parse(text)
+            if not isinstance(event, dict):
+                raise ResponseFormatError(f"{source}: expected a JSON object as event, got {_quoted(text)}.")
+            if event.get("error") is not None:
+                raise _error_of(event, None, source)
+            yield _with_arrays(event, source)
+        raise ServerUnreachableError(f"{source}: the stream ended before its [DONE].")
+    finally:
+        response.close()
+
+
+def _chunks(response: requests.Response, source: str, timeout: float) -> Iterator[bytes]:
+    try:
+        # Not iter_content: on a body without chunked encoding it waits for a full block.
+        while chunk := response.raw.read1(READ_BYTES, decode_content=True):
+            yield chunk
+    except transport.ReadTimeoutError as error:
+        raise _timed_out(source, timeout) from error
+    except (transport.HTTPError, OSError) as error:
+        raise ServerUnreachableError(f"{source}: the connection broke in the middle of the stream.") from error
+
+
+def parse_event_stream(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The data of each server-sent event in a stream of bytes, cut anywhere.
+
+        list(parse_event_stream([b"data: {\\"a\\"", b": 1}\\n\\n: comment\\ndata: [DONE]\\n\\n"]))
+        # ['{"a": 1}', '[DONE]']
+
+    Lines end in LF, CRLF or CR; several `data` lines of one event are joined by LF; comments and other
+    fields are skipped; an event that no empty line finishes is dropped. All as the standard says
+    (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+
+    Raises:
+        ResponseFormatError: a line that is not UTF-8.
+    """
+    data: list[str] = []
+    for line in _lines(chunks):
+        if not line:
+            if data:
+                yield "\n".join(data)
+            data = []
+            continue
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            try:
+                data.append(value.removeprefix(b" ").decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ResponseFormatError(f"An event is not UTF-8: {error}") from error
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Complete lines without their ends; bytes are cut, not text, so no character is split."""
+    pending: list[bytes] = []
+    mark = b"\xef\xbb\xbf"  # a byte-order mark may open the stream
+    for chunk in chunks:
+        pending.append(chunk)
+        if b"\n" not in chunk and b"\r" not in chunk:
+            continue
+        lines = b"".join(pending).splitlines(keepends=True)
+        # A CR at the end may be half of a CRLF: its line waits for what follows.
+        pending = [] if lines[-1].endswith(b"\n") else [lines.pop()]
+        for line in lines:
+            yield line.rstrip(b"\r\n").removeprefix(mark)
+            mark = b""
+    rest = b"".join(pending)
+    if rest.endswith(b"\r"):
+        yield rest[:-1].removeprefix(mark)
+
+
+class _Bearer(AuthBase):
+    """The api key as a header, and nothing where there is none; .netrc must supply no other."""
+
+    def __init__(self, api_key: str | None) -> None:
+        self._api_key = api_key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._api_key is not None:
+            request.headers["Authorization"] = f"Bearer {self._api_key}"
+        return request
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _require_one(**given: Any) -> None:
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"Give exactly one of {' and '.join(given)}.")
+
+
+def _parse(text: bytes | str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _quoted(text: bytes | str) -> str:
+    """The beginning of a foreign answer, for an error message."""
+    return repr(text[:SNIPPET].decode("utf-8", "replace") if isinstance(text, bytes) else text[:SNIPPET])
+
+
+def _expect(reply: Any, name: str, kind: type, source: str) -> Any:
+    value = reply.get(name) if isinstance(reply, dict) else None
+    if not isinstance(value, kind):
+        got = _quoted(repr(value)) if value is not None else "nothing"
+        raise ResponseFormatError(f"{source}: expected {name!r} to be a {kind.__name__}, got {got}.")
+    return value
+
+
+def _with_arrays(reply: Reply, source: str) -> Reply:
+    """Decode `data` of every activation record in place; a reply without activations stays as it is."""
+    activations = reply.get("activations")
+    if activations is None:
+        return reply
+    try:
+        for records in activations.values():
+            for record in records:
+                if record.get("encoding") != "none":
+                    record["data"] = decode_activation(record)
+    except (PayloadError, AttributeError, TypeError) as error:
+        raise ResponseFormatError(f"{source}: damaged activations: {error}") from error
+    return reply
+
+
+def _api_error(response: requests.Response, source: str) -> NeuroScopeAPIError:
+    try:
+        content = response.content
+    except requests.RequestException:
+        content = b""
+    body = _parse(content)
+    if isinstance(body, dict) and "error" in body:
+        return _error_of(body, response.status_code, source)
+    said = f": {_quoted(content)}" if content else ""
+    return NeuroScopeAPIError(
+        f"{source}: {response.reason}{said}", response.status_code, body=content.decode("utf-8", "replace")
+    )
+
+
+def _error_of(body: Reply, status: int | None, source: str) -> NeuroScopeAPIError:
+    error = body["error"]
+    if not isinstance(error, dict):
+        return NeuroScopeAPIError(f"{source}: {error}", status, body=body)
+    message = error.get("message") or "the server gave no reason"
+    return NeuroScopeAPIError(message, status, error.get("type"), error.get("code"), error.get("param"), body)
+
+
+def _timed_out(source: str, timeout: float) -> ServerTimeoutError:
+    return ServerTimeoutError(
+        f"{source}: nothing came for {timeout:g} s. Give the client a longer timeout, or stream the reply."
+    )
+
+
+def _caused_by(error: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(item, kind) for item in (error, *error.args)) or (
+        error.__context__ is not None and _caused_by(error.__context__, kind)
+    )
+
+
+def _innermost(error: BaseException) -> str:
+    """The root cause in the system's words, "Connection refused", without urllib3's nesting."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

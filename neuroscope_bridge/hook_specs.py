@@ -1,0 +1,299 @@
+"""Hook specs for common questions, activations in NeuroScope's shape, and the circuits that one capture shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import PayloadError
+from .payload import decode_activation
+
+LAYER_COMPONENTS = (
+    "residual",
+    "attention",
+    "mlp",
+    "layernorm",
+    "query",
+    "key",
+    "value",
+    "attention_scores",
+    "attention_pattern",
+)
+"""The components that every block has; `embedding` is asked of `transformer.wte`, not of a block."""
+
+CIRCUIT_COMPONENTS = ("residual", "attention", "mlp")
+ATTENTION_COMPONENTS = ("attention_pattern", "query", "key", "value")
+HEAD_THRESHOLD = 0.3  # mean attention from which a head is listed as a circuit
+FIRST_SCORED_QUERY = 2  # at position 1 the previous token is the first token: it cannot tell the two apart
+
+_NEUROSCOPE_NAMES = {
+    "hook_id": "hookId",
+    "layer_name": "layerName",
+    "component": "component",
+    "hook_point": "hookPoint",
+    "layer_index": "layerIndex",
+    "shape": "shape",
+    "dtype": "dtype",
+    "axes": "axes",
+    "positions": "positions",
+    "is_input": "isInput",
+    "phase": "phase",
+    "step": "step",
+}
+_SEED_FIELDS = ("hook_id", "layer_name", "component", "shape", "dtype", "is_input")
+
+Activations = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+class NeuroScopeActivationBridge:
+    """From a model's size to hook specs, and from captured activations to NeuroScope's tensors and circuits.
+
+        bridge = NeuroScopeActivationBridge()
+        hooks = bridge.create_hook_specs_for_circuit_analysis(model_layers=4)
+        result = client.generate_with_activations(messages, hooks, max_tokens=1)
+        for circuit in bridge.find_circuits(result["activations"]):
+            print(circuit["name"], circuit["confidence"])
+
+    It holds no state and talks to no server.
+    """
+
+    @staticmethod
+    def create_hook_specs_for_circuit_analysis(
+        model_layers: int,
+        components: Sequence[str] | None = CIRCUIT_COMPONENTS,
+        target_layers: Sequence[int] | None = None,
+    ) -> list[dict[str, Any]]:
+        """One spec per layer and component, ordered by layer, then as `components` are.
+
+            create_hook_specs_for_circuit_analysis(24)[1]
+            # {'layer_name': 'transformer.h.0', 'component': 'attention', 'hook_id': 'layer_0_attention',
+            #  'capture_input': False, 'capture_output': True}
+
+        Args:
+            model_layers: Number of layers of the model, `num_layers` in the reply to `load_model`.
+            components: Any of `LAYER_COMPONENTS`; None for residual, attention and mlp.
+            target_layers: Layers to hook, counted from 0; None for all.
+
+        Raises:
+            ValueError: an unknown component or a layer that the model lacks; the message lists what there is.
+        """
+        chosen = CIRCUIT_COMPONENTS if components is None else components
+        layers = _layers(model_layers, target_layers)
+        return [_spec(layer, component) for layer in layers for component in _components(chosen)]
+
+    @staticmethod
+    def create_attention_analysis_hooks(
+        model_layers: int, target_layers: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Pattern, query, key and value of each target layer.
+
+            [spec["hook_id"] for spec in create_attention_analysis_hooks(24, target_layers=[5])]
+            # ['layer_5_attention_pattern', 'layer_5_query', 'layer_5_key', 'layer_5_value']
+
+        Args:
+            model_layers: Number of layers of the model.
+            target_layers: Layers to hook, counted from 0; None for all.
+
+        Raises:
+            ValueError: a layer that the model lacks.
+        """
+        layers = _layers(model_layers, target_layers)
+        return [_spec(layer, component) for layer in layers for component in ATTENTION_COMPONENTS]
+
+    @staticmethod
+    def convert_activations_for_neuroscope(activations: Activations) -> dict[str, list[dict[str, Any]]]:
+        """The `activations` of a reply with the names that NeuroScope's ActivationTensor has.
+
+            tensors = convert_activations_for_neuroscope(result["activations"])
+            tensors["layer_5_residual"][0]["layerName"]      # 'transformer.h.5'
+            tensors["layer_5_residual"][0]["data"].shape     # (1, 10, 768)
+
+        Returns:
+            Hook id -> tensors with hookId, layerName, component, hookPoint, layerIndex, shape, dtype, axes,
+            positions, isInput, phase, step and data. `data` is a numpy array, or None where the capture was
+            asked for with encoding `none`; fields that a record lacks are None.
+
+        Raises:
+            PayloadError: a record without the fields that every record has, or with damaged data.
+        """
+        return {hook_id: [_tensor(record) for record in records] for hook_id, records in activations.items()}
+
+    @staticmethod
+    def find_circuits(activations: Activations) -> list[dict[str, Any]]:
+        """What one capture shows: heads that attend to a fixed place, and how much each component writes.
+
+            for circuit in find_circuits(result["activations"]):
+                print(circuit["name"], circuit["confidence"])      # previous_token_head L0H1 0.97, ...
+
+        From prefill records, first batch row:
+
+        1. Heads, where `attention_pattern` was captured on three tokens or more: the mean of pattern[q, q-1]
+           (`previous_token_head`) and of pattern[q, 0] (`first_token_head`) over the positions q >= 2; listed
+           from 0.3.
+        2. Writes, where the output of `attention` or `mlp` was captured: the mean over positions of its L2
+           norm, divided by the same mean of the layer's `residual` output. Where that was not captured it is
+           divided by the largest write captured. Clipped to 0..1.
+
+        Both are correlations within one text: neither says what the component causes.
+
+        Args:
+            activations: The `activations` of a reply, or what `convert_activations_for_neuroscope` made of it.
+
+        Returns:
+            Circuits with name, confidence, components [{layer, componentType, index}], pathway
+            [{source, target, strength}] and description, by falling confidence, then by name.
+
+        Raises:
+            PayloadError: a record of use that lacks its data, or holds nan or inf.
+        """
+        tensors = [
+            record if "hookId" in record else _tensor(record) for records in activations.values() for record in records
+        ]
+        circuits = [*_head_circuits(tensors), *_write_circuits(tensors)]
+        return sorted(circuits, key=lambda circuit: (-circuit["confidence"], circuit["name"]))
+
+
+def _spec(layer: int, component: str) -> dict[str, Any]:
+    return {
+        "layer_name": f"transformer.h.{layer}",
+        "component": component,
+        "hook_id": f"layer_{layer}_{component}",
+        "capture_input": False,
+        "capture_output": True,
+    }
+
+
+def _layers(model_layers: int, target_layers: Sequence[int] | None) -> list[int]:
+    if type(model_layers) is not int or model_layers < 1:
+        raise ValueError(f"model_layers must be a whole number from 1, got {model_layers!r}.")
+    if target_layers is None:
+        return list(range(model_layers))
+    chosen = list(target_layers)
+    for layer in chosen:
+        if isinstance(layer, (bool, float, str)) or not 0 <= layer < model_layers:
+            raise ValueError(f"There is no layer {layer!r}. Layers: 0 to {model_layers - 1}.")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"target_layers must name each layer once, got {chosen}. Layers: 0 to {model_layers - 1}.")
+    return sorted(int(layer) for layer in chosen)
+
+
+def _components(components: Sequence[str]) -> list[str]:
+    allowed = f"Components of a layer: {', '.join(LAYER_COMPONENTS)}."
+    if isinstance(components, str):
+        raise ValueError(f"components must be a list, got the string {components!r}. {allowed}")
+    chosen = list(components)
+    for component in chosen:
+        if component not in LAYER_COMPONENTS:
+            raise ValueError(f"Unknown component {component!r}. {allowed}")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"components must name each component once, got {chosen}. {allowed}")
+    return chosen
+
+
+def _tensor(record: Mapping[str, Any]) -> dict[str, Any]:
+    missing = [field for field in _SEED_FIELDS if field not in record]
+    if missing:
+        raise PayloadError(f"An activation record lacks {', '.join(missing)}; it has {', '.join(record) or 'nothing'}.")
+    tensor = {theirs: record.get(ours) for ours, theirs in _NEUROSCOPE_NAMES.items()}
+    tensor["data"] = None if record.get("encoding") == "none" else decode_activation(record)
+    return tensor
+
+
+def _rows(tensor: Mapping[str, Any]) -> tuple[np.ndarray, range]:
+    """The first batch row of a tensor in float64, and the absolute positions of its rows."""
+    if tensor["data"] is None:
+        raise PayloadError(f"Hook {tensor['hookId']!r} was captured without data: ask for encoding 'base64' or 'json'.")
+    values = np.asarray(tensor["data"], dtype=np.float64)[0]
+    positions = range(*tensor["positions"])
+    if values.shape[-2] != len(positions):
+        raise PayloadError(
+            f"Hook {tensor['hookId']!r}: {values.shape[-2]} rows for positions {list(tensor['positions'])}."
+        )
+    if not np.isfinite(values).all():
+        raise PayloadError(f"Hook {tensor['hookId']!r} holds nan or inf: no score can be computed from it.")
+    return values, positions
+
+
+def _prefill(tensors: Sequence[Mapping[str, Any]], component: str) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Layer, values and absolute position of every captured row of a component's output, each row once."""
+    seen = set()
+    for tensor in tensors:
+        if tensor["component"] != component or tensor["isInput"] or tensor["phase"] == "decode":
+            continue
+        if None in (tensor["layerIndex"], tensor["phase"], tensor["positions"]):
+            raise PayloadError(f"Hook {tensor['hookId']!r}: its record lacks layer_index, phase or positions.")
+        values, positions = _rows(tensor)
+        for row, position in enumerate(positions):
+            if (tensor["layerIndex"], position) not in seen:
+                seen.add((tensor["layerIndex"], position))
+                yield tensor["layerIndex"], values[..., row, :], position
+
+
+def _head_circuits(tensors: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    count: dict[int, int] = {}
+    scored: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    patterns = [t for t in tensors if t["component"] == "attention_pattern" and not _lacks_keys(t)]
+    for layer, pattern, query in _prefill(patterns, "attention_pattern"):  # pattern: [head, key]
+        count[layer] = count.get(layer, 0) + 1
+        if query >= FIRST_SCORED_QUERY:
+            scored.setdefault(layer, []).append((pattern[:, query - 1], pattern[:, 0]))
+    for layer, rows in scored.items():
+        if count[layer] <= FIRST_SCORED_QUERY:
+            continue
+        previous, first = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
+        for head in range(len(previous)):
+            yield from _head(layer, head, "previous_token_head", float(previous[head]), "the token before")
+            yield from _head(layer, head, "first_token_head", float(first[head]), "the first token")
+
+
+def _lacks_keys(tensor: Mapping[str, Any]) -> bool:
+    """Whether a sliding window has dropped early keys: then the columns of a pattern are no positions."""
+    return tensor["positions"] is not None and tensor["shape"][-1] != tensor["positions"][1]
+
+
+def _head(layer: int, head: int, kind: str, score: float, place: str) -> Iterator[dict[str, Any]]:
+    if score < HEAD_THRESHOLD:
+        return
+    name = f"L{layer}H{head}"
+    is_previous = kind == "previous_token_head"
+    yield {
+        "name": f"{kind} {name}",
+        "confidence": score,
+        "components": [{"layer": layer, "componentType": "attention_head", "index": head}],
+        "pathway": [{"source": "position q-1", "target": "position q", "strength": score}] if is_previous else [],
+        "description": f"Mean attention of head {head} in layer {layer} to {place}, over positions from "
+        f"{FIRST_SCORED_QUERY}. Correlational: it shows where the head looks, not what that causes.",
+    }
+
+
+def _write_circuits(tensors: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    residual = _mean_norms(tensors, "residual")
+    writes = {
+        (component, layer): norm
+        for component in ("attention", "mlp")
+        for layer, norm in _mean_norms(tensors, component).items()
+    }
+    largest = max(writes.values(), default=0.0)
+    for (component, layer), norm in writes.items():
+        whole, against = (
+            (residual[layer], "the residual stream after the layer")
+            if layer in residual
+            else (largest, "the largest such output captured")
+        )
+        yield {
+            "name": f"{component}_write L{layer}",
+            "confidence": min(norm / whole, 1.0) if whole > 0 else 0.0,
+            "components": [{"layer": layer, "componentType": component, "index": None}],
+            "pathway": [],
+            "description": f"Mean L2 norm of the {component} output of layer {layer}, relative to {against}. "
+            "Correlational: it shows how much is written, not what that causes.",
+        }
+
+
+def _mean_norms(tensors: Sequence[Mapping[str, Any]], component: str) -> dict[int, float]:
+    norms: dict[int, list[float]] = {}
+    for layer, row, _ in _prefill(tensors, component):
+        norms.setdefault(layer, []).append(float(np.linalg.norm(row)))
+    return {layer: float(np.mean(values)) for layer, values in norms.items()}

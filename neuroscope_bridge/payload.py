@@ -1,0 +1,348 @@
+"""The wire format of activations: one record is one array and where in the model and the text it was taken.
+
+    record = encode_activation(array, hook_id="layer_5_residual", layer_name="transformer.h.5", ...)
+    body = dumps({"activations": {"layer_5_residual": [record]}})
+    decode_activation(orjson.loads(body)["activations"]["layer_5_residual"][0])      # the array again
+
+The server writes records and the clients read them; nothing else knows how an array becomes JSON.
+
+| encoding | `data` | non-finite numbers |
+| --- | --- | --- |
+| `json` | nested lists | null. Decoded as -inf in attention scores (a masked key), elsewhere as nan |
+| `base64` | the array's bytes, little-endian, C order | kept |
+| `none` | no such key | |
+
+`json` writes the shortest digits that name a float32, so both encodings give back the array bit for bit;
+`base64` is about half the size and several times faster.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import orjson
+
+from .errors import PayloadError
+
+__all__ = [
+    "DTYPES",
+    "ENCODINGS",
+    "PayloadError",
+    "decode_activation",
+    "dumps",
+    "encode_activation",
+    "receipt",
+    "stack_records",
+]
+
+ENCODINGS = ("json", "base64", "none")
+DTYPES = ("float32", "float16")  # what a request may ask for; integers are int32 whatever was asked
+
+_WIRE_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "float16": np.dtype("<f2"),
+    "int32": np.dtype("<i4"),
+}
+
+
+def encode_activation(
+    array: np.ndarray,
+    *,
+    hook_id: str,
+    layer_name: str,
+    component: str,
+    hook_point: str,
+    layer_index: int | None,
+    axes: Sequence[str],
+    phase: str,
+    step: int,
+    positions: Sequence[int],
+    is_input: bool,
+    encoding: str = "json",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The record of one captured array.
+
+        record = encode_activation(
+            np.zeros((1, 10, 768), np.float32), hook_id="layer_5_residual", layer_name="transformer.h.5",
+            component="residual", hook_point="blocks.5.hook_resid_post", layer_index=5,
+            axes=("batch", "pos", "d_model"), phase="prefill", step=0, positions=(0, 10), is_input=False,
+        )
+        record["shape"], record["dtype"]      # [1, 10, 768], 'float32'
+
+    With encoding `json`, `data` stays a numpy array that `dumps` writes as nested lists.
+
+    Args:
+        array: Numbers of any real dtype. Integers and booleans travel as int32, everything else as `dtype`.
+        axes: One name per dimension of `array`; empty where they are not known (a raw module's output).
+        positions: Absolute token positions `(start, stop)` that the array covers.
+        encoding: One of `ENCODINGS`.
+        dtype: One of `DTYPES`. float16 rounds, but never turns a finite number into infinity.
+
+    Raises:
+        PayloadError: unknown encoding or dtype, axes that do not match the shape, a number too large for the dtype.
+    """
+    if encoding not in ENCODINGS:
+        raise PayloadError(f"Unknown activation encoding {encoding!r}. Choose from: {', '.join(ENCODINGS)}.")
+    array = np.asarray(array)
+    if axes and len(axes) != array.ndim:
+        raise PayloadError(
+            f"Hook {hook_id!r}: shape {list(array.shape)} has {array.ndim} axes, {len(axes)} are named: {list(axes)}."
+        )
+    array = _as_wire_dtype(array, dtype, hook_id)
+    record: dict[str, Any] = {
+        "hook_id": hook_id,
+        "layer_name": layer_name,
+        "component": component,
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "is_input": is_input,
+        "hook_point": hook_point,
+        "layer_index": layer_index,
+        "axes": list(axes),
+        "phase": phase,
+        "step": step,
+        "positions": [int(position) for position in positions],
+        "encoding": encoding,
+    }
+    if encoding == "json":
+        record["data"] = array
+    elif encoding == "base64":
+        little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        record["data"] = base64.b64encode(little_endian.tobytes()).decode("ascii")
+    return record
+
+
+def decode_activation(record: Mapping[str, Any]) -> np.ndarray:
+    """The array of a record, whichever encoding it came in.
+
+        decode_activation({"shape": [2], "dtype": "float32", "encoding": "json", "data": [0.5, None]})
+        # array([0.5, nan], dtype=float32)
+
+    A null is a number that JSON cannot hold. In attention scores the only such number is the -inf of a masked
+    key, so there it becomes -inf; anywhere else it becomes nan. Ask for base64 to keep -inf, inf and nan apart.
+
+    Returns:
+        A writable array of the record's shape and dtype, in this machine's byte order.
+
+    Raises:
+        PayloadError: no data (encoding `none`), or data that does not fit the record's shape and dtype.
+    """
+    hook_id, shape, dtype = record.get("hook_id"), record.get("shape"), record.get("dtype")
+    encoding, data = record.get("encoding", "json"), record.get("data")
+    if isinstance(data, np.ndarray):
+        return data
+    if encoding == "none":
+        raise PayloadError(f"Hook {hook_id!r} was captured with encoding 'none': its record has no data.")
+    if encoding not in ENCODINGS:
+        raise PayloadError(f"Hook {hook_id!r}: unknown encoding {encoding!r}. Known: {', '.join(ENCODINGS)}.")
+    if dtype not in _WIRE_DTYPES:
+        raise PayloadError(f"Hook {hook_id!r}: unknown dtype {dtype!r}. Known: {', '.join(_WIRE_DTYPES)}.")
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
+        raise PayloadError(f"Hook {hook_id!r}: shape must be a list of sizes, got {shape!r}.")
+    if data is None and shape:
+        raise PayloadError(f"Hook {hook_id!r}: the record has no data.")
+    read = _from_base64 if encoding == "base64" else _from_lists
+    try:
+        array = read(data, dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise PayloadError(f"Hook {hook_id!r}: data is not {dtype} in {encoding}: {error}") from error
+    if array.size != math.prod(shape):
+        raise PayloadError(
+            f"Hook {hook_id!r}: shape {list(shape)} needs {math.prod(shape)} numbers, data has {array.size}."
+        )
+    if encoding == "json" and array.dtype.kind == "f" and _is_scores(record):
+        array[np.isnan(array)] = -np.inf
+    return array.reshape(shape)
+
+
+def dumps(obj: Any) -> bytes:
+    """Strict JSON, UTF-8: numpy arrays become nested lists; nan, inf and -inf become null.
+
+        dumps({"data": np.array([1.5, np.nan], np.float32)})      # b'{"data":[1.5,null]}'
+
+    Raises:
+        PayloadError: something in `obj` has no JSON form.
+    """
+    try:
+        return orjson.dumps(obj, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY)
+    except orjson.JSONEncodeError as error:
+        raise PayloadError(f"Cannot be written as JSON: {error}") from error
+
+
+def receipt(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a hook delivered in a whole request, from its records in any encoding.
+
+        receipt(records)      # {'fired': 3, 'positions': [0, 12], 'bytes': 36864}
+
+    `fired` counts the records, `positions` spans them all, `bytes` is their size before encoding.
+    A hook without records has `{'fired': 0, 'positions': None, 'bytes': 0}`.
+    """
+    spans = [record["positions"] for record in records]
+    return {
+        "fired": len(records),
+        "positions": [min(s[0] for s in spans), max(s[1] for s in spans)] if spans else None,
+        "bytes": sum(math.prod(r["shape"]) * _WIRE_DTYPES[r["dtype"]].itemsize for r in records),
+    }
+
+
+def stack_records(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """One array for all tokens, from the records of one hook: prefill first, then each decoded token.
+
+        records = result["activations"]["r5"]      # shapes [1, 10, 768], [1, 1, 768], [1, 1, 768]
+        stack_records(records).shape               # (1, 12, 768)
+
+    Row i stands for position `records[0]["positions"][0] + i`. Attention patterns and scores are joined along
+    the query axis; their keys are padded to the longest row, patterns with 0 and scores with -inf, which is
+    what a query gives to keys that come after it.
+
+    Raises:
+        PayloadError: no records, records of different hook points, no position axis, positions missing or
+            doubled, or keys that do not start at position 0 (a sliding window has dropped the first ones).
+    """
+    if not records:
+        raise PayloadError("No records to stack.")
+    records = sorted(records, key=lambda record: record["positions"][0])
+    first = records[0]
+    for field in ("hook_point", "is_input", "axes"):
+        found = {repr(record[field]) for record in records}
+        if len(found) > 1:
+            raise PayloadError(
+                f"Records of one {field} can be stacked, these have {len(found)}: {', '.join(sorted(found))}."
+            )
+    for before, after in pairwise(records):
+        if before["positions"][1] != after["positions"][0]:
+            raise PayloadError(
+                f"Hook point {first['hook_point']!r}: positions {before['positions']} are followed by "
+                f"{after['positions']}; records must join without gap or overlap."
+            )
+    axes = list(first["axes"])
+    along = next((axes.index(name) for name in ("pos", "query") if name in axes), None)
+    if along is None:
+        raise PayloadError(f"Hook point {first['hook_point']!r} has no position axis: {axes}.")
+    arrays = [decode_activation(record) for record in records]
+    for array, record in zip(arrays, records, strict=True):
+        start, stop = record["positions"]
+        if array.shape[along] != stop - start:
+            raise PayloadError(
+                f"Hook point {first['hook_point']!r}: {array.shape[along]} rows for positions {[start, stop]}."
+            )
+    if "key" in axes:
+        arrays = _pad_keys(arrays, records, axes.index("key"))
+    return np.concatenate(arrays, axis=along)
+
+
+def _pad_keys(arrays: list[np.ndarray], records: Sequence[Mapping[str, Any]], axis: int) -> list[np.ndarray]:
+    for array, record in zip(arrays, records, strict=True):
+        if array.shape[axis] != record["positions"][1]:
+            raise PayloadError(
+                f"Hook point {record['hook_point']!r}: {array.shape[axis]} keys at positions "
+                f"{record['positions']} do not start at position 0 and cannot be stacked."
+            )
+    longest = max(array.shape[axis] for array in arrays)
+    fill = -np.inf if _is_scores(records[0]) else 0.0
+    padded = []
+    for array in arrays:
+        width = [(0, 0)] * array.ndim
+        width[axis] = (0, longest - array.shape[axis])
+        padded.append(np.pad(array, width, constant_values=fill))
+    return padded
+
+
+def _is_scores(record: Mapping[str, Any]) -> bool:
+    hook_point = record.get("hook_point")
+    if hook_point is None:
+        return record.get("component") == "attention_scores"
+    return str(hook_point).endswith("hook_attn_scores")
+
+
+def _as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+    if dtype not in DTYPES:
+        raise PayloadError(f"Unknown activation dtype {dtype!r}. Choose from: {', '.join(DTYPES)}.")
+    if array.dtype.kind not in "biuf":
+        raise PayloadError(f"Hook {hook_id!r}: arrays of {array.dtype} have no wire format.")
+    target = np.dtype(dtype if array.dtype.kind == "f" else np.int32)
+    if not np.can_cast(array.dtype, target, casting="safe"):
+        _refuse_overflow(array, target, hook_id)
+    with np.errstate(over="ignore"):
+        return np.asarray(array, dtype=target)
+
+
+def _refuse_overflow(array: np.ndarray, target: np.dtype, hook_id: str) -> None:
+    if target.kind == "i":
+        low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+        if array.size and (array.min() < low or array.max() > high):
+            raise PayloadError(f"Hook {hook_id!r}: integers beyond {low}..{high} do not fit int32.")
+        return
+    with np.errstate(over="ignore"):
+        lost = np.isfinite(array) & np.isinf(array.astype(target))
+    if lost.any():
+        advice = " Ask for activation_dtype 'float32'." if target.name == "float16" else ""
+        raise PayloadError(
+            f"Hook {hook_id!r}: {np.abs(array[lost]).max():g} is beyond the largest {target.name}, "
+            f"{float(np.finfo(target).max):g}.{advice}"
+        )
+
+
+def _from_base64(data: Any, dtype: str) -> np.ndarray:
+    if not isinstance(data, str):
+        raise TypeError(f"expected a base64 string, got {type(data).__name__}")
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"not base64 ({error})") from error
+    wire = _WIRE_DTYPES[dtype]
+    return np.frombuffer(raw, dtype=wire).astype(wire.newbyteorder("="))
+
+
+def _from_lists(data: Any, dtype: str) -> np.ndarray:
+    if dtype == "int32":
+        integers = np.array(data)
+        if integers.size and integers.dtype.kind not in "iu":
+            raise TypeError("integers expected")
+        if integers.size and (integers.min() < -(2**31) or integers.max() >= 2**31):
+            raise OverflowError("integers beyond int32")
+        return integers.astype(np.int32)
+    numbers = np.array(data, dtype=np.float64)  # numpy reads None as nan
+    return _narrow(numbers, _WIRE_DTYPES[dtype].newbyteorder("="))
+
+
+def _narrow(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Numbers read as float64 from the shortest digits of a narrower float, as that float.
+
+    Rounding twice can err where the first rounding lands midway between two narrow floats: 7.038531e-26 names
+    the float32 0x15AE43FD, yet float32(float64("7.038531e-26")) is its neighbour. The digits decide there.
+    """
+    with np.errstate(over="ignore"):
+        narrow = numbers.astype(dtype)
+    if (np.isinf(narrow) & np.isfinite(numbers)).any():
+        raise OverflowError(f"numbers beyond the largest {dtype.name}")
+    toward = np.where(numbers > narrow, np.inf, -np.inf).astype(dtype)
+    with np.errstate(all="ignore"):
+        other = np.nextafter(narrow, toward)
+        midway = (narrow != numbers) & (numbers - narrow == other.astype(np.float64) - numbers)
+    for index in zip(*np.nonzero(np.atleast_1d(midway)), strict=True):
+        value = float(np.atleast_1d(numbers)[index])
+        digits, exact = Decimal(repr(value)), Decimal(value)
+        pair = sorted((np.atleast_1d(narrow)[index], np.atleast_1d(other)[index]))
+        if digits != exact:
+            np.atleast_1d(narrow)[index] = pair[0] if digits < exact else pair[1]
+    return narrow
+
+
+def _plain(obj: Any) -> Any:
+    """What orjson refuses of numpy: 0-d arrays, foreign byte order, arrays that are not C-contiguous."""
+    if isinstance(obj, np.ndarray) and obj.dtype.kind in "biuf":
+        if obj.ndim == 0:
+            return obj.item()
+        native = np.ascontiguousarray(obj, dtype=obj.dtype.newbyteorder("="))
+        if native is not obj:
+            return native
+    raise TypeError(f"Type is not JSON serializable: {type(obj).__name__}")
