@@ -6,7 +6,7 @@ STAMP := $(VENV)/.setup-done
 OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) )
 
-.PHONY: setup demo test lint types check format serve clean
+.PHONY: setup demo test lint types check format smalltalk train-tiny serve clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ check: lint types test
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+smalltalk: setup  ## write the chunk file that ships from the Tonel sources
+	$(BIN)/python scripts/build_smalltalk.py
 
 serve: setup
 	$(RUN)$(BIN)/neuroscope serve

@@ -1,0 +1,121 @@
+'use strict';
+// Files in Smalltalk in chunk format and answers JSON: {"result": ...} or {"error": {"class", "message", ...}}.
+//
+//   node run.js compile FILE.st...     -> one line, result {"classes": {name: {superclass, comment, selectors}}, "problems": []}
+//   node run.js run FILE.st...         -> one line for each line of standard input, a script as a JSON string
+//
+// A script is what one would type into a playground: its variables need no declaration, and its value is that
+// of the last statement. What JSON cannot hold is an object {"float": "NaN"}, {"float": "-0"} and so on.
+const fs = require('fs');
+
+console.log = console.error; // standard output is for the answer
+const amber = require('./amber.js');
+require('./pharo.js')(amber);
+const { globals, nil } = amber;
+
+const [command, ...files] = process.argv.slice(2);
+
+function fileIn(file) {
+  globals.Importer._new()._import_(fs.readFileSync(file, 'utf8')._readStream());
+}
+
+function classNames(text) {
+  return [...text.matchAll(/^\w+ subclass: #(\w+)/gm)].map((match) => match[1]);
+}
+
+// Selectors that the classes send and that nothing at all implements.
+function problems(names) {
+  const known = new Set();
+  for (const klass of amber.api.classes()) {
+    for (const each of [klass, klass.klass]) Object.keys(each.methods).forEach((selector) => known.add(selector));
+  }
+  const found = [];
+  for (const name of names) {
+    for (const klass of [globals[name], globals[name].klass]) {
+      for (const method of Object.values(klass.methods)) {
+        const missing = method.messageSends.filter((selector) => !known.has(selector));
+        missing.forEach((selector) => found.push(`${klass.className}>>${method.selector} sends ${selector}`));
+        const undefinedClasses = method.referencedClasses.filter((each) => !globals[each]);
+        undefinedClasses.forEach((each) => found.push(`${klass.className}>>${method.selector} names ${each}`));
+      }
+    }
+  }
+  return found;
+}
+
+function compile() {
+  const names = files.flatMap((file) => classNames(fs.readFileSync(file, 'utf8')));
+  const classes = {};
+  for (const name of names) {
+    const klass = globals[name];
+    classes[name] = {
+      superclass: klass.superclass.className,
+      comment: String(klass.comment),
+      selectors: [...Object.keys(klass.methods), ...Object.keys(klass.klass.methods).map((each) => `class ${each}`)],
+    };
+  }
+  return { classes, problems: problems(names) };
+}
+
+function toJs(object) {
+  if (object === nil || object === undefined) return null;
+  if (typeof object === 'number') return isPlain(object) ? object : { float: numberName(object) };
+  if (typeof object === 'string' || typeof object === 'boolean') return object;
+  if (object instanceof String) return String(object);
+  if (Array.isArray(object) || ArrayBuffer.isView(object)) return Array.from(object, toJs);
+  if (object.klass === globals.Dictionary) {
+    const pairs = {};
+    object._keysAndValuesDo_((key, value) => { pairs[key] = toJs(value); });
+    return pairs;
+  }
+  return object._printString();
+}
+
+function isPlain(number) {
+  return Number.isFinite(number) && !Object.is(number, -0);
+}
+
+function numberName(number) {
+  return Object.is(number, -0) ? '-0' : String(number);
+}
+
+function evaluate(script) {
+  const assigned = [...withoutText(script).matchAll(/\b([a-z]\w*)\s*:=/g)].map((match) => match[1]);
+  const declared = [...withoutText(script).matchAll(/\|([\w\s]*)\|/g)].flatMap((match) => match[1].split(/\s+/));
+  const temporaries = [...new Set(assigned)].filter((name) => !declared.includes(name));
+  const statements = temporaries.length ? `|${temporaries.join(' ')}| ${script}` : script;
+  return globals.Compiler._new()._evaluateExpression_(`[${statements}] value`);
+}
+
+function withoutText(script) {
+  return script.replace(/"[^"]*"|'[^']*'/g, ' ');
+}
+
+function describe(error) {
+  if (!error.klass) return { class: 'JavaScript', message: String(error.stack || error) };
+  const details = { class: error.klass.className, message: String(error._messageText()) };
+  for (const name of ['status', 'code', 'body']) {
+    if (error._respondsTo_(name)) details[name] = toJs(error[`@${name}`]);
+  }
+  return details;
+}
+
+function answer(compute) {
+  try {
+    return { result: compute() };
+  } catch (error) {
+    return { error: describe(error) };
+  }
+}
+
+const say = (object) => process.stdout.write(`${JSON.stringify(object)}\n`);
+
+const loaded = answer(() => files.forEach(fileIn));
+if (loaded.error) {
+  say(loaded);
+} else if (command === 'compile') {
+  say(answer(compile));
+} else {
+  const lines = require('readline').createInterface({ input: process.stdin });
+  lines.on('line', (line) => say(answer(() => toJs(evaluate(JSON.parse(line))))));
+}

@@ -1,0 +1,137 @@
+"""Smalltalk from Python: an Amber image with the generated classes filed in, and a server that only replays."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+HARNESS = Path(__file__).parent / "smalltalk"
+
+
+class SmalltalkError(Exception):
+    """An exception that nothing handled in Smalltalk, with its class, message, status, code and body."""
+
+    def __init__(self, details: dict[str, Any]) -> None:
+        super().__init__(f"{details['class']}: {details['message']}")
+        self.details = details
+
+
+def compile_classes(*files: Path) -> dict[str, Any]:
+    """File the chunk files in: `{"classes": {name: {superclass, comment, selectors}}, "problems": [...]}`."""
+    done = subprocess.run(_node("compile", files), capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout, done.stderr
+    return _result(done.stdout)
+
+
+class Image:
+    """A running image.
+
+        with Image(chunk_file) as image:
+            image.evaluate("x := 3. x + 4")      # 7
+
+    Dictionaries, collections, numbers, strings, booleans and nil become Python's; nan and infinities are
+    floats; anything else is its printString.
+    """
+
+    def __init__(self, *files: Path) -> None:
+        self._process = subprocess.Popen(
+            _node("run", files), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._log = threading.Thread(target=self._read_log, daemon=True)
+        self._lines: list[str] = []
+        self._log.start()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._log.join()
+        self._process.stdout.close()
+        self._process.stderr.close()
+
+    def evaluate(self, script: str) -> Any:
+        """The value of the script's last statement. Raises SmalltalkError."""
+        self._process.stdin.write(json.dumps(script) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the image ended: " + "".join(self._lines[-40:])
+        return _result(line)
+
+    def _read_log(self) -> None:
+        for line in self._process.stderr:
+            self._lines.append(line)
+
+
+def _node(command: str, files: tuple[Path, ...]) -> list[str]:
+    assert (HARNESS / "node_modules" / "amber").exists(), "Amber is missing: run `make setup`"
+    return ["node", str(HARNESS / "run.js"), command, *map(str, files)]
+
+
+def _result(line: str) -> Any:
+    answer = json.loads(line, object_hook=_float_or_dict)
+    if "error" in answer:
+        raise SmalltalkError(answer["error"])
+    return answer["result"]
+
+
+def _float_or_dict(pairs: dict[str, Any]) -> Any:
+    return float(pairs["float"]) if pairs.keys() == {"float"} else pairs
+
+
+@contextmanager
+def canned_server(replies: dict[str, Any]) -> Iterator[SimpleNamespace]:
+    """A server that answers `replies["GET /health"]` and the like, and keeps the `requests` it got.
+
+    A reply is an object to send as JSON with status 200, or a pair of status and text, or a pair of status and
+    object, or a function that is called with the handler and does it all.
+    """
+    seen: list[SimpleNamespace] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            seen.append(
+                SimpleNamespace(
+                    method=self.command,
+                    path=self.path,
+                    headers=dict(self.headers),
+                    json=json.loads(body) if body else None,
+                )
+            )
+            reply = replies.get(f"{self.command} {self.path}", (404, "no such route"))
+            if callable(reply):
+                reply(self)
+            else:
+                self.send(*(reply if isinstance(reply, tuple) else (200, reply)))
+
+        do_GET = do_POST = do_DELETE = answer
+
+        def send(self, status: int, reply: Any) -> None:
+            body = (reply if isinstance(reply, str) else json.dumps(reply)).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield SimpleNamespace(base_url=f"http://127.0.0.1:{server.server_port}", requests=seen, replies=replies)
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
