@@ -115,6 +115,7 @@ def test_another_threads_plain_run_is_not_seen() -> None:
         # MLX arrays belong to the thread that made them.
         results.append(np.array(make_model("llama")(mx.array(TOKENS))))
         results.append(np.array(model.model(mx.array(TOKENS))))
+        mx.clear_streams()
 
     def double(value: mx.array, point: HookPoint) -> mx.array:
         seen.append(threading.current_thread())
@@ -138,6 +139,7 @@ def test_another_threads_hooked_run_waits_for_the_block() -> None:
         order.append("asked")
         np.array(model(TOKENS))
         order.append("ran")
+        mx.clear_streams()
 
     with model.hooks([("hook_embed", lambda value, point: None)]):
         thread = threading.Thread(target=hooked_run)

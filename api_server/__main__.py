@@ -1,0 +1,115 @@
+"""``python -m api_server``: the server from the command line; ``neuroscope serve`` is the same."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from mlx_hooks import HookError
+
+from .app import ServerConfig, create_app
+from .server import Server
+from .worker import ModelWorker
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status: 0 after a signal, 1 if it could not start.
+
+    Args:
+        argv: the arguments after the program's name; those of this process if None.
+        prog: the program's name in the usage message.
+    """
+    options = _parser(prog).parse_args(argv)
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        config = ServerConfig(
+            host=options.host,
+            port=options.port,
+            api_key=options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None,
+            max_body_bytes=int(options.max_body_mb * 2**20),
+        )
+        return _serve(config, options.model, options.model_id)
+    except CannotStart as error:
+        sys.stderr.write(f"neuroscope: {error}\n")
+        return 1
+
+
+class CannotStart(Exception):
+    """One sentence that says why."""
+
+
+def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int:
+    if not config.is_local and not config.api_key:
+        raise CannotStart(f"--host {config.host} is open to other machines: give --api-key or NEUROSCOPE_API_KEY.")
+    worker = ModelWorker()
+    try:
+        server = Server(create_app(worker, config), config, waiting=worker.max_queued)
+    except OSError as error:
+        why = (error.strerror or str(error)).split(" (while ")[0]  # socket.create_server repeats the address there
+        raise CannotStart(f"cannot listen on {config.host} port {config.port}: {why}. Choose another.") from error
+    _stop_on_signals(worker)
+    worker.start()
+    try:
+        if model:
+            worker.load(model, model_id)
+        sys.stdout.write(f"NeuroScope server on {server.url}\n")
+        sys.stdout.flush()
+        server.run()
+    except HookError as error:
+        raise CannotStart(str(error)) from error
+    except SystemExit:
+        pass
+    finally:
+        if not worker.stop():
+            # A forward pass or a load cannot be interrupted, and ending the interpreter under it would abort.
+            logging.shutdown()
+            os._exit(0)
+    return 0
+
+
+def _stop_on_signals(worker: ModelWorker) -> None:
+    def stop(signum: int, _: FrameType | None) -> None:
+        # A second signal ends the process at once.
+        signal.signal(signum, signal.SIG_DFL)
+        worker.request_stop()
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="The NeuroScope REST server.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; another than loopback needs a key")
+    parser.add_argument("--port", type=_port, default=8080, help="port; 0 lets the system choose (default 8080)")
+    parser.add_argument("--model", metavar="PATH", help="load this model before listening")
+    parser.add_argument("--model-id", metavar="ID", help="its id in requests (default: last part of PATH)")
+    parser.add_argument("--api-key", help="ask for this key; as NEUROSCOPE_API_KEY, ps does not show it")
+    parser.add_argument("--max-body-mb", type=_size, default=32, help="largest request body in MiB (default 32)")
+    parser.add_argument(
+        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="(default warning)"
+    )
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size <= 4096:
+        raise argparse.ArgumentTypeError(f"a size is a number of MiB above 0, at most 4096, not {text!r}")
+    return size
+
+
+if __name__ == "__main__":
+    sys.exit(main())

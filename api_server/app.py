@@ -1,0 +1,107 @@
+"""The application: ``create_app`` takes the worker, which is the expensive thing, and what to allow."""
+
+import hmac
+import ipaddress
+import logging
+import time
+import uuid
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from flask import Flask, Response, g, request
+
+from . import errors
+from .errors import ApiError
+from .routes import BLUEPRINTS
+from .worker import ModelWorker
+
+log = logging.getLogger("api_server.access")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What the server allows.
+
+    Args:
+        host: the address it listens on. On a loopback address only requests that name a loopback host are answered,
+            so that a page in a browser cannot reach the server under a name of its own (DNS rebinding).
+        port: 0 lets the system choose.
+        api_key: if set, every address but ``/health`` wants ``Authorization: Bearer``.
+        max_body_bytes: the largest request body.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    max_body_bytes: int = 32 * 2**20
+
+    @property
+    def is_local(self) -> bool:
+        return is_loopback(self.host)
+
+
+def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask:
+    """The WSGI application around a started worker.
+
+    >>> with ModelWorker() as worker:
+    ...     create_app(worker).test_client().get("/health").json["status"]
+    'healthy'
+    """
+    config = config or ServerConfig()
+    app = Flask("api_server", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    app.url_map.merge_slashes = False
+    app.extensions["model_worker"] = worker
+    errors.register(app)
+
+    @app.before_request
+    def admit() -> None:
+        g.request_id, g.began = f"req-{uuid.uuid4().hex}", time.perf_counter()
+        if config.is_local:
+            _check_host(request.environ.get("HTTP_HOST", ""))
+        if config.api_key and request.path != "/health":
+            _check_key(request.headers.get("Authorization", ""), config.api_key)
+
+    @app.after_request
+    def account(response: Response) -> Response:
+        response.headers["X-Request-Id"] = g.request_id
+        took = 1000 * (time.perf_counter() - g.began)
+        log.info("%s %s %r %d %.0f ms", g.request_id, request.method, request.path, response.status_code, took)
+        return response
+
+    for blueprint in BLUEPRINTS:
+        app.register_blueprint(blueprint)
+    return app
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine only: ``is_loopback("127.0.0.1")``."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_host(header: str) -> None:
+    try:
+        host = urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        host = ""
+    if not is_loopback(host):
+        raise ApiError(
+            403,
+            f"Host {header[:100]!r} is refused: this server answers to localhost, 127.0.0.1 and [::1] only.",
+            code="host_not_allowed",
+        )
+
+
+def _check_key(header: str, api_key: str) -> None:
+    scheme, _, key = header.partition(" ")
+    given = key.strip() if scheme.lower() == "bearer" else ""
+    if not hmac.compare_digest(given.encode(), api_key.encode()):
+        raise ApiError(
+            401,
+            "An API key is needed: send 'Authorization: Bearer KEY'.",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )

@@ -1,0 +1,216 @@
+"""Every error that leaves the server, in one shape: ``{"error": {"message", "type", "code", "param"}}``.
+
+Views and the worker raise; only this module renders. ``describe`` knows nothing of Flask, so an event stream that
+breaks after its first event sends the same object.
+"""
+
+import logging
+from typing import Any
+
+from flask import Flask, Response, g
+from pydantic import BaseModel, ValidationError
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+
+from mlx_hooks import HookError
+from neuroscope_bridge import payload
+from neuroscope_bridge.payload import PayloadError
+
+log = logging.getLogger("api_server")
+
+RETRY_AFTER_SECONDS = 1
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    >>> raise ApiError(404, "Unknown model 'x'. Loaded: tiny.", code="model_not_found", param="model")
+
+    Args:
+        status: the HTTP status.
+        message: one sentence with what was got and what is allowed.
+        code: a short name that programs can compare.
+        param: the field that is at fault, such as ``activation_hooks[0].component``.
+        headers: further headers of the reply.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The reply's JSON object."""
+        return error_body(self.status, self.message, self.code, self.param)
+
+
+class UnknownModel(ApiError):
+    """A model id that is not loaded; the message lists those that are."""
+
+    def __init__(self, model_id: str, loaded: list[str]) -> None:
+        known = f"Loaded: {', '.join(loaded)}." if loaded else "None is loaded: POST /v1/models/load first."
+        super().__init__(404, f"Unknown model {model_id!r}. {known}", code="model_not_found", param="model")
+
+
+class UnknownHook(ApiError):
+    """A hook id that is not registered; the message lists those that are."""
+
+    def __init__(self, hook_id: str, registered: list[str]) -> None:
+        known = f"Registered: {', '.join(registered)}." if registered else "None is registered."
+        super().__init__(404, f"Unknown hook {hook_id!r}. {known}", code="hook_not_found", param="hook_id")
+
+
+class NoModelLoaded(ApiError):
+    """A request that needs a model before one was loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            409, "No model is loaded. Load one with POST /v1/models/load.", code="no_model_loaded", param="model"
+        )
+
+
+class Busy(ApiError):
+    """The queue is full."""
+
+    def __init__(self, queued: int) -> None:
+        super().__init__(
+            503,
+            f"The server is busy: {queued} requests are waiting. Try again after {RETRY_AFTER_SECONDS} s.",
+            code="busy",
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+
+
+class Stopping(ApiError):
+    """The server is going down; running work is cancelled, waiting work is not begun."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            503, "The server is stopping.", code="stopping", headers={"Retry-After": str(RETRY_AFTER_SECONDS)}
+        )
+
+
+class Cancelled(ApiError):
+    """Work that was given up because its reader went away."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The request was cancelled because its connection was closed.", code="cancelled")
+
+
+def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    """The one error shape; ``type`` follows from the status."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+
+
+def describe(error: Exception, request_id: str) -> ApiError:
+    """The ``ApiError`` that any exception is answered with; an unexpected one is logged under ``request_id``."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        return _of_http(error)
+    if isinstance(error, HookError):
+        return ApiError(400, str(error), code="invalid_value")
+    if isinstance(error, PayloadError):
+        return ApiError(400, str(error), code="invalid_value", param="activation_dtype")
+    log.error("request %s failed", request_id, exc_info=error)
+    return ApiError(500, f"Internal error. The server's log describes it under {request_id}.", code="internal_error")
+
+
+def _of_http(error: HTTPException) -> ApiError:
+    status = error.code or 500
+    # Werkzeug's own headers name a content type and length that are not ours; of the rest, Allow must stay.
+    headers = {k: v for k, v in error.get_headers() if k.lower() not in ("content-type", "content-length")}
+    message, code = error.description or error.name, error.name.lower().replace(" ", "_")
+    if isinstance(error, NotFound):
+        message = "There is no such address. GET /health, GET /v1/models and POST /v1/models/load are places to start."
+    elif isinstance(error, MethodNotAllowed):
+        message = f"This address does not accept that method. Allowed: {headers.get('Allow', 'none')}."
+    elif isinstance(error, RequestEntityTooLarge):
+        message, code = "The request's body is too large.", "request_too_large"
+    return ApiError(status, message, code=code, headers=headers)
+
+
+def invalid_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """The reply to a body that does not fit ``model``: the first fault, named, with what is allowed."""
+    fault = error.errors(include_url=False)[0]
+    kind, loc = fault["type"], fault["loc"]
+    if kind == "json_invalid":
+        return ApiError(400, f"The body is not valid JSON: {fault['msg'].split(': ', 1)[-1]}.", code="invalid_json")
+    param = _spell(loc)
+    if kind == "extra_forbidden":
+        allowed = ", ".join(_model_at(model, loc).model_fields)
+        message = f"Field {param!r} is not supported here. Supported: {allowed}."
+    elif kind == "missing":
+        message = f"Field {param!r} is required."
+    elif kind == "model_type" and not param:
+        message = "The body must be a JSON object."
+    elif not param:
+        message = f"{fault['msg']}."
+    else:
+        message = f"Field {param!r} {_wanted(fault)}."
+    return ApiError(400, message, code="invalid_value", param=param or None)
+
+
+def _spell(loc: tuple[int | str, ...]) -> str:
+    """``("hooks", 0, "component")`` -> ``hooks[0].component``."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+
+
+def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model whose field the last part of ``loc`` is."""
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in model.model_fields:
+            model = next(_models_in(model.model_fields[part].annotation), model)
+    return model
+
+
+def _models_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def _wanted(fault: Any) -> str:
+    """``must be a valid integer, not "5"``"""
+    bounds = {"too_short": ("at least", "min_length"), "too_long": ("at most", "max_length")}
+    kind = fault["type"].removeprefix("string_")
+    if kind in bounds:
+        word, key = bounds[kind]
+        unit = "characters" if fault["type"].startswith("string_") else "items"
+        return f"must have {word} {fault['ctx'][key]} {unit}"
+    said = fault["msg"].replace("Input should be", "must be")
+    return (said if said.startswith("must be") else f"is refused: {said}") + _got(fault["input"])
+
+
+def _got(value: Any) -> str:
+    """What was sent, if it is short enough to repeat."""
+    if isinstance(value, dict | list):
+        return ""
+    text = payload.dumps(value).decode() if isinstance(value, str | bool | int | float | None) else repr(value)
+    return f", not {text}" if len(text) <= 40 else ""
+
+
+def json_reply(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A strict-JSON reply: no NaN, no Infinity."""
+    return Response(payload.dumps(body), status, headers, mimetype="application/json")
+
+
+def register(app: Flask) -> None:
+    """Render every exception of ``app`` in the one shape."""
+
+    @app.errorhandler(Exception)
+    def render(error: Exception) -> Response:
+        known = describe(error, g.get("request_id", "-"))
+        return json_reply(known.body(), known.status, known.headers)

@@ -1,0 +1,204 @@
+"""What a job does: the code that runs on the worker thread, from a checked request to plain data."""
+
+import secrets
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from mlx_hooks import CapturedActivation, HookedModel
+from mlx_hooks.analysis.logit_lens import LogitLens
+from mlx_hooks.manager import CapturePlan
+from neuroscope_bridge import payload
+
+from .errors import ApiError
+from .schemas import MAX_TOKENS, ChatMessage, GenerationRequest
+
+PromptSource = str | Sequence[int] | Sequence[ChatMessage]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire."""
+
+    tokens: list[int]
+    strings: list[str]
+    hook_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: the token it chose (None if none was asked for) and what was captured, as NumPy arrays."""
+
+    token: int | None
+    string: str | None
+    text: str
+    finish_reason: str | None
+    captured: dict[str, list[tuple[dict[str, Any], np.ndarray]]]
+
+    def records(self, encoding: str, dtype: str) -> dict[str, list[dict[str, Any]]]:
+        """The activations in wire format. Encoding takes time, so it is done in the reader's thread."""
+        return {
+            hook_id: [payload.encode_activation(a, **about, encoding=encoding, dtype=dtype) for about, a in found]
+            for hook_id, found in self.captured.items()
+        }
+
+
+def generate(
+    model: HookedModel, request: GenerationRequest, prompt: PromptSource, plan: CapturePlan
+) -> Generator[Start | Step, None, None]:
+    """The start first, then one step per forward pass; closing it stops the model."""
+    tokens = prompt_tokens(model, prompt)
+    yield Start(tokens, token_strings(model, tokens), plan.hook_ids)
+    steps = model.generate_steps(
+        tokens,
+        max_tokens=min(request.max_tokens, room_for(model, tokens)),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        repetition_penalty=request.repetition_penalty,
+        # MLX has one random state: without a seed of its own, a request would go on from the last caller's.
+        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        stop=request.stop_texts,
+        capture=plan,
+    )
+    for step in steps:
+        yield Step(
+            token=step.token,
+            string=None if step.token is None else token_strings(model, [step.token])[0],
+            text=step.text,
+            finish_reason=step.finish_reason,
+            captured={name: [_plain(one) for one in found] for name, found in step.activations.items()},
+        )
+
+
+def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:
+    array = captured.numpy()
+    # A raw module's output has no named axes.
+    axes = captured.hook_point.axes or tuple(f"axis_{i}" for i in range(array.ndim))
+    about = {
+        "hook_id": captured.hook_id,
+        "layer_name": captured.layer_name,
+        "component": captured.component,
+        "hook_point": captured.hook_point.name,
+        "layer_index": captured.hook_point.layer,
+        "axes": axes,
+        "phase": captured.phase,
+        "step": captured.step,
+        "positions": captured.positions,
+        "is_input": captured.is_input,
+    }
+    return about, array
+
+
+def prompt_tokens(model: HookedModel, prompt: PromptSource) -> list[int]:
+    """Token ids of a text, of a conversation (through the model's chat template), or of ids, which are checked.
+
+    Raises:
+        ApiError: no tokenizer, no chat template, one that refuses the messages, an id beyond the vocabulary, no tokens.
+    """
+    if isinstance(prompt, str):
+        tokens = list(_tokenizer(model).encode(prompt))
+    elif messages := [part for part in prompt if isinstance(part, ChatMessage)]:
+        tokens = _chat_tokens(model, messages)
+    else:
+        tokens = check_tokens(model, [part for part in prompt if isinstance(part, int)], "prompt")
+    if not tokens:
+        raise ApiError(400, "The prompt has no tokens.", code="empty_prompt")
+    room_for(model, tokens)
+    return tokens
+
+
+def room_for(model: HookedModel, tokens: list[int]) -> int:
+    """How many tokens the model can still generate: the last of them is never read, so a full context leaves one.
+
+    Raises:
+        ApiError: the prompt alone is longer than the model's context.
+    """
+    limit = model.cfg.max_positions
+    if limit is None:
+        return MAX_TOKENS
+    if len(tokens) > limit:
+        raise ApiError(
+            400,
+            f"The prompt has {len(tokens)} tokens; the model reads at most {limit}.",
+            code="context_length_exceeded",
+        )
+    return limit - len(tokens) + 1
+
+
+def tokenize(model: HookedModel, source: PromptSource) -> dict[str, Any]:
+    """Ids, spelling and count of what a prompt becomes."""
+    tokens = prompt_tokens(model, source)
+    return {"tokens": tokens, "token_strings": token_strings(model, tokens), "count": len(tokens)}
+
+
+def check_tokens(model: HookedModel, tokens: list[int], param: str) -> list[int]:
+    """The same ids, if the model has them all."""
+    beyond = next((token for token in tokens if not 0 <= token < model.cfg.d_vocab), None)
+    if beyond is not None:
+        raise ApiError(
+            400,
+            f"Token id {beyond} is beyond the vocabulary. Allowed: 0 to {model.cfg.d_vocab - 1}.",
+            code="invalid_value",
+            param=param,
+        )
+    return tokens
+
+
+def token_strings(model: HookedModel, tokens: Sequence[int]) -> list[str]:
+    """Each token's own text; without a tokenizer, its number."""
+    if model.tokenizer is None:
+        return [str(token) for token in tokens]
+    return [model.tokenizer.decode([token]) for token in tokens]
+
+
+def text_of(model: HookedModel, tokens: list[int]) -> str:
+    """The text that the ids spell together."""
+    return str(_tokenizer(model).decode(check_tokens(model, tokens, "tokens")))
+
+
+def logit_lens(model: HookedModel, source: PromptSource, position: int, top_k: int) -> dict[str, Any]:
+    """What the model would say after each layer at one position of a prompt, which it runs once."""
+    tokens = prompt_tokens(model, source)
+    if not -len(tokens) <= position < len(tokens):
+        raise ApiError(
+            400,
+            f"There is no position {position}: the prompt has {len(tokens)} tokens, positions 0 to {len(tokens) - 1}.",
+            code="invalid_value",
+            param="position",
+        )
+    position %= len(tokens)
+    rows = LogitLens.from_model(model).predictions(tokens, position=position, top_k=top_k)
+    return {
+        "position": position,
+        "token": token_strings(model, tokens[position : position + 1])[0],
+        "prompt_tokens": tokens,
+        "layers": [asdict(row) for row in rows],
+    }
+
+
+def _chat_tokens(model: HookedModel, messages: list[ChatMessage]) -> list[int]:
+    tokenizer = _tokenizer(model)
+    if not tokenizer.has_chat_template:
+        raise ApiError(
+            400, "This model has no chat template: use /v1/completions.", code="no_chat_template", param="messages"
+        )
+    try:
+        tokens = tokenizer.apply_chat_template([m.model_dump() for m in messages], add_generation_prompt=True)
+    except TemplateError as error:
+        raise ApiError(
+            400, f"The model's chat template refuses these messages: {error}", code="invalid_value", param="messages"
+        ) from error
+    return list(tokens)
+
+
+def _tokenizer(model: HookedModel) -> Any:
+    if model.tokenizer is None:
+        raise ApiError(
+            400, "This model has no tokenizer: send token ids to /v1/completions.", code="no_tokenizer", param="prompt"
+        )
+    return model.tokenizer

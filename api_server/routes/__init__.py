@@ -1,0 +1,13 @@
+"""One blueprint per resource."""
+
+from . import analysis, chat, completions, health, hooks, models, tokens
+
+BLUEPRINTS = (
+    health.blueprint,
+    models.blueprint,
+    tokens.blueprint,
+    chat.blueprint,
+    completions.blueprint,
+    hooks.blueprint,
+    analysis.blueprint,
+)

@@ -1,0 +1,58 @@
+"""How all four ways to generate answer: one job on the worker, its results as one object or as events."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flask import Response
+
+from mlx_hooks import HookError, HookSpec, UnknownHookError
+
+from .. import inference
+from ..errors import ApiError, json_reply
+from ..replies import Reply
+from ..schemas import CaptureRequest, GenerationRequest, HookRequest
+from ..transport import event_stream, reader_gone, worker
+from ..worker import LoadedModel
+
+
+def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response:
+    """Generate for ``asked`` on the model it names."""
+    loaded = worker().get(asked.model)
+    with blame("activation_hooks"):
+        plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
+    job = worker().submit(lambda: inference.generate(loaded.model, asked, prompt, plan))
+    reply, results = Reply(asked, loaded.model_id), job.results(reader_gone())
+    if asked.stream:
+        return event_stream(reply.events(results), job)
+    try:
+        return json_reply(reply.whole(results))
+    finally:
+        job.cancel()
+
+
+def spec_of(hook: HookRequest) -> HookSpec:
+    """The engine's spec of a hook in a request."""
+    return HookSpec.of(hook.model_dump())
+
+
+@contextmanager
+def blame(param: str) -> Iterator[None]:
+    """What the engine says about hooks, as an error about the field that named them."""
+    try:
+        yield
+    except HookError as error:
+        code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_hook"
+        raise ApiError(400, str(error), code=code, param=param) from error
+
+
+def _hooks(asked: CaptureRequest, loaded: LoadedModel) -> list[HookSpec]:
+    """The request's own hooks, or those registered for its model."""
+    hooks = [spec_of(hook) for hook in asked.activation_hooks or []] or list(loaded.hooks.values())
+    if not hooks:
+        raise ApiError(
+            400,
+            "Nothing to capture: give 'activation_hooks', or register hooks with POST /v1/activations/hooks.",
+            code="no_hooks",
+            param="activation_hooks",
+        )
+    return hooks

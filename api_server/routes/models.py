@@ -1,0 +1,79 @@
+"""Models: list, load, describe, unload, and what can be hooked in them."""
+
+from pathlib import Path
+from typing import Any
+
+from flask import Blueprint, Response
+from werkzeug.exceptions import MethodNotAllowed
+
+from mlx_hooks import ModelLoadError, UnsupportedModelError
+
+from ..errors import ApiError, json_reply
+from ..schemas import LoadRequest
+from ..transport import read, worker
+from ..worker import LoadedModel
+
+blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
+
+
+@blueprint.get("")
+def list_models() -> Response:
+    models = [describe_model(loaded) for loaded in worker().models()]
+    return json_reply({"object": "list", "data": models, "models": models})
+
+
+@blueprint.post("/load")
+def load_model() -> Response:
+    asked = read(LoadRequest)
+    try:
+        loaded = worker().load(asked.model_path, asked.model_id)
+    except (ModelLoadError, UnsupportedModelError) as error:
+        there = Path(asked.model_path).expanduser().exists()
+        status, code = (400, "model_not_loadable") if there else (404, "model_not_found")
+        raise ApiError(status, str(error), code=code, param="model_path") from error
+    return json_reply({"status": "loaded"} | describe_model(loaded))
+
+
+@blueprint.get("/load")
+def load_is_no_model() -> Response:
+    """Without this, the address would mean a model of that id."""
+    raise MethodNotAllowed(["POST"])
+
+
+@blueprint.get("/<path:model_id>")
+def get_model(model_id: str) -> Response:
+    return json_reply(describe_model(worker().get(model_id)))
+
+
+@blueprint.delete("/<path:model_id>")
+def unload_model(model_id: str) -> Response:
+    worker().unload(model_id)
+    return json_reply({"id": model_id, "object": "model", "deleted": True, "status": "unloaded"})
+
+
+@blueprint.get("/<path:model_id>/hook_points")
+def hook_points(model_id: str) -> Response:
+    loaded = worker().get(model_id)
+    points = [
+        {"name": point.name, "layer": point.layer, "component": point.component, "axes": point.axes}
+        for point in loaded.model.hook_points.values()
+    ]
+    return json_reply({"model": loaded.model_id, "hook_points": points})
+
+
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
+    """OpenAI's model object, and the configuration under both its own names and those that clients know."""
+    cfg = loaded.model.cfg
+    return {
+        "id": loaded.model_id,
+        "model_id": loaded.model_id,
+        "object": "model",
+        "created": loaded.created,
+        "owned_by": "local",
+        "supports_activations": True,
+        "num_layers": cfg.n_layers,
+        "num_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_key_value_heads,
+        "vocab_size": cfg.d_vocab,
+        **cfg.to_dict(),
+    }

@@ -1,0 +1,79 @@
+"""What every view needs from HTTP: the body as a checked request, the worker, whether the caller is still there."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from flask import Response, current_app, g, request
+from pydantic import BaseModel, ValidationError
+
+from neuroscope_bridge import payload
+
+from .errors import ApiError, describe, invalid_request
+from .worker import Job, ModelWorker
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def worker() -> ModelWorker:
+    """The worker that ``create_app`` was given."""
+    found: ModelWorker = current_app.extensions["model_worker"]
+    return found
+
+
+def read(model: type[M]) -> M:
+    """The request's body as ``model``.
+
+    Raises:
+        ApiError: 415 for another content type than JSON, 400 for a body that does not fit.
+    """
+    # A page in a browser may post text/plain to any address without asking; JSON it may not.
+    if request.mimetype != "application/json":
+        got = f"not {request.mimetype!r}" if request.mimetype else "and none was sent"
+        raise ApiError(
+            415, f"The Content-Type must be application/json, {got}.", code="unsupported_media_type", param=None
+        )
+    try:
+        return model.model_validate_json(request.get_data(cache=False))
+    except ValidationError as error:
+        raise invalid_request(error, model) from None
+
+
+def reader_gone() -> Callable[[], bool]:
+    """A question that any thread may ask: has the caller of this request closed the connection?"""
+    asked: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+    return asked
+
+
+def event_stream(events: Iterator[dict[str, Any]], job: Job[Any]) -> Response:
+    """Server-sent events, ending with ``data: [DONE]``; closing the connection cancels ``job``.
+
+    The first event is awaited here, so that what fails before it is an ordinary error reply. A later error is the
+    last event, ``data: {"error": {...}}``, and no ``[DONE]`` follows.
+    """
+    request_id = g.request_id
+    try:
+        first = next(events)
+    except BaseException:
+        job.cancel()
+        raise
+
+    def body() -> Iterator[bytes]:
+        yield _frame(first)
+        try:
+            for event in events:
+                yield _frame(event)
+        except Exception as error:
+            yield _frame(describe(error, request_id).body())
+        else:
+            yield b"data: [DONE]\n\n"
+
+    response = Response(body(), content_type="text/event-stream")
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    # Closing a generator that was never begun runs none of its code, so the job is told directly.
+    response.call_on_close(job.cancel)
+    return response
+
+
+def _frame(event: dict[str, Any]) -> bytes:
+    return b"data: " + payload.dumps(event) + b"\n\n"

@@ -1,0 +1,72 @@
+"""What the server's tests share: a tiny model with a tokenizer, in memory and as a folder, and a running server."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tiny_models import CONFIGS, make_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from api_server import ModelWorker, Server, ServerConfig, create_app
+from mlx_hooks import HookedModel
+
+WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>"] + [f"w{i}" for i in range(54)]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "w1 w2 w3 w4"}]
+PROMPT_LENGTH = 6
+"""<user>, four words, <assistant>."""
+HOOKS = [
+    {"layer_name": "transformer.h.0", "component": "residual", "hook_id": "resid"},
+    {"layer_name": "transformer.h.1", "component": "attention_pattern", "hook_id": "pattern"},
+    {"layer_name": "transformer.wte", "component": "embedding", "hook_id": "ids", "capture_input": True},
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, without an end token, so that a random model talks until it is stopped."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def load_tiny(path: str) -> HookedModel:
+    """The worker's loader in tests: any name in ``CONFIGS`` is a random model, anything else goes the real way."""
+    if path not in CONFIGS:
+        return HookedModel.from_pretrained(path)
+    return HookedModel(make_model(path), TokenizerWrapper(make_tokenizer()))
+
+
+def save_tiny(folder: Path) -> Path:
+    """The llama of ``load_tiny`` as a folder that mlx-lm loads."""
+    model = make_model("llama")
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (folder / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    make_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+@contextmanager
+def running_server(worker: ModelWorker, config: ServerConfig | None = None) -> Iterator[str]:
+    """The URL of a real server on a free port."""
+    config = config or ServerConfig(port=0)
+    server = Server(create_app(worker, config), config, waiting=worker.max_queued)
+    thread = server.start()
+    try:
+        yield server.url
+    finally:
+        server.stop()
+        thread.join(10)
+        assert not thread.is_alive(), "the server's thread did not end"

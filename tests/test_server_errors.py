@@ -1,0 +1,448 @@
+"""Bad input: the right status, one clear sentence in the one error shape, and a server that goes on."""
+
+import json
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from flask.testing import FlaskClient
+from pydantic import ValidationError
+from server_tools import HOOKS, MESSAGES, load_tiny, running_server
+
+from api_server import ModelWorker, ServerConfig, create_app
+from api_server.__main__ import main
+from api_server.errors import ApiError, invalid_request
+from api_server.schemas import ChatCaptureRequest, CompletionRequest
+
+CHAT = "/v1/chat/completions"
+CAPTURE = "/v1/chat/completions/with_activations"
+HOOK = {"layer_name": "transformer.h.0", "component": "residual"}
+LIMIT = 64 * 1024
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[ModelWorker]:
+    with ModelWorker(load=load_tiny) as worker:
+        worker.load("llama", "tiny")
+        yield worker
+
+
+@pytest.fixture
+def client(worker: ModelWorker) -> Iterator[FlaskClient]:
+    """A client that, when its test is over, checks that the server still works."""
+    client = create_app(worker, ServerConfig(max_body_bytes=LIMIT)).test_client()
+    yield client
+    assert client.get("/health").get_json()["status"] == "healthy"
+    reply = client.post(CAPTURE, json={"messages": MESSAGES, "activation_hooks": HOOKS, "max_tokens": 1})
+    assert reply.status_code == 200
+    assert reply.get_json()["hooks"]["resid"]["fired"] == 1
+
+
+def refused(reply: Any, status: int) -> dict[str, Any]:
+    """The error of a reply, after a look at its shape."""
+    assert reply.status_code == status, reply.get_data(as_text=True)
+    assert reply.headers["Content-Type"] == "application/json"
+    body = reply.get_json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "code", "param"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert error["code"]
+    assert error["message"]
+    assert "\n" not in error["message"]
+    return error
+
+
+CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": "hello"}, "messages", "array"),
+    ({"messages": [{"role": "tool", "content": "w1"}]}, "messages[0].role", "'system', 'user' or 'assistant'"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({"messages": [{"role": "user", "content": "w1", "name": "x"}]}, "messages[0].name", "role, content"),
+    ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    ({"max_tokens": "5"}, "max_tokens", 'integer, not "5"'),
+    ({"max_tokens": True}, "max_tokens", "integer, not true"),
+    ({"max_tokens": 1.5}, "max_tokens", "integer, not 1.5"),
+    ({"max_tokens": None}, "max_tokens", "integer, not null"),
+    ({"max_tokens": 10**9}, "max_tokens", "less than or equal to 32768"),
+    ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+    ({"temperature": "hot"}, "temperature", "number"),
+    ({"temperature": True}, "temperature", "number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
+    ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"stop": 5}, "stop", "a string"),
+    ({"stop": ""}, "stop", "1 to 1000 characters"),
+    ({"stop": ["w1"] * 17}, "stop", "at most 16"),
+    ({"stream": "yes"}, "stream", "boolean"),
+    ({"logprobs": True}, "logprobs", "not supported here. Supported: model, max_tokens"),
+    ({"model": 5}, "model", "string"),
+    ({"activation_hooks": HOOK}, "activation_hooks", "array"),
+    ({"activation_hooks": ["transformer.h.0"]}, "activation_hooks[0]", "object"),
+    ({"activation_hooks": [{"component": "residual"}]}, "activation_hooks[0].layer_name", "required"),
+    ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_id"),
+    ({"activation_hooks": [HOOK | {"capture_input": 1}]}, "activation_hooks[0].capture_input", "boolean"),
+    ({"activation_hooks": [HOOK | {"capture_output": False}]}, "activation_hooks[0]", "must be true"),
+    ({"activation_hooks": [HOOK] * 3000}, "activation_hooks", "at most 2048"),
+    ({"activation_hooks": [HOOK | {"layer_name": "transformer.h.3"}]}, "activation_hooks", "transformer.h.0 to"),
+    ({"activation_hooks": [HOOK | {"layer_name": "attic"}]}, "activation_hooks", "transformer.wte"),
+    ({"activation_hooks": [HOOK | {"component": "soul"}]}, "activation_hooks", "residual, attention, mlp"),
+    ({"activation_hooks": [HOOK, HOOK]}, "activation_hooks", "share the hook_id"),
+    ({"activation_hooks": []}, "activation_hooks", "POST /v1/activations/hooks"),
+    ({"activation_hooks": None}, "activation_hooks", "POST /v1/activations/hooks"),
+    ({"activation_encoding": "pickle"}, "activation_encoding", "'json', 'base64' or 'none'"),
+    ({"activation_dtype": "int8"}, "activation_dtype", "'float32' or 'float16'"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("fault", "param", "said"), CHAT_FAULTS, ids=[json.dumps(f[0])[:60] for f in CHAT_FAULTS])
+def test_wrong_field_is_named_with_what_is_allowed(
+    worker: ModelWorker, fault: dict[str, Any], param: str, said: str, stream: bool
+) -> None:
+    client = create_app(worker).test_client()
+    body = {"messages": MESSAGES, "activation_hooks": HOOKS, "max_tokens": 1, "stream": stream} | fault
+    error = refused(client.post(CAPTURE, json=body), 400)
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+def test_service_is_unharmed_by_every_wrong_field(client: FlaskClient) -> None:
+    for fault, _, _ in CHAT_FAULTS:
+        client.post(CAPTURE, json={"messages": MESSAGES, "activation_hooks": HOOKS, "max_tokens": 1} | fault)
+
+
+def test_plain_generation_needs_at_least_one_token(client: FlaskClient) -> None:
+    for path, prompt in ((CHAT, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "w1"})):
+        assert refused(client.post(path, json=prompt | {"max_tokens": 0}), 400)["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "not empty"),
+        ([], "not empty"),
+        (5, "a string or a list of token ids"),
+        ([1, "w1"], "a string or a list of token ids"),
+        ([1, True], "a string or a list of token ids"),
+        ([1, -1], "a string or a list of token ids"),
+        ([1, 60], "Allowed: 0 to 59"),
+        ("   ", "no tokens"),
+        ([7] * 513, "at most 512"),
+    ],
+)
+def test_prompt_that_cannot_be_read_is_refused(client: FlaskClient, prompt: Any, said: str) -> None:
+    for stream in (False, True):
+        error = refused(client.post("/v1/completions", json={"prompt": prompt, "stream": stream}), 400)
+        assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b'{"messages": ', b"not json", b"\xff\xfe{}", b'"\\ud800"', b"[" * 50_000],
+)
+def test_malformed_json_is_refused(client: FlaskClient, body: bytes) -> None:
+    for path in (CHAT, CAPTURE, "/v1/models/load", "/v1/activations/hooks", "/v1/tokenize"):
+        error = refused(client.post(path, data=body, content_type="application/json"), 400)
+        assert "JSON" in error["message"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_has_not_are_refused(client: FlaskClient, number: str) -> None:
+    body = json.dumps({"messages": MESSAGES})[:-1] + f', "temperature": {number}}}'
+    error = refused(client.post(CHAT, data=body, content_type="application/json"), 400)
+    assert error["param"] == "temperature"
+    assert "finite" in error["message"]
+
+
+@pytest.mark.parametrize("body", ["[]", "5", "null", '"text"'])
+def test_body_must_be_an_object(client: FlaskClient, body: str) -> None:
+    error = refused(client.post(CHAT, data=body, content_type="application/json"), 400)
+    assert error["message"] == "The body must be a JSON object."
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "", None])
+def test_other_content_types_are_refused(client: FlaskClient, content_type: str | None) -> None:
+    error = refused(client.post(CHAT, data=json.dumps({"messages": MESSAGES}), content_type=content_type), 415)
+    assert "application/json" in error["message"]
+
+
+def test_unknown_model_names_the_loaded_ones(client: FlaskClient) -> None:
+    replies = [
+        client.post(CHAT, json={"messages": MESSAGES, "model": "other"}),
+        client.post("/v1/tokenize", json={"text": "w1", "model": "other"}),
+        client.post("/v1/activations/hooks", json={"hooks": [HOOK], "model": "other"}),
+        client.post("/v1/analysis/logit_lens", json={"prompt": "w1", "model": "other"}),
+        client.get("/v1/models/other"),
+        client.delete("/v1/models/other"),
+        client.get("/v1/models/other/hook_points"),
+        client.get("/v1/activations/hooks?model=other"),
+        client.delete("/v1/activations/hooks?model=other"),
+    ]
+    for reply in replies:
+        error = refused(reply, 404)
+        assert error["code"] == "model_not_found"
+        assert "Loaded: tiny." in error["message"]
+
+
+def test_without_a_model_every_request_that_needs_one_is_a_conflict() -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        client = create_app(worker).test_client()
+        requests_ = [
+            (CHAT, {"messages": MESSAGES}),
+            (CHAT, {"messages": MESSAGES, "stream": True}),
+            (CAPTURE, {"messages": MESSAGES, "activation_hooks": HOOKS}),
+            ("/v1/completions", {"prompt": "w1"}),
+            ("/v1/tokenize", {"text": "w1"}),
+            ("/v1/detokenize", {"tokens": [7]}),
+            ("/v1/activations/hooks", {"hooks": HOOKS}),
+            ("/v1/analysis/logit_lens", {"prompt": "w1"}),
+        ]
+        for path, body in requests_:
+            error = refused(client.post(path, json=body), 409)
+            assert error["code"] == "no_model_loaded"
+            assert "POST /v1/models/load" in error["message"]
+        assert client.get("/v1/models").get_json()["data"] == []
+        assert client.get("/v1/activations/hooks").get_json()["hooks"] == []
+        assert client.delete("/v1/activations/hooks").status_code == 200
+
+
+def test_model_that_cannot_be_loaded_leaves_the_others(client: FlaskClient, tmp_path: Any) -> None:
+    nothing = refused(client.post("/v1/models/load", json={"model_path": str(tmp_path / "nothing")}), 404)
+    assert "nothing" in nothing["message"]
+    assert nothing["param"] == "model_path"
+    empty = refused(client.post("/v1/models/load", json={"model_path": str(tmp_path)}), 400)
+    assert "config.json" in empty["message"]
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"model_type": "nonesuch"}')
+    refused(client.post("/v1/models/load", json={"model_path": str(broken)}), 400)
+    refused(client.post("/v1/models/load", json={}), 400)
+    refused(client.post("/v1/models/load", json={"model_path": ""}), 400)
+    assert client.get("/health").get_json()["models"] == ["tiny"]
+
+
+def test_registering_a_wrong_hook_registers_nothing(client: FlaskClient) -> None:
+    for wrong in (HOOK | {"layer_name": "7"}, HOOK | {"component": "soul"}, HOOK):
+        hooks = [HOOK, wrong]
+        assert refused(client.post("/v1/activations/hooks", json={"hooks": hooks}), 400)["param"] == "hooks"
+    refused(client.post("/v1/activations/hooks", json={"hooks": []}), 400)
+    assert client.get("/v1/activations/hooks").get_json()["hooks"] == []
+
+
+def test_unknown_hook_id_names_the_registered_ones(client: FlaskClient) -> None:
+    client.post("/v1/activations/hooks", json={"hooks": HOOKS})
+    error = refused(client.delete("/v1/activations/hooks/none-such"), 404)
+    assert error["code"] == "hook_not_found"
+    assert "ids, pattern, resid" in error["message"]
+    client.delete("/v1/activations/hooks")
+
+
+def test_unknown_address_is_not_found(client: FlaskClient) -> None:
+    for path in ("/", "/v1", "/v1/chat", "/v1/models/", "/v1//models", "/health/"):
+        refused(client.get(path), 404)
+    refused(client.post("/v1/nothing", data="{"), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", CHAT, {"POST"}),
+        ("PUT", CAPTURE, {"POST"}),
+        ("POST", "/health", {"GET", "HEAD"}),
+        ("DELETE", "/v1/models", {"GET", "HEAD"}),
+        ("GET", "/v1/models/load", {"POST"}),
+        ("POST", "/v1/models/tiny", {"GET", "HEAD", "DELETE"}),
+        ("PATCH", "/v1/activations/hooks", {"GET", "HEAD", "POST", "DELETE"}),
+        ("BREW", "/v1/tokenize", {"POST"}),
+    ],
+)
+def test_wrong_method_names_the_right_ones(client: FlaskClient, method: str, path: str, allowed: set[str]) -> None:
+    reply = client.open(path, method=method)
+    error = refused(reply, 405)
+    assert set(reply.headers["Allow"].split(", ")) - {"OPTIONS"} == allowed
+    assert all(name in error["message"] for name in allowed)
+
+
+def test_body_over_the_limit_is_refused(client: FlaskClient) -> None:
+    body = {"messages": [{"role": "user", "content": "w1 " * LIMIT}]}
+    error = refused(client.post(CHAT, json=body), 413)
+    assert error["code"] == "request_too_large"
+
+
+def test_number_too_large_for_float16_is_an_error_that_says_what_to_do(
+    client: FlaskClient, worker: ModelWorker
+) -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        model = worker.load("llama").model
+        worker.call(
+            lambda: model.model.model.embed_tokens.update({"weight": model.model.model.embed_tokens.weight * 1e6})
+        )
+        client = create_app(worker).test_client()
+        hooks = [{"layer_name": "transformer.wte", "component": "embedding"}]
+        body = {"messages": MESSAGES, "activation_hooks": hooks, "max_tokens": 0, "activation_dtype": "float16"}
+        for stream in (False, True):
+            error = refused(client.post(CAPTURE, json=body | {"stream": stream}), 400)
+            assert "float32" in error["message"]
+            assert error["param"] == "activation_dtype"
+
+
+def test_unexpected_error_is_logged_with_the_id_that_the_reply_repeats(caplog: pytest.LogCaptureFixture) -> None:
+    def load(path: str) -> Any:
+        raise RuntimeError(f"a secret about {path}")
+
+    with ModelWorker(load=load) as worker, caplog.at_level(logging.ERROR):
+        client = create_app(worker).test_client()
+        reply = client.post("/v1/models/load", json={"model_path": "x"})
+        error = refused(reply, 500)
+        assert "secret" not in error["message"]
+        request_id = reply.headers["X-Request-Id"]
+        assert request_id in error["message"]
+        assert request_id in caplog.text
+        assert "a secret about x" in caplog.text
+        assert client.get("/health").status_code == 200
+
+
+def test_a_hook_that_did_not_fire_is_an_error_and_not_silence() -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        model = worker.load("llama").model
+        plain = model.generate_steps
+
+        def deaf(*args: Any, capture: Any, **options: Any) -> Any:
+            return plain(*args, capture=[], **options)
+
+        model.generate_steps = deaf  # type: ignore[method-assign]
+        client = create_app(worker).test_client()
+        body = {"messages": MESSAGES, "activation_hooks": HOOKS, "max_tokens": 1}
+        error = refused(client.post(CAPTURE, json=body), 500)
+        assert error["code"] == "hook_not_fired"
+        assert "resid, pattern, ids" in error["message"]
+
+
+# Who may ask
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8080", "127.0.0.1:1", "[::1]:8080", "LOCALHOST"])
+def test_loopback_hosts_are_answered(worker: ModelWorker, host: str) -> None:
+    assert create_app(worker).test_client().get("/health", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example:8080", "192.168.0.1", "[", "", "127.0.0.1.nip.io"]
+)
+def test_other_hosts_are_refused_against_dns_rebinding(worker: ModelWorker, host: str) -> None:
+    client = create_app(worker).test_client()
+    for path in ("/health", "/v1/models", "/nothing"):
+        assert refused(client.get(path, headers={"Host": host}), 403)["code"] == "host_not_allowed"
+
+
+def test_with_a_key_any_host_may_ask_but_must_show_it(worker: ModelWorker) -> None:
+    client = create_app(worker, ServerConfig(host="0.0.0.0", api_key="k3y")).test_client()
+    assert client.get("/health", headers={"Host": "lab.example"}).status_code == 200
+    assert client.get("/v1/models", headers={"Host": "lab.example", "Authorization": "Bearer k3y"}).status_code == 200
+    for wrong in (None, "", "k3y", "Basic k3y", "Bearer", "Bearer k3", "Bearer k3y2", "Bearer ké"):
+        reply = client.get("/v1/models", headers={"Authorization": wrong} if wrong is not None else {})
+        assert refused(reply, 401)["code"] == "invalid_api_key"
+        assert reply.headers["WWW-Authenticate"] == "Bearer"
+        assert "k3y" not in reply.get_data(as_text=True)
+
+
+def test_no_page_of_another_origin_is_let_in(client: FlaskClient) -> None:
+    origin = {"Origin": "https://evil.example"}
+    for reply in (
+        client.get("/v1/models", headers=origin),
+        client.options(CHAT, headers=origin | {"Access-Control-Request-Method": "POST"}),
+    ):
+        assert not [name for name, _ in reply.headers if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize("arguments", [["--port", "65536"], ["--port", "x"], ["--max-body-mb", "0"], ["--bogus"]])
+def test_wrong_arguments_end_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+# The wire: what waitress refuses before the app sees it
+
+
+@pytest.fixture(scope="module")
+def url(worker: ModelWorker) -> Iterator[str]:
+    with running_server(worker, ServerConfig(port=0, max_body_bytes=LIMIT)) as url:
+        yield url
+
+
+def send(url: str, data: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and JSON body of the answer to raw bytes."""
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=10) as connection:
+        connection.sendall(data)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, body = answer.split(b"\r\n\r\n", 1)
+    assert b"content-type: application/json" in head.lower()
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nbroken header\r\n\r\n", 400),
+        (b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
+        (b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: odd\r\n\r\n", 501),
+        (b"GET /health HTTP/1.1\r\nX: ".ljust(2**18, b"x"), 431),
+        (b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n", 413),
+    ],
+)
+def test_broken_http_gets_the_same_error_shape(url: str, data: bytes, status: int) -> None:
+    got, error = send(url, data)
+    assert got == status
+    assert set(error) == {"message", "type", "code", "param"}
+    assert requests.get(f"{url}/health", timeout=10).status_code == 200
+
+
+def test_body_over_the_limit_is_refused_over_the_wire(url: str) -> None:
+    for data in (b"x" * (2 * LIMIT), (b"x" * LIMIT for _ in range(2))):
+        reply = requests.post(url + CHAT, data=data, headers={"Content-Type": "application/json"}, timeout=10)
+        assert reply.status_code == 413
+        assert reply.json()["error"]["code"] == "request_too_large"
+    assert requests.get(f"{url}/health", timeout=10).status_code == 200
+
+
+def test_half_a_body_holds_up_nobody(url: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert requests.get(f"{url}/health", timeout=10).status_code == 200
+
+
+# The contract without a server
+
+
+def test_unknown_field_deep_inside_lists_the_fields_of_its_own_object() -> None:
+    with pytest.raises(ValidationError) as caught:
+        ChatCaptureRequest.model_validate({"messages": MESSAGES, "activation_hooks": [HOOK | {"heads": [0]}]})
+    error = invalid_request(caught.value, ChatCaptureRequest)
+    assert isinstance(error, ApiError)
+    assert error.param == "activation_hooks[0].heads"
+    assert error.message.endswith("Supported: layer_name, component, hook_id, capture_input, capture_output.")
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    asked = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES}))
+    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed) == (100, 0.7, 1.0, None)
+    assert (asked.activation_encoding, asked.activation_dtype) == ("json", "float32")
+    hooked = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES, "activation_hooks": [HOOK]}))
+    assert hooked.activation_hooks is not None
+    assert (hooked.activation_hooks[0].capture_input, hooked.activation_hooks[0].capture_output) == (False, True)
+
+
+def test_one_stop_text_is_a_list_of_one() -> None:
+    def texts(stop: Any) -> list[str]:
+        return CompletionRequest.model_validate({"prompt": "w1", "stop": stop}).stop_texts
+
+    assert (texts("w1"), texts(["w1", "w2"]), texts(None), texts([])) == (["w1"], ["w1", "w2"], [], [])
