@@ -103,7 +103,7 @@ def show_heads(client: LMStudioNeuroScopeClient, n_layers: int, output: Path) ->
 
 
 # Words that the bundled model knows, in no order that it was taught.
-PROMPT_WORDS = "store France Mary drink mat Tom gave capital book dog school Berlin".split()
+PROMPT_WORDS = ["store", "France", "Mary", "drink", "mat", "Tom", "gave", "capital", "book", "dog", "school", "Berlin"]
 
 
 def draw_pattern(pattern: np.ndarray, tokens: list[str], title: str, path: Path) -> Path:
