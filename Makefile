@@ -6,7 +6,7 @@ STAMP := $(VENV)/.setup-done
 OPENBLAS := $(firstword $(wildcard /usr/lib/*-linux-gnu/openblas-pthread/libopenblas.so.0))
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS) )
 
-.PHONY: setup demo test lint types check format smalltalk train-tiny serve clean
+.PHONY: setup demo test lint types check format smalltalk train-tiny benchmark serve clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ format: setup
 
 smalltalk: setup  ## write the chunk file that ships from the Tonel sources
 	$(BIN)/python scripts/build_smalltalk.py
+
+benchmark: setup  ## what capturing costs over the plain model
+	$(RUN)$(BIN)/python benchmarks/capture_overhead.py
 
 serve: setup
 	$(RUN)$(BIN)/neuroscope serve

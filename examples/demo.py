@@ -61,6 +61,8 @@ def show_completion(client: LMStudioNeuroScopeClient, n_layers: int) -> None:
             records = [record for found in event.get("activations", {}).values() for record in found]
             count += sum(record["data"].size for record in records)
             progress.update(1 if records else 0)
+        # The sentence may end early; then the bar ends with it.
+        progress.total = progress.n
     print(f"\nPrompt      {PROMPT}")
     print(f"Completion  {text.strip()}")
     print(f"Captured    {count:,} numbers at {len(hooks)} hooks, prompt and generated tokens\n")

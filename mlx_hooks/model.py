@@ -360,6 +360,11 @@ def _load(name: str) -> tuple[nn.Module, Any]:
     try:
         model, tokenizer = mlx_lm.load(path)[:2]
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelLoadError(f"mlx-lm could not load {name!r}: {reason}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        if Path(path).exists():
+            raise ModelLoadError(f"mlx-lm could not load {name!r}: {reason}.") from error
+        raise ModelLoadError(
+            f"There is no folder {name!r}, and it could not be had as a Hugging Face id ({reason}). "
+            f"Bundled is {BUNDLED!r}."
+        ) from error
     return model, tokenizer

@@ -10,6 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_hooks import HookedModel
+
+
+@pytest.fixture(scope="session")
+def tiny() -> HookedModel:
+    """The bundled model; tests leave nothing registered on it."""
+    return HookedModel.from_pretrained("neuroscope-tiny")
+
 
 @pytest.fixture(scope="session")
 def live_server() -> Iterator[SimpleNamespace]:

@@ -192,30 +192,27 @@ def test_bad_input_is_one_clear_error(llama: HookedModel, prompt: object, option
         llama.generate(prompt, **options)
 
 
-class TestWithTheBundledModel:
-    @pytest.fixture(scope="class")
-    def tiny(self) -> HookedModel:
-        return HookedModel.from_pretrained("neuroscope-tiny")
+def test_text_is_mlx_lms(tiny: HookedModel) -> None:
+    prompt = tiny.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
+    replies = list(stream_generate(tiny.model, tiny.tokenizer, prompt, max_tokens=30))
+    result = tiny.generate(prompt, max_tokens=30)
+    assert result.text == "".join(reply.text for reply in replies)
+    assert result.finish_reason == replies[-1].finish_reason == "stop"
+    assert result.tokens[-1] in tiny.tokenizer.eos_token_ids
 
-    def test_text_is_mlx_lms(self, tiny: HookedModel) -> None:
-        prompt = tiny.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True)
-        replies = list(stream_generate(tiny.model, tiny.tokenizer, prompt, max_tokens=30))
-        result = tiny.generate(prompt, max_tokens=30)
-        assert result.text == "".join(reply.text for reply in replies)
-        assert result.finish_reason == replies[-1].finish_reason == "stop"
-        assert result.tokens[-1] in tiny.tokenizer.eos_token_ids
 
-    def test_a_stop_string_ends_the_text_wherever_tokens_part(self, tiny: HookedModel) -> None:
-        whole = tiny.generate("The capital of France is", max_tokens=12).text
-        for begin in range(1, len(whole) - 1):
-            for length in (1, 2, 7):
-                stop = whole[begin : begin + length]
-                steps = list(tiny.generate_steps("The capital of France is", max_tokens=12, stop=stop))
-                assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
-                assert steps[-1].finish_reason == "stop"
+def test_a_stop_string_ends_the_text_wherever_tokens_part(tiny: HookedModel) -> None:
+    whole = tiny.generate("The capital of France is", max_tokens=12).text
+    for begin in range(1, len(whole) - 1):
+        for length in (1, 2, 7):
+            stop = whole[begin : begin + length]
+            steps = list(tiny.generate_steps("The capital of France is", max_tokens=12, stop=stop))
+            assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
+            assert steps[-1].finish_reason == "stop"
 
-    def test_a_stop_string_that_never_comes_holds_nothing_back(self, tiny: HookedModel) -> None:
-        whole = tiny.generate("The capital of France is", max_tokens=12)
-        stopped = tiny.generate("The capital of France is", max_tokens=12, stop=[whole.text[-3:] + "#", "nowhere"])
-        assert stopped.text == whole.text
-        assert stopped.finish_reason == whole.finish_reason
+
+def test_a_stop_string_that_never_comes_holds_nothing_back(tiny: HookedModel) -> None:
+    whole = tiny.generate("The capital of France is", max_tokens=12)
+    stopped = tiny.generate("The capital of France is", max_tokens=12, stop=[whole.text[-3:] + "#", "nowhere"])
+    assert stopped.text == whole.text
+    assert stopped.finish_reason == whole.finish_reason

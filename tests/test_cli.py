@@ -1,0 +1,58 @@
+"""The ``neuroscope`` command."""
+
+from pathlib import Path
+
+import pytest
+
+from mlx_hooks import __version__
+from mlx_hooks.cli import main
+
+
+def test_info_shows_sizes_and_hook_points(capsys: pytest.CaptureFixture) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("HookedModel(llama: 4 layers")
+    assert "blocks.{i}.attn.hook_pattern" in shown
+
+
+def test_smalltalk_writes_the_client_for_a_server(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "client.st"
+    assert main(["smalltalk", "-o", str(target), "--url", "http://127.0.0.1:9123"]) == 0
+    assert "^ 'http://127.0.0.1:9123'" in target.read_text()
+    assert capsys.readouterr().out.strip() == str(target)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "/no/such/model"], "There is no model at '/no/such/model': give the bundled 'neuroscope-tiny'"),
+        (["info", "."], "is not a model folder: it has no config.json"),
+        (["smalltalk", "-o", "/no/such/folder/x.st"], "cannot write /no/such/folder/x.st"),
+        (["serve", "--host", "0.0.0.0", "--port", "0"], "give --api-key"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NEUROSCOPE_API_KEY", raising=False)
+    assert main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture) -> None:
+    for arguments, words in [(["--version"], __version__), (["--help"], "serve"), (["serve", "--help"], "--api-key")]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["sing"], ["smalltalk", "--port", "1"]])
+def test_an_unknown_command_or_option_is_refused(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: neuroscope" in capsys.readouterr().err

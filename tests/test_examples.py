@@ -1,0 +1,54 @@
+"""The demo and the examples, run as a user runs them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_the_demo_shows_what_the_model_does_and_writes_its_files(tmp_path: Path) -> None:
+    shown = run(str(ROOT / "examples/demo.py"), cwd=tmp_path)
+    assert re.search(r"Completion  Mary\b", shown)
+    layers = re.findall(r"layer (\d)  +(\S+) +([\d.]+)%", shown)
+    assert [layer for layer, _, _ in layers] == ["0", "1", "2", "3"]
+    assert layers[-1][1] == "Mary"
+    assert float(layers[-1][2]) > 50
+    for kind in ("induction", "previous-token"):
+        score = re.search(rf"strongest {kind} heads +L\dH\d ([\d.]+)", shown)
+        assert score is not None
+        assert float(score[1]) > 0.6
+    (picture,) = (tmp_path / "demo_output").glob("attention_L*H*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+    smalltalk = (tmp_path / "demo_output" / "LMStudioRESTClient.st").read_text()
+    url = re.search(r"neuroscope-tiny at (\S+):", shown)
+    assert url is not None
+    assert f"^ '{url[1]}'" in smalltalk
+    assert str(picture) in shown
+
+
+def test_the_five_integration_examples_run(tmp_path: Path) -> None:
+    shown = run(str(ROOT / "examples/neuroscope_integration_example.py"), cwd=tmp_path)
+    titles = re.findall(r"^\d\. (.*)$", shown, re.MULTILINE)
+    assert titles == [
+        "Basic activation capture",
+        "API server usage",
+        "NeuroScope bridge conversion",
+        "Circuit analysis setup",
+        "Attention pattern analysis",
+    ]
+    assert "text: Paris" in shown
+    assert "health: healthy" in shown
+    assert re.search(r"layer_1_residual: \d+ records, the first \[1, \d+, \d+\] float32", shown)
+    assert re.search(r"layer_0_mlp: blocks\.0\.hook_mlp_out \[1, \d+, \d+\] axes batch, pos, d_model", shown)
+    assert len(re.findall(r"_write L\d +0\.\d{3}", shown)) == 3
+    assert len(re.findall(r"layer [12]: the last token looks most at", shown)) == 2
