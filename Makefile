@@ -42,6 +42,9 @@ format: setup
 smalltalk: setup  ## write the chunk file that ships from the Tonel sources
 	$(BIN)/python scripts/build_smalltalk.py
 
+train-tiny: setup  ## train the bundled model anew (about ten minutes with OpenBLAS)
+	$(RUN)PYTHONPATH=scripts $(BIN)/python -m neuroscope_tiny.train
+
 benchmark: setup  ## what capturing costs over the plain model
 	$(RUN)$(BIN)/python benchmarks/capture_overhead.py
 

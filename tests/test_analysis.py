@@ -23,9 +23,7 @@ def test_the_lens_on_the_last_layer_is_the_models_own_output(name: str) -> None:
         own = {p.token_id: p.probability for p in rows[-1].predictions}
         # One row through the unembedding instead of five: float32 rounding.
         np.testing.assert_allclose([own[i] for i in range(60)], np.array(probabilities), rtol=1e-4, atol=1e-6)
-        assert [p.probability for p in rows[0].predictions] == sorted(p.probability for p in rows[0].predictions)[
-            ::-1
-        ]
+        assert [p.probability for p in rows[0].predictions] == sorted(p.probability for p in rows[0].predictions)[::-1]
 
 
 def test_the_lens_on_a_middle_layer_is_its_residual_through_norm_and_unembedding() -> None:

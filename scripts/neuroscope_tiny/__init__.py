@@ -1,0 +1,1 @@
+"""Text, tokenizer, training and evaluation of the bundled model, ``neuroscope-tiny``."""
