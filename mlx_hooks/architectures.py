@@ -153,6 +153,9 @@ class Architecture:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no list of blocks called 'layers': load it with mlx_lm."
             )
+        if not hasattr(model, "args") or len({id(block) for block in blocks}) < len(blocks):
+            what = "runs a block more than once" if hasattr(model, "args") else "has no 'args', as mlx-lm's models have"
+            raise UnsupportedModelError(f"{type(model).__name__} {what}: it cannot be hooked.")
         self.blocks = blocks
         first = next((path for path, module in self.modules.items() if module is blocks[0]), None)
         if first is None:
@@ -211,8 +214,7 @@ class Architecture:
             model_type=args.model_type,
             n_layers=len(self.blocks),
             d_head=_d_head(args),
-            # Rows of a weight stay as they are under quantisation; columns are packed.
-            d_mlp=mlp["up"].weight.shape[0],
+            d_mlp=_n_rows(mlp["up"]),
             quantization=_quantization(self.modules),
             **numbers,
         )
@@ -288,6 +290,11 @@ def _n_heads(args: Any) -> tuple[int, int]:
 def _d_head(args: Any) -> int:
     d_model = next(getattr(args, name) for name in CONFIG_NAMES["d_model"] if hasattr(args, name))
     return getattr(args, "head_dim", None) or d_model // _n_heads(args)[0]
+
+
+def _n_rows(linear: nn.Module) -> int:
+    """Width of a projection's output. Quantisation packs columns of a weight, not rows; LoRA wraps the projection."""
+    return linear["weight"].shape[0] if "weight" in linear else _n_rows(linear["linear"])
 
 
 def _quantization(modules: dict[str, nn.Module]) -> dict[str, Any] | None:

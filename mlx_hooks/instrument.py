@@ -64,12 +64,10 @@ class _Tap:
     location: Location
     edits: list[HookFunction] = field(default_factory=list)
     reads: list[Hook] = field(default_factory=list)
+    fired: bool = False
 
     def show(self, array: mx.array) -> mx.array:
         """Run all hooks on the value inside ``array``; answer ``array`` with the value that they leave."""
-        if not self.edits:
-            self.read(array)
-            return array
         array = self.edit(array)
         self.read(array)
         return array
@@ -77,10 +75,32 @@ class _Tap:
     def edit(self, array: mx.array) -> mx.array:
         if not self.edits:
             return array
-        value, edited = run_edits(self.point, self.edits, self.location.view.read(array))
+        value, edited = self.edit_value(self.location.view.read(array))
         return self.location.view.write(array, value) if edited else array
 
+    def edit_value(self, value: mx.array) -> tuple[mx.array, bool]:
+        """Pass a value through the editing hooks: the value that they leave, and whether any replaced it.
+
+        Raises:
+            HookError: when a replacement is no MLX array or has another shape.
+        """
+        self.fired = True
+        edited = False
+        for fn in self.edits:
+            new = fn(_snapshot(value), self.point)
+            if new is None:
+                continue
+            name, axes = self.point.name, ", ".join(self.point.axes)
+            if not isinstance(new, mx.array):
+                raise HookError(f"A hook on {name} returned {type(new).__name__}: return an mlx array or None.")
+            if new.shape != value.shape:
+                named = f" ({axes})" if axes else ""
+                raise HookError(f"A hook on {name} returned shape {new.shape}: expected {value.shape}{named}.")
+            value, edited = new.astype(value.dtype), True
+        return value, edited
+
     def read(self, array: mx.array) -> None:
+        self.fired = True
         for hook in self.reads:
             hook.fn(_snapshot(self.location.view.read(array)), self.point)
 
@@ -95,6 +115,7 @@ class _Tap:
 
     def read_rows(self, value: mx.array, computed: list[int] | None, run: Run) -> None:
         """Show each reader its own rows of scores or pattern, of which ``computed`` are there (None: all)."""
+        self.fired = True
         for hook in self.reads:
             rows = None if hook.rows is None else hook.rows(run)
             if rows is None or rows == computed:
@@ -102,26 +123,6 @@ class _Tap:
             else:
                 at = rows if computed is None else [computed.index(row) for row in rows]
                 hook.fn(value[:, :, mx.array(at)], self.point)
-
-
-def run_edits(point: HookPoint, edits: Sequence[HookFunction], value: mx.array) -> tuple[mx.array, bool]:
-    """Pass a value through editing hooks: the value that they leave, and whether any replaced it.
-
-    Raises:
-        HookError: when a replacement is no MLX array or has another shape.
-    """
-    edited = False
-    for fn in edits:
-        new = fn(_snapshot(value), point)
-        if new is None:
-            continue
-        if not isinstance(new, mx.array):
-            raise HookError(f"A hook on {point.name} returned {type(new).__name__}: return an mlx array or None.")
-        if new.shape != value.shape:
-            axes = f" ({', '.join(point.axes)})" if point.axes else ""
-            raise HookError(f"A hook on {point.name} returned shape {new.shape}: expected {value.shape}{axes}.")
-        value, edited = new.astype(value.dtype), True
-    return value, edited
 
 
 def _snapshot(array: mx.array) -> mx.array:
@@ -167,10 +168,13 @@ class _Site:
 class _ModelSite(_Site):
     """The whole model: sets the positions of the call before anything fires."""
 
+    called = False
+
     def call(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         tokens = args[0] if args else kwargs["inputs"]
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self.run.start, self.run.length = kv_offset(cache), tokens.shape[1]
+        self.called = True
         return super().call(original, module, args, kwargs)
 
 
@@ -222,7 +226,7 @@ class _AttentionSite(_Site):
         for tap in self.outputs:
             output = tap.edit(self._array(output, "output"))
         # resid_mid is no module's output: it is set through what the attention adds to the stream.
-        mid, edited = run_edits(self.mid.point, self.mid.edits, self.block.residual + output)
+        mid, edited = self.mid.edit_value(self.block.residual + output)
         if edited:
             output = mid - self.block.residual
         for tap in self.outputs:
@@ -278,7 +282,7 @@ class _AttentionSite(_Site):
                 array = attention_pattern(array)
             if place in self.kernel:
                 tap = self.kernel[place]
-                array, replaced = run_edits(tap.point, tap.edits, array)
+                array, replaced = tap.edit_value(array)
                 tap.read_rows(array, rows, self.run)
                 edited = edited or replaced
         return weighted_values(array, v).astype(output.dtype) if edited else output
@@ -335,14 +339,16 @@ class Plan:
                 taps[hook.point].reads.append(hook)
             else:
                 taps[hook.point].edits.append(hook.fn)
-        if taps:
-            self._site(architecture.model)
+        self._model_site: _ModelSite | None = self._site(architecture.model) if taps else None
+        self._placed: list[tuple[_Tap, nn.Module]] = []
         for tap in taps.values():
             self._place(tap)
+        self._observes_kernel = False
         self._needs_kernel = any(isinstance(site, _AttentionSite) and site.kernel for _, site in self.sites.values())
 
     def _place(self, tap: _Tap) -> None:
         module, place = tap.location.module, tap.location.place
+        self._placed.append((tap, module))
         site = self._site(module, attention=place not in ("input", "output"))
         if place == "input":
             site.inputs.append(tap)
@@ -359,7 +365,9 @@ class Plan:
             # Read where the model itself forms the sum: at the input of what follows.
             source = tap.location.reader
             assert source is not None
-            self._site(source).inputs.insert(0, _Tap(tap.point, Location(source, "input"), reads=tap.reads))
+            reader = _Tap(tap.point, Location(source, "input"), reads=tap.reads)
+            self._site(source).inputs.insert(0, reader)
+            self._placed[-1] = (reader, source)
         if tap.edits:
             site.mid = tap
             site.block = self._site(self.architecture.blocks[tap.point.layer])
@@ -383,20 +391,34 @@ class Plan:
         self.sites[key] = (module, site)
         return site
 
+    def check_fired(self) -> None:
+        """Raise HookError if the model ran and some hook did not: silence would pass for a result."""
+        silent = [(tap, module) for tap, module in self._placed if not tap.fired]
+        if self._model_site is None or not self._model_site.called or not silent:
+            return
+        names = ", ".join(tap.point.name for tap, _ in silent[:3]) + (", ..." if len(silent) > 3 else "")
+        paths = ", ".join(dict.fromkeys(repr(self._paths.get(id(module), "?")) for _, module in silent[:3]))
+        raise HookError(
+            f"Hooks on {names} did not fire: the model ran without calling {paths}. "
+            "If its modules were replaced since HookedModel was made (quantised, adapted), make a new HookedModel."
+        )
+
     def attach(self) -> None:
         for module, site in self.sites.values():
             object.__setattr__(module, _SITE, site)
             module.__class__ = _observing(type(module))
         if self._needs_kernel:
             _kernel.observe()
+            self._observes_kernel = True
 
     def detach(self) -> None:
         for module, _ in self.sites.values():
             if _SITE in module.__dict__:
                 module.__class__ = type(module).__mro__[1]
                 object.__delattr__(module, _SITE)
-        if self._needs_kernel:
+        if self._observes_kernel:
             _kernel.release()
+            self._observes_kernel = False
 
 
 class Recorder:
@@ -461,17 +483,18 @@ def select_positions(positions: Positions, start: int, length: int) -> list[int]
     """
     stop = start + length
     if isinstance(positions, slice):
-        return [p - start for p in range(*positions.indices(stop)) if p >= start]
-    if isinstance(positions, str):
+        asked = [p for p in range(*positions.indices(stop)) if p >= start]
+    elif isinstance(positions, str):
         if positions != "last":
             raise HookError(f"Unknown positions {positions!r}: allowed are 'last', an int, a list of ints or a slice.")
-        return [length - 1]
-    asked = [positions] if isinstance(positions, int) else list(positions or [])
+        asked = [stop - 1]
+    else:
+        asked = [positions] if isinstance(positions, int) else list(positions or [])
     rows = [(p + stop if p < 0 else p) - start for p in asked]
     outside = [p for p, row in zip(asked, rows, strict=True) if not 0 <= row < length]
     if outside or not rows:
         raise HookError(
-            f"Positions {outside or asked} are outside the {length} tokens of this call ({start} to {stop - 1})."
+            f"Positions {outside or positions} are outside the {length} tokens of this call ({start} to {stop - 1})."
         )
     return rows
 
@@ -504,9 +527,10 @@ class Instrument:
             if phase is not None:
                 self.run.phase, self.run.step = phase, step
             self._attached = plan
-            plan.attach()
             try:
+                plan.attach()
                 yield
+                plan.check_fired()
             finally:
                 plan.detach()
                 self._attached = outer

@@ -150,7 +150,7 @@ def test_a_filter_that_selects_nothing_is_an_error(bad: object) -> None:
         model.run_with_cache([1, 2], bad)
 
 
-@pytest.mark.parametrize("positions", [5, -6, [0, 9], [], "first"])
+@pytest.mark.parametrize("positions", [5, -6, [0, 9], [], "first", slice(5, 9)])
 def test_positions_outside_the_call_are_refused(positions: object) -> None:
     with pytest.raises(HookError, match="outside the 5 tokens|allowed are 'last'"):
         select_positions(positions, start=0, length=5)

@@ -3,14 +3,16 @@
 import threading
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import CONFIGS, make_model
 
-from mlx_hooks import HookedModel, HookPoint, UnknownHookError, UnsupportedModelError
+from mlx_hooks import HookedModel, HookError, HookPoint, UnknownHookError, UnsupportedModelError
 
 TOKENS = [[1, 5, 9, 3]]
 KERNEL = mx.fast.scaled_dot_product_attention
@@ -168,6 +170,52 @@ def test_an_unknown_name_is_refused_before_anything_runs() -> None:
         model.run_with_cache(TOKENS, "blocks.2.resid_post")
     with pytest.raises(UnknownHookError, match="Unknown hook point 'blocks.3.hook_resid_post'"):
         model.run_with_hooks(TOKENS, [("blocks.3.hook_resid_post", lambda value, point: None)])
+
+
+def test_a_hook_that_cannot_fire_any_more_is_an_error_not_silence() -> None:
+    model = HookedModel(make_model("llama"))
+    nn.quantize(model.model, group_size=32, bits=4, class_predicate=lambda path, _: path.endswith("q_proj"))
+    before = state(model)
+    message = (
+        r"Hooks on blocks.1.attn.hook_q did not fire: the model ran without calling 'model.layers.1.self_attn.q_proj'"
+    )
+    with pytest.raises(HookError, match=message):
+        model.run_with_cache(TOKENS, "blocks.1.attn.hook_q")
+    with pytest.raises(HookError, match=message):
+        model.run_with_hooks(TOKENS, [("blocks.1.attn.hook_q", lambda value, point: value * 0)])
+    with pytest.raises(HookError, match=message):
+        model.generate([1, 2], max_tokens=2, capture=["blocks.1.attn.hook_q"])
+    with pytest.raises(HookError, match=message), model.hooks([("blocks.1.attn.hook_q", lambda value, point: None)]):
+        model(TOKENS)
+    assert state(model) == before
+    again = HookedModel(model.model)
+    assert again.run_with_cache(TOKENS, "blocks.1.attn.hook_q")[1]["q", 1].shape == (1, 4, 4, 8)
+
+
+def test_a_block_in_which_the_model_never_ran_is_no_error() -> None:
+    model = HookedModel(make_model("llama"))
+    with model.hooks([("blocks.1.attn.hook_q", lambda value, point: None)]):
+        pass
+
+
+def test_a_model_with_lora_adapters_is_hooked_with_them() -> None:
+    raw = make_model("llama")
+    linear_to_lora_layers(raw, 3, {"rank": 2, "scale": 10.0, "dropout": 0.0, "keys": None})
+    raw.apply(lambda p: p + 0.1 * mx.random.normal(p.shape))
+    raw.eval()
+    plain = raw(mx.array(TOKENS))
+    logits, cache = HookedModel(raw).run_with_cache(TOKENS)
+    assert mx.array_equal(logits, plain)
+    q_proj = raw.model.layers[1].self_attn.q_proj
+    assert type(q_proj).__name__ == "LoRALinear"
+    assert mx.array_equal(cache["q", 1].reshape(1, 4, -1), q_proj(cache["blocks.1.attn.hook_in"]))
+
+
+def test_a_model_that_runs_one_block_twice_is_refused() -> None:
+    raw = make_model("llama")
+    raw.model.layers[2] = raw.model.layers[1]
+    with pytest.raises(UnsupportedModelError, match="runs a block more than once"):
+        HookedModel(raw)
 
 
 def test_a_model_whose_stream_has_a_multiplier_is_refused() -> None:
