@@ -42,8 +42,8 @@ format: setup
 smalltalk: setup  ## write the chunk file that ships from the Tonel sources
 	$(BIN)/python scripts/build_smalltalk.py
 
-train-tiny: setup  ## train the bundled model anew (about ten minutes with OpenBLAS)
-	$(RUN)PYTHONPATH=scripts $(BIN)/python -m neuroscope_tiny.train
+train-tiny: setup  ## train the bundled model again, in about ten minutes; one BLAS thread is part of getting the same weights
+	$(RUN)OPENBLAS_NUM_THREADS=1 PYTHONPATH=scripts $(BIN)/python -m neuroscope_tiny.train
 
 benchmark: setup  ## what capturing costs over the plain model
 	$(RUN)$(BIN)/python benchmarks/capture_overhead.py
