@@ -19,8 +19,8 @@ from neuroscope_bridge import (
     LMStudioNeuroScopeClient,
     NeuroScopeActivationBridge,
     generate_neuroscope_smalltalk_interface,
+    stack_records,
 )
-from neuroscope_bridge.payload import stack_records
 
 MODEL = "neuroscope-tiny"
 PROMPT = "When Mary and John went to the store , John gave a drink to"

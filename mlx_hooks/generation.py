@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from .activations import ActivationCache, CapturedActivation, join, scalar
 from .errors import HookError
-from .instrument import Hook
+from .hooks import Hook
 from .manager import CapturePlan
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from .activations import CapturedActivation
 from .architectures import Architecture
 from .errors import HookError, UnknownHookError
 from .hook_points import HookPoint, NamesFilter, component_points
-from .instrument import Hook, Recorder, Run
+from .hooks import Hook, Recorder, Run
 
 
 @dataclass(frozen=True)

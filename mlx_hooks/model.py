@@ -18,7 +18,8 @@ from .attention import weighted_values
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError
 from .generation import GenerationResult, GenerationStep, Sampling
 from .hook_points import HookPoint, NamesFilter
-from .instrument import Hook, HookFunction, Instrument, Positions, Recorder
+from .hooks import Hook, HookFunction, Positions, Recorder
+from .instrument import Instrument
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array

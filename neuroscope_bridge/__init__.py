@@ -10,7 +10,7 @@
 It needs neither MLX nor a Mac: the model runs where the server runs.
 """
 
-from .client import EventStream, LMStudioNeuroScopeClient
+from .client import LMStudioNeuroScopeClient
 from .errors import (
     NeuroScopeAPIError,
     NeuroScopeError,
@@ -19,6 +19,7 @@ from .errors import (
     ServerTimeoutError,
     ServerUnreachableError,
 )
+from .events import EventStream
 from .hook_specs import NeuroScopeActivationBridge
 from .payload import decode_activation, stack_records
 from .smalltalk import generate_neuroscope_smalltalk_interface

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, cast, overload
 from urllib.parse import quote, urlsplit
 
-import orjson
 import requests
 from requests.auth import AuthBase
 from urllib3 import exceptions as transport
 
-from .errors import (
-    NeuroScopeAPIError,
-    NeuroScopeError,
-    PayloadError,
-    ResponseFormatError,
-    ServerTimeoutError,
-    ServerUnreachableError,
-)
-from .payload import decode_activation, dumps
+from .errors import NeuroScopeError, ResponseFormatError, ServerUnreachableError
+from .events import EventStream
+from .payload import dumps
+from .replies import Reply, api_error, caused_by, expect, innermost, parse, quoted, timed_out, with_arrays
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8080"
 DEFAULT_TIMEOUT = 600.0
 CONNECT_TIMEOUT = 10.0
-READ_BYTES = 1 << 16
-SNIPPET = 200  # characters of a foreign answer that an error quotes
 
 Messages = Sequence[Mapping[str, str]]
 Hooks = Sequence[Mapping[str, Any]]
-Reply = dict[str, Any]
 
 
 class LMStudioNeuroScopeClient:
@@ -379,7 +370,7 @@ class LMStudioNeuroScopeClient:
             models = self.list_models()
             if not models:
                 raise NeuroScopeError(f"No model is loaded at {self.base_url}: call load_model first.")
-            model_id = _expect(models[-1], "id", str, "GET /v1/models")
+            model_id = expect(models[-1], "id", str, "GET /v1/models")
         return f"/v1/models/{quote(str(model_id), safe='')}"
 
     def _generate(self, route: str, body: Reply, stream: bool) -> Reply | EventStream:
@@ -387,8 +378,8 @@ class LMStudioNeuroScopeClient:
         if stream:
             return EventStream(self._send("POST", route, body, stream=True), f"POST {route}", self.timeout)
         reply = self._json("POST", route, body)
-        _expect(reply, "choices", list, f"POST {route}")
-        return _with_arrays(reply, f"POST {route}")
+        expect(reply, "choices", list, f"POST {route}")
+        return with_arrays(reply, f"POST {route}")
 
     def _field(
         self,
@@ -399,14 +390,14 @@ class LMStudioNeuroScopeClient:
         body: Reply | None = None,
         params: Reply | None = None,
     ) -> Any:
-        return _expect(self._json(method, route, body, params), name, kind, f"{method} {route}")
+        return expect(self._json(method, route, body, params), name, kind, f"{method} {route}")
 
     def _json(self, method: str, route: str, body: Reply | None = None, params: Reply | None = None) -> Reply:
         response = self._send(method, route, body, params)
-        reply = _parse(response.content)
+        reply = parse(response.content)
         if not isinstance(reply, dict):
             raise ResponseFormatError(
-                f"{method} {route}: expected a JSON object, got {_quoted(response.content)}. "
+                f"{method} {route}: expected a JSON object, got {quoted(response.content)}. "
                 f"Is {self.base_url} a NeuroScope server?"
             )
         return reply
@@ -434,146 +425,25 @@ class LMStudioNeuroScopeClient:
         except requests.ConnectTimeout as error:
             raise self._unreachable("it does not accept connections") from error
         except requests.Timeout as error:
-            raise _timed_out(f"{method} {route}", self.timeout) from error
+            raise timed_out(f"{method} {route}", self.timeout) from error
         except requests.RequestException as error:
             # A read timeout in the middle of a body arrives as a ConnectionError.
-            if _caused_by(error, transport.ReadTimeoutError):
-                raise _timed_out(f"{method} {route}", self.timeout) from error
-            if _caused_by(error, transport.ProtocolError):
+            if caused_by(error, transport.ReadTimeoutError):
+                raise timed_out(f"{method} {route}", self.timeout) from error
+            if caused_by(error, transport.ProtocolError):
                 raise ServerUnreachableError(
                     f"The server at {self.base_url} closed the connection before it answered {method} {route}."
                 ) from error
-            raise self._unreachable(_innermost(error)) from error
+            raise self._unreachable(innermost(error)) from error
         if response.status_code >= 300:
             with response:
-                raise _api_error(response, f"{method} {route}")
+                raise api_error(response, f"{method} {route}")
         return response
 
     def _unreachable(self, reason: str) -> ServerUnreachableError:
         return ServerUnreachableError(
             f"No NeuroScope server answers at {self.base_url} ({reason}). Start one with `neuroscope serve`."
         )
-
-
-class EventStream:
-    """The events of a streamed generation, each as soon as it comes.
-
-        with client.generate_with_activations(messages, hooks, stream=True) as events:
-            for event in events:
-                print(event["choices"][0]["delta"].get("content", ""), end="")
-                event.get("activations")      # of this step, as numpy arrays
-
-    `close`, or leaving the `with`, closes the connection, which ends the generation on the server. An
-    iterator that is read to its end closes itself.
-
-    Raises:
-        NeuroScopeAPIError: the server reported an error in the stream (its `status` is None).
-        ServerUnreachableError: the connection broke before the end of the stream.
-        ServerTimeoutError: nothing came for the client's `timeout`.
-        ResponseFormatError: an event that is not JSON, or damaged activations.
-    """
-
-    def __init__(self, response: requests.Response, source: str, timeout: float) -> None:
-        self._response = response
-        kind = response.headers.get("Content-Type", "")
-        if not kind.startswith("text/event-stream"):
-            response.close()
-            raise ResponseFormatError(f"{source}: expected an event stream, got {kind or 'no content type'!r}.")
-        # Not a method of this object: a cycle would leave the connection open until the garbage collector comes.
-        self._events = _events(response, source, timeout)
-
-    def __iter__(self) -> EventStream:
-        return self
-
-    def __next__(self) -> Reply:
-        return next(self._events)
-
-    def __enter__(self) -> EventStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection; the iterator has ended then. Safe to call twice."""
-        self._events.close()
-        self._response.close()
-
-
-def _events(response: requests.Response, source: str, timeout: float) -> Generator[Reply, None, None]:
-    try:
-        for text in parse_event_stream(_chunks(response, source, timeout)):
-            if text == "[DONE]":
-                return
-            event = _parse(text)
-            if not isinstance(event, dict):
-                raise ResponseFormatError(f"{source}: expected a JSON object as event, got {_quoted(text)}.")
-            if event.get("error") is not None:
-                raise _error_of(event, None, source)
-            yield _with_arrays(event, source)
-        raise ServerUnreachableError(f"{source}: the stream ended before its [DONE].")
-    finally:
-        response.close()
-
-
-def _chunks(response: requests.Response, source: str, timeout: float) -> Iterator[bytes]:
-    try:
-        # Not iter_content: on a body without chunked encoding it waits for a full block.
-        while chunk := response.raw.read1(READ_BYTES, decode_content=True):
-            yield chunk
-    except transport.ReadTimeoutError as error:
-        raise _timed_out(source, timeout) from error
-    except (transport.HTTPError, OSError) as error:
-        raise ServerUnreachableError(f"{source}: the connection broke in the middle of the stream.") from error
-
-
-def parse_event_stream(chunks: Iterable[bytes]) -> Iterator[str]:
-    """The data of each server-sent event in a stream of bytes, cut anywhere.
-
-        list(parse_event_stream([b"data: {\\"a\\"", b": 1}\\n\\n: comment\\ndata: [DONE]\\n\\n"]))
-        # ['{"a": 1}', '[DONE]']
-
-    Lines end in LF, CRLF or CR; several `data` lines of one event are joined by LF; comments and other
-    fields are skipped; an event that no empty line finishes is dropped. All as the standard says
-    (https://html.spec.whatwg.org/multipage/server-sent-events.html).
-
-    Raises:
-        ResponseFormatError: a line that is not UTF-8.
-    """
-    data: list[str] = []
-    for line in _lines(chunks):
-        if not line:
-            if data:
-                yield "\n".join(data)
-            data = []
-            continue
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            try:
-                data.append(value.removeprefix(b" ").decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ResponseFormatError(f"An event is not UTF-8: {error}") from error
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Complete lines without their ends; bytes are cut, not text, so no character is split."""
-    pending: list[bytes] = []
-    mark = b"\xef\xbb\xbf"  # a byte-order mark may open the stream
-    for chunk in chunks:
-        pending.append(chunk)
-        if b"\n" not in chunk and b"\r" not in chunk:
-            continue
-        lines = b"".join(pending).splitlines(keepends=True)
-        # A CR at the end may be half of a CRLF: its line waits for what follows.
-        pending = [] if lines[-1].endswith(b"\n") else [lines.pop()]
-        for line in lines:
-            yield line.rstrip(b"\r\n").removeprefix(mark)
-            mark = b""
-    rest = b"".join(pending)
-    if rest.endswith(b"\r"):
-        yield rest[:-1].removeprefix(mark)
 
 
 class _Bearer(AuthBase):
@@ -598,79 +468,3 @@ def _is_loopback(host: str) -> bool:
 def _require_one(**given: Any) -> None:
     if sum(value is not None for value in given.values()) != 1:
         raise ValueError(f"Give exactly one of {' and '.join(given)}.")
-
-
-def _parse(text: bytes | str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return None
-
-
-def _quoted(text: bytes | str) -> str:
-    """The beginning of a foreign answer, for an error message."""
-    return repr(text[:SNIPPET].decode("utf-8", "replace") if isinstance(text, bytes) else text[:SNIPPET])
-
-
-def _expect(reply: Any, name: str, kind: type, source: str) -> Any:
-    value = reply.get(name) if isinstance(reply, dict) else None
-    if not isinstance(value, kind):
-        got = _quoted(repr(value)) if value is not None else "nothing"
-        raise ResponseFormatError(f"{source}: expected {name!r} to be a {kind.__name__}, got {got}.")
-    return value
-
-
-def _with_arrays(reply: Reply, source: str) -> Reply:
-    """Decode `data` of every activation record in place; a reply without activations stays as it is."""
-    activations = reply.get("activations")
-    if activations is None:
-        return reply
-    try:
-        for records in activations.values():
-            for record in records:
-                if record.get("encoding") != "none":
-                    record["data"] = decode_activation(record)
-    except (PayloadError, AttributeError, TypeError) as error:
-        raise ResponseFormatError(f"{source}: damaged activations: {error}") from error
-    return reply
-
-
-def _api_error(response: requests.Response, source: str) -> NeuroScopeAPIError:
-    try:
-        content = response.content
-    except requests.RequestException:
-        content = b""
-    body = _parse(content)
-    if isinstance(body, dict) and "error" in body:
-        return _error_of(body, response.status_code, source)
-    said = f": {_quoted(content)}" if content else ""
-    return NeuroScopeAPIError(
-        f"{source}: {response.reason}{said}", response.status_code, body=content.decode("utf-8", "replace")
-    )
-
-
-def _error_of(body: Reply, status: int | None, source: str) -> NeuroScopeAPIError:
-    error = body["error"]
-    if not isinstance(error, dict):
-        return NeuroScopeAPIError(f"{source}: {error}", status, body=body)
-    message = error.get("message") or "the server gave no reason"
-    return NeuroScopeAPIError(message, status, error.get("type"), error.get("code"), error.get("param"), body)
-
-
-def _timed_out(source: str, timeout: float) -> ServerTimeoutError:
-    return ServerTimeoutError(
-        f"{source}: nothing came for {timeout:g} s. Give the client a longer timeout, or stream the reply."
-    )
-
-
-def _caused_by(error: BaseException, kind: type[BaseException]) -> bool:
-    return any(isinstance(item, kind) for item in (error, *error.args)) or (
-        error.__context__ is not None and _caused_by(error.__context__, kind)
-    )
-
-
-def _innermost(error: BaseException) -> str:
-    """The root cause in the system's words, "Connection refused", without urllib3's nesting."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

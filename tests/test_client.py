@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 import pytest
 
-from neuroscope_bridge.client import EventStream, LMStudioNeuroScopeClient, parse_event_stream
+from neuroscope_bridge.client import LMStudioNeuroScopeClient
 from neuroscope_bridge.errors import (
     NeuroScopeAPIError,
     NeuroScopeError,
@@ -22,6 +22,7 @@ from neuroscope_bridge.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
 )
+from neuroscope_bridge.events import EventStream, parse_event_stream
 from neuroscope_bridge.payload import dumps, encode_activation, stack_records
 
 MESSAGES = [{"role": "user", "content": "Grüezi 🌍"}]

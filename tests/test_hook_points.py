@@ -5,7 +5,7 @@ from tiny_models import CONFIGS, N_LAYERS, make_model
 
 from mlx_hooks import HookedModel, HookError, HookSpec, UnknownHookError
 from mlx_hooks.hook_points import COMPONENTS, canonical_name, short_name
-from mlx_hooks.instrument import select_positions
+from mlx_hooks.hooks import select_positions
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -1,0 +1,121 @@
+"""What a hook is, where in the sequence it fires, and the hook that records.
+
+A hook is called as ``fn(value, hook_point)``: what it returns replaces the value, None leaves it alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .activations import CapturedActivation
+from .errors import HookError
+from .hook_points import HookPoint
+
+HookFunction = Callable[[mx.array, HookPoint], mx.array | None]
+Positions = None | str | int | Sequence[int] | slice
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function at a hook point. A reading hook promises to return None; it runs after all editing ones.
+
+    ``rows`` lets a reading hook ask for some rows of scores and pattern only: it maps the run to rows of the call,
+    counted from 0, and only these are computed.
+    """
+
+    point: HookPoint
+    fn: HookFunction
+    reads: bool = False
+    rows: "Callable[[Run], list[int]] | None" = None
+
+
+@dataclass
+class Run:
+    """Where in the sequence the current forward pass stands: hooks ask it for positions.
+
+    ``start`` is the absolute position of the first token of the call, ``length`` the number of its tokens.
+    """
+
+    start: int = 0
+    length: int = 0
+    phase: str = "prefill"
+    step: int = 0
+    thread: int = 0
+    """The thread that attached the hooks: calls from other threads pass by unseen."""
+
+
+class Recorder:
+    """A reading hook that hands each value on as a :class:`CapturedActivation` with its place in the sequence.
+
+    Args:
+        run: where the current forward pass stands.
+        keep: called with each record.
+        positions: absolute positions to keep: None (all), "last", an int, a list of ints or a slice; negative ones
+            count from the end of the call. Scores and pattern are computed for these rows only.
+        labels: fields of the record that the asker fills (hook_id, layer_name, component, is_input).
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        keep: Callable[[CapturedActivation], None],
+        positions: Positions = None,
+        **labels: Any,
+    ) -> None:
+        self.run = run
+        self.keep = keep
+        self.positions = positions
+        self.labels = labels
+
+    def hook(self, point: HookPoint) -> Hook:
+        """The hook that records at ``point``.
+
+        Raises:
+            HookError: when positions are to be selected where no axis runs over positions.
+        """
+        if self.positions is not None and point.position_axis is None:
+            raise HookError(f"{point.name} has no named position axis: capture it without positions.")
+        return Hook(point, self, reads=True, rows=self.rows if self.positions is not None else None)
+
+    def rows(self, run: Run) -> list[int]:
+        """Rows of the call, from 0, at the positions asked for."""
+        return select_positions(self.positions, run.start, run.length)
+
+    def __call__(self, value: mx.array, point: HookPoint) -> None:
+        ids: Sequence[int] = range(self.run.start, self.run.start + self.run.length)
+        if self.positions is not None:
+            rows = self.rows(self.run)
+            ids = [self.run.start + row for row in rows]
+            axis = point.position_axis
+            if axis is not None and point.axes[axis] == "pos":
+                value = mx.take(value, mx.array(rows), axis=axis)
+        self.keep(CapturedActivation(point, value, ids, self.run.phase, self.run.step, **self.labels))
+
+
+def select_positions(positions: Positions, start: int, length: int) -> list[int]:
+    """Rows of a call of ``length`` tokens that begins at absolute position ``start``.
+
+    >>> select_positions("last", start=0, length=5)
+    [4]
+
+    Raises:
+        HookError: for a position that the call does not cover.
+    """
+    stop = start + length
+    if isinstance(positions, slice):
+        asked = [p for p in range(*positions.indices(stop)) if p >= start]
+    elif isinstance(positions, str):
+        if positions != "last":
+            raise HookError(f"Unknown positions {positions!r}: allowed are 'last', an int, a list of ints or a slice.")
+        asked = [stop - 1]
+    else:
+        asked = [positions] if isinstance(positions, int) else list(positions or [])
+    rows = [(p + stop if p < 0 else p) - start for p in asked]
+    outside = [p for p, row in zip(asked, rows, strict=True) if not 0 <= row < length]
+    if outside or not rows:
+        raise HookError(
+            f"Positions {outside or positions} are outside the {length} tokens of this call ({start} to {stop - 1})."
+        )
+    return rows
