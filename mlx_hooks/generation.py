@@ -6,7 +6,7 @@ pass for token n+1 is started before token n is handed out. Captured arrays join
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -15,10 +15,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from .activations import ActivationCache, CapturedActivation, join, scalar
 from .errors import HookError
 from .hooks import Hook
+from .instrument import Instrument
 from .manager import CapturePlan
-
-if TYPE_CHECKING:
-    from .model import HookedModel
 
 Activations = dict[str, list[CapturedActivation]]
 
@@ -92,7 +90,8 @@ class GenerationResult:
 
 
 def generate_steps(
-    model: "HookedModel",
+    instrument: Instrument,
+    tokenizer: Any,
     prompt_tokens: Sequence[int],
     *,
     max_tokens: int,
@@ -107,16 +106,16 @@ def generate_steps(
     Raises:
         HookError: for an empty prompt, a token outside the vocabulary, or a number out of range.
     """
-    _check(model, prompt_tokens, max_tokens, sampling)
+    _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, sampling)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    forward = _Forward(model, plan, hooks, prompt_tokens, sampling)
+    forward = _Forward(instrument, plan, hooks, prompt_tokens, sampling)
     token, logprob, activations = forward.prefill(prefill_step_size, sample=max_tokens > 0)
     if max_tokens == 0:
         yield GenerationStep(0, None, "", None, "length", activations)
         return
-    text = _Text(model.tokenizer, stop)
-    end_tokens = set(getattr(model.tokenizer, "eos_token_ids", None) or ())
+    text = _Text(tokenizer, stop)
+    end_tokens = set(getattr(tokenizer, "eos_token_ids", None) or ())
     for index in range(max_tokens):
         last = index == max_tokens - 1
         # Start the next pass before waiting for this token, so that the device never idles.
@@ -133,15 +132,15 @@ def generate_steps(
         token, logprob, activations = ahead
 
 
-def _check(model: "HookedModel", tokens: Sequence[int], max_tokens: int, sampling: Sampling) -> None:
+def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, sampling: Sampling) -> None:
     if not tokens:
         raise HookError("The prompt has no tokens: give it at least one.")
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
         raise HookError(f"max_tokens is a whole number from 0 up, got {max_tokens!r}.")
     sampling.check()
-    outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not 0 <= t < model.cfg.d_vocab]
+    outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not 0 <= t < d_vocab]
     if outside:
-        raise HookError(f"Token {outside[0]} is outside the vocabulary: ids are 0 to {model.cfg.d_vocab - 1}.")
+        raise HookError(f"Token {outside[0]} is outside the vocabulary: ids are 0 to {d_vocab - 1}.")
 
 
 class _Forward:
@@ -149,21 +148,22 @@ class _Forward:
 
     def __init__(
         self,
-        model: "HookedModel",
+        instrument: Instrument,
         plan: CapturePlan,
         hooks: Sequence[Hook],
         prompt: Sequence[int],
         sampling: Sampling,
     ) -> None:
-        self.model = model
+        self.instrument = instrument
+        self.model = instrument.architecture.model
         self.prompt = mx.array(list(prompt))
-        self.kv_cache = make_prompt_cache(model.model)
+        self.kv_cache = make_prompt_cache(self.model)
         self.sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k)
         self.processors = make_logits_processors(dict(sampling.logit_bias or {}), sampling.repetition_penalty)
         self.history: mx.array | None = None
         self.records: list[CapturedActivation] = []
-        recorders = plan.hooks(model.instrument.run, self.records.append)
-        self.attached = model.instrument.plan([*hooks, *recorders])
+        recorders = plan.hooks(instrument.run, self.records.append)
+        self.attached = instrument.plan([*hooks, *recorders])
         self.hook_ids = plan.hook_ids
 
     def prefill(self, chunk: int, *, sample: bool) -> tuple[mx.array, mx.array, Activations]:
@@ -194,8 +194,8 @@ class _Forward:
         """Logits [1, d_vocab] after the last of the tokens."""
         if self.processors:
             self.history = tokens if self.history is None else mx.concatenate([self.history, tokens])
-        with self.model.instrument.attached(self.attached, phase=phase, step=step):
-            return self.model.model(tokens[None], cache=self.kv_cache)[:, -1, :]
+        with self.instrument.attached(self.attached, phase=phase, step=step):
+            return self.model(tokens[None], cache=self.kv_cache)[:, -1, :]
 
     def _sample(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """The chosen token [1] and the log of its probability."""

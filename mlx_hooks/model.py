@@ -213,7 +213,8 @@ class HookedModel:
         plan = self._capture_plan(capture)
         hooks = self._forward_hooks(fwd_hooks)
         steps = generation.generate_steps(
-            self,
+            self.instrument,
+            self.tokenizer,
             id_list(tokens[0]),
             max_tokens=max_tokens,
             sampling=_sampling(sampling),

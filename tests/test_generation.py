@@ -82,8 +82,8 @@ def test_a_prompt_in_chunks_gives_the_same_records(llama: HookedModel) -> None:
     prompt = list(range(1, 12))
     plan = llama.resolve_hooks(EVERYTHING)
     options = {"max_tokens": 3, "sampling": Sampling(), "stop": [], "plan": plan}
-    whole = collect(prompt, generate_steps(llama, prompt, **options))
-    chunked = collect(prompt, generate_steps(llama, prompt, prefill_step_size=4, **options))
+    whole = collect(prompt, generate_steps(llama.instrument, None, prompt, **options))
+    chunked = collect(prompt, generate_steps(llama.instrument, None, prompt, prefill_step_size=4, **options))
     assert chunked.tokens == whole.tokens
     for hook_id, records in whole.activations.items():
         assert [r.positions for r in chunked.activations[hook_id]] == [r.positions for r in records]
