@@ -6,6 +6,7 @@ logits, cache = model.run_with_cache("The capital of France is")
 """
 
 from .activations import ActivationCache, CapturedActivation
+from .analysis.logit_lens import LogitLens
 from .architectures import ModelConfig
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError
 from .generation import GenerationResult, GenerationStep
@@ -25,6 +26,7 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedModel",
+    "LogitLens",
     "ModelConfig",
     "ModelLoadError",
     "UnknownHookError",

@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from .errors import UnknownHookError
+from .errors import HookError, UnknownHookError
 from .hook_points import HookPoint, NamesFilter, canonical_name, select, short_name, unknown_point
 
 
@@ -38,8 +38,8 @@ class CapturedActivation:
 
     @property
     def positions(self) -> tuple[int, int]:
-        """First absolute position, and one past the last."""
-        return (self.position_ids[0], self.position_ids[-1] + 1) if len(self.position_ids) else (0, 0)
+        """Lowest absolute position, and one past the highest."""
+        return (min(self.position_ids), max(self.position_ids) + 1)
 
     def numpy(self, dtype: str = "float32") -> np.ndarray:
         """The value as a NumPy array; numbers of any float type become ``dtype``, integers stay int32."""
@@ -69,14 +69,19 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
     """Records of consecutive calls at one hook point as one record, along the position axis.
 
     Rows of attention scores and patterns are padded with -inf and 0 for keys that did not exist yet, which is what
-    one full forward pass shows there. A point without a position axis keeps its last record.
+    one full forward pass shows there.
+
+    Raises:
+        HookError: for records that overlap, or that no axis joins.
     """
-    first, last = records[0], records[-1]
+    first = records[0]
     axis = first.hook_point.position_axis
     if len(records) == 1:
         return first
     if axis is None:
-        return last
+        raise HookError(
+            f"{first.hook_point.name} has {len(records)} records and no axis that joins them: read cache.records[name]."
+        )
     values = [record.value for record in records]
     if first.hook_point.axes[-1] == "key":
         n_keys = max(value.shape[-1] for value in values)
@@ -90,6 +95,9 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
             for value in values
         ]
     ids = [record.position_ids for record in records]
+    for a, b in pairwise(ids):
+        if a[-1] >= b[0]:
+            raise HookError(f"Records of {first.hook_point.name} overlap: positions {a[0]}-{a[-1]} and {b[0]}-{b[-1]}.")
     whole = all(isinstance(i, range) for i in ids) and all(a[-1] + 1 == b[0] for a, b in pairwise(ids))
     joined = range(ids[0][0], ids[-1][-1] + 1) if whole else tuple(p for part in ids for p in part)
     return replace(first, value=mx.concatenate(values, axis=axis), position_ids=joined)
@@ -101,9 +109,9 @@ class ActivationCache(Mapping[str, mx.array]):
     Records of prefill and decode, or of several calls with one KV cache, read as one sequence:
 
         logits, cache = model.run_with_cache("The capital of France is")
-        cache["blocks.3.hook_resid_post"].shape      # (1, 5, d_model)
+        cache["blocks.3.hook_resid_post"].shape      # (1, 6, d_model)
         cache["pattern", 3]                          # the same as cache["blocks.3.attn.hook_pattern"]
-        cache.records["hook_embed"][0].positions     # (0, 5)
+        cache.records["hook_embed"][0].positions     # (0, 6)
 
     Values are MLX arrays. Everything captured stays in memory for as long as the activation cache does: give
     ``names_filter`` or ``positions`` to keep less.
@@ -113,10 +121,13 @@ class ActivationCache(Mapping[str, mx.array]):
         self.records: dict[str, list[CapturedActivation]] = records if records is not None else {}
 
     def __getitem__(self, key: str | tuple[str, int]) -> mx.array:
+        return join(self._records(key)).value
+
+    def _records(self, key: str | tuple[str, int]) -> list[CapturedActivation]:
         name = short_name(*key) if isinstance(key, tuple) else canonical_name(key)
         if name not in self.records:
             raise unknown_point(name, {n: r[0].hook_point for n, r in self.records.items()})
-        return join(self.records[name]).value
+        return self.records[name]
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -141,8 +152,7 @@ class ActivationCache(Mapping[str, mx.array]):
 
     def positions(self, key: str | tuple[str, int]) -> Sequence[int]:
         """Absolute positions of the entries along the position axis of ``cache[key]``."""
-        name = short_name(*key) if isinstance(key, tuple) else canonical_name(key)
-        return join(self.records[name]).position_ids
+        return join(self._records(key)).position_ids
 
     def numpy(self, key: str | tuple[str, int], dtype: str = "float32") -> np.ndarray:
         """``cache[key]`` as a NumPy array."""

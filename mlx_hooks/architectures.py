@@ -47,10 +47,9 @@ MLPS = [
 CONFIG_NAMES = {
     "d_model": ("hidden_size", "n_embd"),
     "n_heads": ("num_attention_heads", "n_head"),
-    "n_key_value_heads": ("num_key_value_heads",),
     "d_vocab": ("vocab_size",),
-    "max_positions": ("max_position_embeddings", "n_positions"),
 }
+MAX_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,8 @@ class Architecture:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(f"A model loaded by mlx_lm is expected, got {type(model).__name__}.")
         self.model = model
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         blocks = getattr(model, "layers", None)
@@ -181,6 +182,16 @@ class Architecture:
         yield hook_points.outer_point("ln_final"), Location(ln_final, "output")
         yield hook_points.outer_point("logits"), Location(self.model, "output")
 
+    def is_current(self, path: str, module: nn.Module) -> bool:
+        """Whether the module at a path is still the one that it was when the model was wrapped."""
+        found: Any = self.model
+        for part in path.split(".") if path else []:
+            try:
+                found = found[int(part)] if isinstance(found, list) else found[part]
+            except (KeyError, IndexError):
+                return False
+        return found is module
+
     def locate(self, name: str) -> HookPoint | None:
         """The hook point of a raw module path (``model.layers.5.self_attn.q_proj``, ``....input``), or None.
 
@@ -189,7 +200,7 @@ class Architecture:
         path, _, place = name.rpartition(".")
         if place not in ("input", "output"):
             path, place = name, "output"
-        if path not in self.modules:
+        if not path or path not in self.modules:
             return None
         layer = path.removeprefix(self.blocks_path + ".").split(".")[0] if path.startswith(self.blocks_path) else ""
         point = hook_points.module_point(path, place, int(layer) if layer.isdigit() else None)
@@ -205,18 +216,18 @@ class Architecture:
 
     def _config(self) -> ModelConfig:
         args = self.model.args
-        numbers: dict[str, Any] = {
-            ours: next((getattr(args, name) for name in theirs if getattr(args, name, None) is not None), None)
-            for ours, theirs in CONFIG_NAMES.items()
-        }
         mlp = _match(_match(self.blocks[0], BLOCKS, "block")["mlp"], MLPS, "MLP")
         return ModelConfig(
             model_type=args.model_type,
             n_layers=len(self.blocks),
+            d_model=_number(args, "d_model"),
+            n_heads=_n_heads(args)[0],
+            n_key_value_heads=_n_heads(args)[1],
             d_head=_d_head(args),
             d_mlp=_n_rows(mlp["up"]),
+            d_vocab=_number(args, "d_vocab"),
+            max_positions=next((n for a in MAX_POSITIONS if (n := getattr(args, a, None)) is not None), None),
             quantization=_quantization(self.modules),
-            **numbers,
         )
 
 
@@ -282,14 +293,23 @@ def _holds_module(child: Any) -> bool:
     return any(_holds_module(entry) for entry in inner)
 
 
+def _number(args: Any, ours: str) -> Any:
+    """A number of the configuration under whichever name the architecture has for it."""
+    for name in CONFIG_NAMES[ours]:
+        if getattr(args, name, None) is not None:
+            return getattr(args, name)
+    raise UnsupportedModelError(
+        f"{type(args).__module__} says none of {', '.join(CONFIG_NAMES[ours])}: {ours} is unknown."
+    )
+
+
 def _n_heads(args: Any) -> tuple[int, int]:
-    n_heads = next(getattr(args, name) for name in CONFIG_NAMES["n_heads"] if hasattr(args, name))
+    n_heads = _number(args, "n_heads")
     return n_heads, getattr(args, "num_key_value_heads", None) or n_heads
 
 
 def _d_head(args: Any) -> int:
-    d_model = next(getattr(args, name) for name in CONFIG_NAMES["d_model"] if hasattr(args, name))
-    return getattr(args, "head_dim", None) or d_model // _n_heads(args)[0]
+    return getattr(args, "head_dim", None) or _number(args, "d_model") // _n_heads(args)[0]
 
 
 def _n_rows(linear: nn.Module) -> int:

@@ -53,14 +53,23 @@ def _smalltalk(options: argparse.Namespace) -> int:
     try:
         with LMStudioNeuroScopeClient(options.url) as client:
             text = generate_neuroscope_smalltalk_interface(client)
-        # Beside the target, so that the rename is atomic: an older file is replaced whole or not at all.
-        draft = options.output.with_name(options.output.name + ".part")
-        draft.write_text(text, encoding="ascii")
-        draft.replace(options.output)
+        if options.output.is_dir():
+            raise IsADirectoryError("it is a folder; name a file in it")
+        _write_whole(options.output, text)
     except (OSError, ValueError) as error:
         return _fail(f"cannot write {options.output}: {error}")
     print(options.output)
     return 0
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file whole or not at all: the text is complete before it gets the name."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        draft.write_text(text, encoding="ascii")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _fail(message: str) -> int:

@@ -4,6 +4,7 @@ As mlx-lm does, the prompt runs through the model in chunks of all but its last 
 pass for token n+1 is started before token n is handed out. Captured arrays join the evaluation of their own pass.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,15 +36,24 @@ class Sampling:
 
     def check(self) -> None:
         """Raises HookError for a number outside its range."""
-        for name, low, high in [
-            ("temperature", 0, None),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("top_k", 0, None),
+        for name, kind, high in [
+            ("temperature", "number", math.inf),
+            ("top_p", "number", 1),
+            ("min_p", "number", 1),
+            ("repetition_penalty", "number", math.inf),
+            ("top_k", "whole number", math.inf),
+            ("seed", "whole number", 2**64 - 1),
         ]:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or value < low or (high is not None and value > high):
-                raise HookError(f"{name} is a number from {low}{f' to {high}' if high else ' up'}, got {value!r}.")
+            if value is None and name in ("repetition_penalty", "seed"):
+                continue
+            types = int if kind == "whole number" else int | float
+            # Written so that NaN fails.
+            if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= high or value == math.inf:
+                upward = f" to {high}" if high < math.inf else " up"
+                raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.")
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, sampling: Sampl
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
         raise HookError(f"max_tokens is a whole number from 0 up, got {max_tokens!r}.")
     sampling.check()
-    outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not 0 <= t < d_vocab]
+    outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not isinstance(t, int) or not 0 <= t < d_vocab]
     if outside:
         raise HookError(f"Token {outside[0]} is outside the vocabulary: ids are 0 to {d_vocab - 1}.")
 
@@ -158,7 +168,9 @@ class _Forward:
         self.model = instrument.architecture.model
         self.prompt = mx.array(list(prompt))
         self.kv_cache = make_prompt_cache(self.model)
-        self.sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k)
+        # mlx-lm's sampler raises for a top_k of the whole vocabulary or more, which leaves nothing out.
+        top_k = sampling.top_k if sampling.top_k < instrument.architecture.cfg.d_vocab else 0
+        self.sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=top_k)
         self.processors = make_logits_processors(dict(sampling.logit_bias or {}), sampling.repetition_penalty)
         self.history: mx.array | None = None
         self.records: list[CapturedActivation] = []
@@ -215,7 +227,7 @@ class _Forward:
             groups.setdefault((record.hook_id, record.hook_point.name), []).append(record)
         by_id: Activations = {hook_id: [] for hook_id in self.hook_ids}
         for (hook_id, _), group in groups.items():
-            by_id[hook_id] += [join(group)] if joining else group
+            by_id[hook_id] += [join(group)] if joining and group[0].hook_point.position_axis is not None else group
         return by_id
 
 
@@ -263,10 +275,11 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep]) -> GenerationResult:
-    """Run the steps to their end and join what they say."""
-    text, tokens, cache = "", [], ActivationCache()
+def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order: Iterable[str]) -> GenerationResult:
+    """Run the steps to their end and join what they say; ``order`` lists hook-point names in forward order."""
+    text, tokens = "", []
     activations: Activations = {}
+    records: dict[str, list[CapturedActivation]] = {}
     reason = "length"
     owner: dict[str, tuple[str, bool]] = {}
     for step in steps:
@@ -274,13 +287,13 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep]) -> Ge
         if step.token is not None:
             tokens.append(step.token)
         reason = step.finish_reason or reason
-        for hook_id, records in step.activations.items():
-            activations.setdefault(hook_id, []).extend(records)
-            for record in records:
+        for hook_id, group in step.activations.items():
+            activations.setdefault(hook_id, []).extend(group)
+            for record in group:
+                name, source = record.hook_point.name, (hook_id, record.is_input)
                 # Two hooks may ask for one point: the cache keeps it once.
-                if owner.setdefault(record.hook_point.name, (hook_id, record.is_input)) == (
-                    hook_id,
-                    record.is_input,
-                ):
-                    cache.add(record)
+                if owner.setdefault(name, source) == source:
+                    records.setdefault(name, []).append(record)
+    in_order = [name for name in order if name in records]
+    cache = ActivationCache({name: records[name] for name in [*in_order, *(n for n in records if n not in in_order)]})
     return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache)

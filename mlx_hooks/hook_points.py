@@ -151,11 +151,11 @@ def canonical_name(name: str) -> str:
     outer = _ALIASES.get(name, name)
     if outer in _OUTER_ROWS:
         return outer_point(outer).name
-    numbers = re.findall(r"\d+", name)
-    if len(numbers) == 1:
-        component = _ALIASES.get(name.replace(numbers[0], "{i}", 1))
+    layer = re.search(r"(?:^blocks\.|\[)(\d+)", name)
+    if layer is not None:
+        component = _ALIASES.get(name[: layer.start(1)] + "{i}" + name[layer.end(1) :])
         if component is not None:
-            return block_point(component, int(numbers[0])).name
+            return block_point(component, int(layer[1])).name
     return name
 
 
@@ -271,7 +271,7 @@ NORM_NAMES = {
     "post_attention_layernorm": "ln2",
 }
 
-_BLOCK_NAME = re.compile(r"(?:(?:transformer\.h|model\.layers|model\.h|layers|blocks|h)\.)?(\d+)(?:\.(\w+))?")
+_BLOCK_NAME = re.compile(r"(?:(?:transformer\.h|model\.layers|model\.h|layers|blocks|h)\.)?(0|[1-9][0-9]*)(?:\.(\w+))?")
 
 
 @dataclass(frozen=True)

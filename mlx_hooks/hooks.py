@@ -3,8 +3,9 @@
 A hook is called as ``fn(value, hook_point)``: what it returns replaces the value, None leaves it alone.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import index
 from typing import Any
 
 import mlx.core as mx
@@ -35,11 +36,13 @@ class Hook:
 class Run:
     """Where in the sequence the current forward pass stands: hooks ask it for positions.
 
-    ``start`` is the absolute position of the first token of the call, ``length`` the number of its tokens.
+    ``start`` is the absolute position of the first token of the call, ``length`` the number of its tokens, ``batch``
+    that of its rows.
     """
 
     start: int = 0
     length: int = 0
+    batch: int = 1
     phase: str = "prefill"
     step: int = 0
     thread: int = 0
@@ -84,6 +87,9 @@ class Recorder:
         return select_positions(self.positions, run.start, run.length)
 
     def __call__(self, value: mx.array, point: HookPoint) -> None:
+        if not point.axes and value.ndim == 3 and value.shape[:2] == (self.run.batch, self.run.length):
+            # A raw module's value has the shape of a stream: its records join like one.
+            point = replace(point, axes=("batch", "pos", "feature"))
         ids: Sequence[int] = range(self.run.start, self.run.start + self.run.length)
         if self.positions is not None:
             rows = self.rows(self.run)
@@ -104,14 +110,18 @@ def select_positions(positions: Positions, start: int, length: int) -> list[int]
         HookError: for a position that the call does not cover.
     """
     stop = start + length
+    allowed = "'last', a whole number, a list of them or a slice"
     if isinstance(positions, slice):
-        asked = [p for p in range(*positions.indices(stop)) if p >= start]
-    elif isinstance(positions, str):
-        if positions != "last":
-            raise HookError(f"Unknown positions {positions!r}: allowed are 'last', an int, a list of ints or a slice.")
+        asked = sorted(p for p in range(*positions.indices(stop)) if p >= start)
+    elif isinstance(positions, str) and positions == "last":
         asked = [stop - 1]
+    elif isinstance(positions, bool | str) or positions is None:
+        raise HookError(f"Positions are {allowed}, got {positions!r}.")
     else:
-        asked = [positions] if isinstance(positions, int) else list(positions or [])
+        try:
+            asked = [index(p) for p in (positions if isinstance(positions, Iterable) else [positions])]
+        except TypeError:
+            raise HookError(f"Positions are {allowed}, got {positions!r}.") from None
     rows = [(p + stop if p < 0 else p) - start for p in asked]
     outside = [p for p, row in zip(asked, rows, strict=True) if not 0 <= row < length]
     if outside or not rows:

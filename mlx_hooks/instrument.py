@@ -8,9 +8,10 @@ A hook is called as ``fn(value, hook_point)``: what it returns replaces the valu
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -142,9 +143,14 @@ class _ModelSite(_Site):
     def call(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         tokens = args[0] if args else kwargs["inputs"]
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
-        self.run.start, self.run.length = kv_offset(cache), tokens.shape[1]
+        outer = replace(self.run)
+        self.run.start, (self.run.batch, self.run.length) = kv_offset(cache), tokens.shape[:2]
         self.called = True
-        return super().call(original, module, args, kwargs)
+        try:
+            return super().call(original, module, args, kwargs)
+        finally:
+            # A hook may run the model itself: the pass that it interrupted goes on where it stood.
+            self.run.start, self.run.length, self.run.batch = outer.start, outer.length, outer.batch
 
 
 class _BlockSite(_Site):
@@ -317,6 +323,12 @@ class Plan:
 
     def _place(self, tap: _Tap) -> None:
         module, place = tap.location.module, tap.location.place
+        path = self._paths.get(id(module), "")
+        if not self.architecture.is_current(path, module):
+            raise HookError(
+                f"{tap.point.name} lives in {path!r}, which was replaced since HookedModel was made "
+                "(quantised or adapted, perhaps): make a new HookedModel."
+            )
         self._placed.append((tap, module))
         site = self._site(module, attention=place not in ("input", "output"))
         if place == "input":
@@ -367,10 +379,7 @@ class Plan:
             return
         names = ", ".join(tap.point.name for tap, _ in silent[:3]) + (", ..." if len(silent) > 3 else "")
         paths = ", ".join(dict.fromkeys(repr(self._paths.get(id(module), "?")) for _, module in silent[:3]))
-        raise HookError(
-            f"Hooks on {names} did not fire: the model ran without calling {paths}. "
-            "If its modules were replaced since HookedModel was made (quantised, adapted), make a new HookedModel."
-        )
+        raise HookError(f"Hooks on {names} did not fire: the model ran without calling {paths}.")
 
     def attach(self) -> None:
         for module, site in self.sites.values():
@@ -391,7 +400,10 @@ class Plan:
 
 
 class Instrument:
-    """Attaches plans to one model, one thread at a time; plans attached inside one another add up."""
+    """Attaches plans to one model, one thread at a time; plans attached inside one another add up.
+
+    There is one instrument per model, however often the model is wrapped: ``Instrument.of``.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -399,22 +411,43 @@ class Instrument:
         self._lock = threading.RLock()
         self._attached: Plan | None = None
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "Instrument":
+        """The model's instrument, with its modules as they are now.
+
+        Raises:
+            UnsupportedModelError: the module tree is not known.
+        """
+        architecture = Architecture(model)
+        with _instruments_lock:
+            found = _instruments.get(id(model))
+            if found is None:
+                found = _instruments[id(model)] = cls(architecture)
+            found.architecture = architecture
+            return found
+
     def plan(self, hooks: Sequence[Hook]) -> Plan:
+        """Work out what a set of hooks touches.
+
+        Raises:
+            HookError: when a module that they need was replaced since the model was wrapped.
+        """
         return Plan(self.architecture, hooks, self.run)
 
     @contextmanager
-    def attached(self, plan: Plan, *, phase: str | None = None, step: int = 0) -> Iterator[None]:
+    def attached(self, plan: Plan, *, phase: str | None = None, step: int = 0, alone: bool = False) -> Iterator[None]:
         """Attach a plan for the duration of a block. Another thread that asks for the same model waits.
 
         Args:
             phase, step: what the records of this block say; None leaves what an outer block said.
+            alone: leave the hooks of outer blocks out.
         """
         with self._lock:
-            outer, run = self._attached, (self.run.phase, self.run.step)
+            outer, run = self._attached, replace(self.run)
             self.run.thread = threading.get_ident()
             if outer is not None:
                 outer.detach()
-                plan = self.plan(outer.hooks + plan.hooks)
+                plan = plan if alone else self.plan(outer.hooks + plan.hooks)
             if phase is not None:
                 self.run.phase, self.run.step = phase, step
             self._attached = plan
@@ -425,10 +458,14 @@ class Instrument:
             finally:
                 plan.detach()
                 self._attached = outer
-                self.run.phase, self.run.step = run
+                self.run.phase, self.run.step = run.phase, run.step
                 if outer is not None:
                     outer.attach()
 
+
+# An instrument holds its model, so an id cannot be taken by another model while its entry is there.
+_instruments: "weakref.WeakValueDictionary[int, Instrument]" = weakref.WeakValueDictionary()
+_instruments_lock = threading.Lock()
 
 _observing_classes: dict[type, type] = {}
 

@@ -40,6 +40,9 @@ class HookSpec:
         for name in ("layer_name", "component", "hook_id"):
             if not isinstance(getattr(self, name), str):
                 raise HookError(f"{name} of a hook is a string, got {getattr(self, name)!r}.")
+        for name in ("capture_input", "capture_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise HookError(f"{name} of a hook is true or false, got {getattr(self, name)!r}.")
         if not self.hook_id:
             object.__setattr__(self, "hook_id", f"{self.layer_name}_{self.component}")
         if not (self.capture_input or self.capture_output):
@@ -118,6 +121,17 @@ class CapturePlan:
         """Reading hooks that hand each record to ``keep``."""
         return [Recorder(run, keep, **capture.labels).hook(capture.point) for capture in self.captures]
 
+    def joined(self, other: "CapturePlan") -> "CapturePlan":
+        """Both plans' captures.
+
+        Raises:
+            HookError: when they share a hook id.
+        """
+        shared = set(self.hook_ids) & set(other.hook_ids)
+        if shared:
+            raise HookError(f"The hook_id {min(shared)!r} is registered already: choose another for this run.")
+        return CapturePlan([*self.captures, *other.captures])
+
     def __len__(self) -> int:
         return len(self.captures)
 
@@ -140,9 +154,17 @@ def resolve(
     """
     resolved: list[ResolvedCapture] = []
     seen: set[str] = set()
-    for capture in [captures] if isinstance(captures, str | HookSpec | Mapping) else captures:
+    names: set[str] = set()
+    if isinstance(captures, str | HookSpec | Mapping):
+        captures = [captures]
+    if not isinstance(captures, Iterable):
+        raise HookError(f"capture is a list of hook specs and hook-point names, got {captures!r}.")
+    for capture in captures:
         if isinstance(capture, str):
-            resolved += [ResolvedCapture(point, {"hook_id": point.name}) for point in select(capture)]
+            # Names and globs may overlap: a point is captured once under its own name.
+            points = [point for point in select(capture) if point.name not in names]
+            names.update(point.name for point in points)
+            resolved += [ResolvedCapture(point, {"hook_id": point.name}) for point in points]
             continue
         spec = HookSpec.of(capture)
         if spec.hook_id in seen:
@@ -151,6 +173,8 @@ def resolve(
         for point, is_input in spec.points(architecture):
             labels = {"hook_id": spec.hook_id, "layer_name": spec.layer_name, "component": spec.component}
             resolved.append(ResolvedCapture(point, labels | {"is_input": is_input}))
+    if seen & names:
+        raise HookError(f"The hook_id {min(seen & names)!r} is the name of a captured hook point too: choose another.")
     return CapturePlan(resolved)
 
 
@@ -199,9 +223,15 @@ class ActivationHookManager:
         return self._resolve(self.specs.values())
 
     def start(self) -> Callable[[CapturedActivation], None]:
-        """Drop the records of the last run; answers where the next ones go."""
-        self.captured = {hook_id: [] for hook_id in self.specs}
-        return lambda record: self.captured[record.hook_id].append(record)
+        """Begin a run: drop the records of the last one; answers where this run's records go."""
+        records: dict[str, list[CapturedActivation]] = {hook_id: [] for hook_id in self.specs}
+        self.captured = records
+
+        def keep(record: CapturedActivation) -> None:
+            # A run that goes on while another begins, or whose hook is unregistered, fills its own lists only.
+            records.setdefault(record.hook_id, []).append(record)
+
+        return keep
 
     def __len__(self) -> int:
         return len(self.specs)

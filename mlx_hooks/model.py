@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class HookedModel:
 
         model = HookedModel.from_pretrained("neuroscope-tiny")
         logits, cache = model.run_with_cache("The capital of France is")
-        cache["blocks.3.hook_resid_post"]                       # (1, 5, d_model), exactly as computed
+        cache["blocks.3.hook_resid_post"]                       # (1, 6, d_model), exactly as computed
 
         def zero_head_1(z, hook_point):                         # (batch, pos, head, d_head)
             z[:, :, 1] = 0
@@ -55,8 +56,7 @@ class HookedModel:
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.architecture = Architecture(model)
-        self.instrument = Instrument(self.architecture)
+        self.instrument = Instrument.of(model)
         self.activation_hook_manager = ActivationHookManager(self.resolve_hooks)
         self._verify()
 
@@ -69,6 +69,11 @@ class HookedModel:
             UnsupportedModelError: the model loads but cannot be hooked exactly.
         """
         return cls(*_load(str(name_or_path)))
+
+    @property
+    def architecture(self) -> Architecture:
+        """Where this model's hook points live."""
+        return self.instrument.architecture
 
     @property
     def cfg(self) -> ModelConfig:
@@ -99,6 +104,8 @@ class HookedModel:
             if self.tokenizer is None:
                 raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
             inputs = self.tokenizer.encode(inputs)
+        if isinstance(inputs, mx.array) and not mx.issubdtype(inputs.dtype, mx.integer):
+            raise HookError(f"Tokens are a text or whole numbers [pos] or [batch, pos], got {inputs.dtype}.")
         try:
             array = np.array(inputs)
         except ValueError:
@@ -147,10 +154,15 @@ class HookedModel:
         Returns:
             logits [batch, pos, d_vocab] and the activation cache, both evaluated.
         """
-        cache = ActivationCache()
         points = self._points(names_filter)
+        return self._capture(tokens, points, positions, kv_cache)
+
+    def _capture(
+        self, tokens: Tokens, points: list[HookPoint], positions: Positions, kv_cache: list | None, alone: bool = False
+    ) -> tuple[mx.array, ActivationCache]:
+        cache = ActivationCache()
         recorder = Recorder(self.instrument.run, cache.add, positions)
-        logits = self._run(tokens, [recorder.hook(point) for point in points], kv_cache)
+        logits = self._run(tokens, [recorder.hook(point) for point in points], kv_cache, alone)
         mx.eval(logits, *[record.value for records in cache.records.values() for record in records])
         # Hooks fire in the order of computation: names in forward order read better.
         cache.records = {point.name: cache.records[point.name] for point in points}
@@ -166,16 +178,23 @@ class HookedModel:
         with self.instrument.attached(self.instrument.plan(self._forward_hooks(fwd_hooks))):
             yield self
 
-    def _run(self, tokens: Tokens, hooks: list[Hook], kv_cache: list | None) -> mx.array:
+    def _run(self, tokens: Tokens, hooks: list[Hook], kv_cache: list | None, alone: bool = False) -> mx.array:
         inputs = self.to_tokens(tokens)
         run = self.instrument.run
+        if kv_cache is not None and (not isinstance(kv_cache, list) or len(kv_cache) != self.cfg.n_layers):
+            raise HookError(f"kv_cache is mlx-lm's list of {self.cfg.n_layers} caches: make_prompt_cache(model.model).")
         if len(self.activation_hook_manager):
             hooks = hooks + self.activation_hook_manager.plan().hooks(run, self.activation_hook_manager.start())
-        with self.instrument.attached(self.instrument.plan(hooks)):
+        with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
             return self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
 
     def _forward_hooks(self, fwd_hooks: ForwardHooks) -> list[Hook]:
-        return [Hook(point, fn) for name_or_filter, fn in fwd_hooks for point in self._points(name_or_filter)]
+        hooks = []
+        for pair in fwd_hooks:
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not callable(pair[1]):
+                raise HookError(f"fwd_hooks is a list of (name_or_filter, function), got {pair!r} in it.")
+            hooks += [Hook(point, pair[1]) for point in self._points(pair[0])]
+        return hooks
 
     def _points(self, names_filter: NamesFilter) -> list[HookPoint]:
         """The points of a filter; what is no hook point may be a raw module path (``model.layers.0.mlp.up_proj``)."""
@@ -183,6 +202,9 @@ class HookedModel:
             names_filter = [names_filter]
         if names_filter is None or callable(names_filter):
             return hook_points.select(self.hook_points, names_filter)
+        if not isinstance(names_filter, Iterable):
+            raise HookError(f"A filter is None, a name, a glob, a list of these or a predicate, got {names_filter!r}.")
+        names_filter = list(names_filter)
         raw = {name: point for name in names_filter if (point := self._raw_point(name)) is not None}
         named = [name for name in names_filter if name not in raw]
         return (hook_points.select(self.hook_points, named) if named else []) + list(raw.values())
@@ -210,7 +232,11 @@ class HookedModel:
         tokens = self.to_tokens(prompt)
         if tokens.shape[0] != 1:
             raise HookError(f"generate takes one prompt, got {tokens.shape[0]} rows.")
-        plan = self._capture_plan(capture)
+        if not isinstance(stop, Iterable):
+            raise HookError(f"stop is a string or a list of strings, got {stop!r}.")
+        registered = self.activation_hook_manager.plan()
+        asked = registered if capture is None else self._capture_plan(capture)
+        plan = asked if asked is registered else asked.joined(registered)
         hooks = self._forward_hooks(fwd_hooks)
         steps = generation.generate_steps(
             self.instrument,
@@ -222,7 +248,7 @@ class HookedModel:
             plan=plan,
             hooks=hooks,
         )
-        return self._registering(steps) if capture is None and len(plan) else steps
+        return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
 
     def generate(self, prompt: Tokens, **options: Any) -> GenerationResult:
         """Generate text and capture activations of prompt and generated tokens.
@@ -234,26 +260,27 @@ class HookedModel:
             prompt: text or ids of one sequence.
             max_tokens: most tokens to generate; 0 only reads the prompt.
             stop: strings that end the text; they are not part of it.
-            capture: hook specs and hook-point names; None for the registered hooks.
+            capture: hook specs and hook-point names; None for the registered hooks, which record in any case.
             fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass.
             temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`generation.Sampling`;
                 the default takes the most probable token.
         """
         tokens = self.to_tokens(prompt)
-        return generation.collect(id_list(tokens[0]), self.generate_steps(tokens, **options))
+        return generation.collect(id_list(tokens[0]), self.generate_steps(tokens, **options), self.hook_points)
 
-    def _capture_plan(self, capture: Iterable[Capture] | CapturePlan | None) -> CapturePlan:
-        if isinstance(capture, CapturePlan):
-            return capture
-        return self.activation_hook_manager.plan() if capture is None else self.resolve_hooks(capture)
+    def _capture_plan(self, capture: Iterable[Capture] | CapturePlan) -> CapturePlan:
+        return capture if isinstance(capture, CapturePlan) else self.resolve_hooks(capture)
 
-    def _registering(self, steps: Iterator[GenerationStep]) -> Iterator[GenerationStep]:
+    def _registering(
+        self, steps: Iterator[GenerationStep], registered: list[str], asked: list[str]
+    ) -> Iterator[GenerationStep]:
+        """Hand the records of registered hooks to the manager; the steps show those that were asked for."""
         keep = self.activation_hook_manager.start()
         for step in steps:
-            for records in step.activations.values():
-                for record in records:
+            for hook_id in registered:
+                for record in step.activations[hook_id]:
                     keep(record)
-            yield step
+            yield replace(step, activations={hook_id: step.activations[hook_id] for hook_id in asked})
 
     # Hooks by id
 
@@ -304,9 +331,11 @@ class HookedModel:
 
     def _verify(self) -> None:
         """Run a few tokens and check that what would be captured is what the model computes."""
-        tokens = mx.arange(min(4, self.cfg.d_vocab))[None]
+        # Tokens from all over the vocabulary: special ones at its beginning may have empty embeddings.
+        d_vocab = self.cfg.d_vocab
+        tokens = [sorted({(i * d_vocab) // 8 + i % 3 for i in range(8)} & set(range(d_vocab)))]
         try:
-            logits, cache = self.run_with_cache(tokens)
+            logits, cache = self._capture(tokens, list(self.hook_points.values()), None, None, alone=True)
         except (HookError, ValueError) as error:
             raise UnsupportedModelError(f"{self.cfg.model_type} cannot be hooked exactly: {error}") from error
         if any(len(records) != 1 for records in cache.records.values()):
@@ -316,27 +345,33 @@ class HookedModel:
         stream = cache["embed"] + cache["pos_embed"] if "pos_embed" in cache else cache["embed"]
         for layer in range(self.cfg.n_layers):
             pre, mid, post = (cache[f"resid_{part}", layer] for part in ("pre", "mid", "post"))
-            heads = weighted_values(cache["pattern", layer], cache["v", layer].swapaxes(1, 2)).swapaxes(1, 2)
             here = f"in block {layer}"
-            self._check_close(f"resid_pre = the stream before it {here}", pre, stream)
-            # The kernel rounds its way in the model's type; everything else here is the same arithmetic twice.
-            self._check_close(f"z = pattern @ v {here}", cache["z", layer], heads, units=16)
-            self._check_close(f"resid_mid = resid_pre + attn_out {here}", mid, pre + cache["attn_out", layer])
-            self._check_close(f"resid_post = resid_mid + mlp_out {here}", post, mid + cache["mlp_out", layer])
+            self._check_same(f"resid_pre = the stream before it {here}", pre, stream)
+            self._check_same(f"resid_mid = resid_pre + attn_out {here}", mid, pre + cache["attn_out", layer])
+            self._check_same(f"resid_post = resid_mid + mlp_out {here}", post, mid + cache["mlp_out", layer])
+            self._check_pattern(f"z = pattern @ v {here}", cache, layer)
             stream = post
-        self._check_close("logits = unembedding of the last norm of resid_post", logits, self.unembed(stream))
+        with self.instrument.attached(self.instrument.plan([]), alone=True):
+            self._check_same("logits = unembedding of the last norm of resid_post", logits, self.unembed(stream))
 
-    def _check_close(self, identity: str, got: mx.array, expected: mx.array, units: int = 2) -> None:
-        tolerance = max(units * mx.finfo(got.dtype).eps, 1e-5)
-        got, expected = got.astype(mx.float32), expected.astype(mx.float32)
-        # The reference of the size is the larger one: weights of zero make both sides zero.
-        size = max(scalar(mx.linalg.norm(got)), scalar(mx.linalg.norm(expected)))
-        deviation = scalar(mx.linalg.norm(got - expected))
-        if not deviation <= tolerance * size:
-            raise UnsupportedModelError(
-                f"{self.cfg.model_type} cannot be hooked exactly: {identity} does not hold "
-                f"(deviation {deviation:.3g} of {size:.3g})."
-            )
+    def _check_same(self, identity: str, got: mx.array, expected: mx.array) -> None:
+        # The same operation on the same numbers: nothing is rounded differently.
+        if not mx.array_equal(got, expected):
+            difference = mx.abs(got.astype(mx.float32) - expected.astype(mx.float32))
+            raise self._unsupported(identity, scalar(difference.max()))
+
+    def _check_pattern(self, identity: str, cache: ActivationCache, layer: int) -> None:
+        v = cache["v", layer].swapaxes(1, 2)
+        difference = mx.abs(cache["z", layer] - weighted_values(cache["pattern", layer], v).swapaxes(1, 2))
+        # The kernel rounds on its way in the model's type, the pattern here is float32.
+        tolerance = 16 * mx.finfo(v.dtype).eps * scalar(mx.abs(v).max())
+        if not scalar(difference.max()) <= tolerance:
+            raise self._unsupported(identity, scalar(difference.max()))
+
+    def _unsupported(self, identity: str, deviation: float) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.cfg.model_type} cannot be hooked exactly: {identity} does not hold (off by up to {deviation:.3g})."
+        )
 
 
 def load_model(name_or_path: str | Path) -> HookedModel:
@@ -356,22 +391,13 @@ def _load(name: str) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a name, through mlx_lm."""
     import mlx_lm
 
-    if name == BUNDLED:
-        path = str(files("mlx_hooks") / "bundled" / BUNDLED)
-    else:
-        path = str(Path(name).expanduser())
-        is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
-        if not Path(path).exists() and not is_hub_id:
-            raise ModelLoadError(
-                f"There is no model at {name!r}: give the bundled {BUNDLED!r}, a folder with config.json and "
-                "model.safetensors, or a Hugging Face id such as 'owner/name'."
-            )
-        if Path(path).exists() and not (Path(path) / "config.json").is_file():
-            raise ModelLoadError(f"{name!r} is not a model folder: it has no config.json.")
+    path = str(files("mlx_hooks") / "bundled" / BUNDLED) if name == BUNDLED else _model_folder(name)
     try:
         model, tokenizer = mlx_lm.load(path)[:2]
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        if isinstance(error, KeyError):
+            reason = f"its config.json lacks {reason}"
         if Path(path).exists():
             raise ModelLoadError(f"mlx-lm could not load {name!r}: {reason}.") from error
         raise ModelLoadError(
@@ -379,3 +405,27 @@ def _load(name: str) -> tuple[nn.Module, Any]:
             f"Bundled is {BUNDLED!r}."
         ) from error
     return model, tokenizer
+
+
+def _model_folder(name: str) -> str:
+    """The folder that a name means, or the name itself where it can only be a Hugging Face id."""
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelLoadError(f"{name[:80]!r} is no usable path: {error}.") from error
+    if not exists:
+        if _is_hub_id(name):
+            return name
+        raise ModelLoadError(
+            f"There is no model at {name!r}: give the bundled {BUNDLED!r}, a folder with config.json and "
+            "model.safetensors, or a Hugging Face id such as 'owner/name'."
+        )
+    if not (path / "config.json").is_file():
+        what = "has no config.json" if path.is_dir() else "is a file"
+        raise ModelLoadError(f"{name!r} is not a model folder: it {what}.")
+    return str(path)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from tiny_models import CONFIGS, make_model
 
-from mlx_hooks import HookedModel, HookError
+from mlx_hooks import HookedModel, HookError, LogitLens
 from mlx_hooks.analysis import heads
-from mlx_hooks.analysis.logit_lens import LogitLens
 
 TOKENS = [1, 5, 9, 3, 7]
 
@@ -48,6 +47,15 @@ def test_the_bundled_model_knows_the_answer_at_its_last_layer(tiny: HookedModel)
     rows = LogitLens(tiny).predictions("The capital of France is", top_k=1)
     assert rows[-1].predictions[0].token.strip() == "Paris"
     assert rows[0].predictions[0].probability < rows[-1].predictions[0].probability
+
+
+def test_the_lens_takes_one_row_and_at_least_one_prediction() -> None:
+    lens = LogitLens(HookedModel(make_model("llama")))
+    with pytest.raises(HookError, match="one row of tokens and a top_k from 1, got 2 and 5"):
+        lens.predictions([TOKENS, TOKENS])
+    with pytest.raises(HookError, match="got 1 and 0"):
+        lens.predictions(TOKENS, top_k=0)
+    assert len(lens.predictions(TOKENS, top_k=1000)[0].predictions) == 60
 
 
 def one_hot_pattern(targets: list[int]) -> np.ndarray:

@@ -23,12 +23,31 @@ def test_smalltalk_writes_the_client_for_a_server(tmp_path: Path, capsys: pytest
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_an_older_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "client.st"
+    target.write_text("older")
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["smalltalk", "-o", str(target)]) == 1
+    assert target.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [target]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["info", "/no/such/model"], "There is no model at '/no/such/model': give the bundled 'neuroscope-tiny'"),
         (["info", "."], "is not a model folder: it has no config.json"),
         (["smalltalk", "-o", "/no/such/folder/x.st"], "cannot write /no/such/folder/x.st"),
+        (["smalltalk", "-o", "."], "cannot write .: it is a folder; name a file in it"),
+        (["smalltalk", "--url", "no url"], "cannot write"),
+        (["info", "~nobody-of-that-name/x"], "is no usable path"),
+        (["info", "x" * 5000], "is no usable path"),
+        (["info", "a/b"], "There is no folder 'a/b', and it could not be had as a Hugging Face id"),
         (["serve", "--host", "0.0.0.0", "--port", "0"], "give --api-key"),
     ],
 )

@@ -216,11 +216,7 @@ def test_in_place_arithmetic_of_the_model_does_not_reach_captured_values() -> No
 
 def test_attention_pattern_matches_a_sliding_window() -> None:
     config = {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"], "sliding_window": 3}
-    CONFIGS["llama_sliding"] = CONFIGS["llama"] | config
-    try:
-        model = HookedModel(make_model("llama_sliding"))
-    finally:
-        del CONFIGS["llama_sliding"]
+    model = HookedModel(make_model(CONFIGS["llama"] | config))
     _, cache = model.run_with_cache(TOKENS)
     distance = np.arange(8)[:, None] - np.arange(8)[None, :]
     visible = (distance >= 0) & (distance < 3)

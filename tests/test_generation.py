@@ -42,11 +42,15 @@ def test_sampling_with_a_seed_is_mlx_lms_and_repeatable(llama: HookedModel) -> N
 
 
 def test_logit_bias_and_repetition_penalty_are_mlx_lms(llama: HookedModel) -> None:
-    processors = make_logits_processors({11: 2.5, 12: -100.0}, 1.3)
-    expected = generate_step(mx.array(PROMPT), llama.model, max_tokens=8, logits_processors=processors)
+    expected = list(PROMPT)
+    for _ in range(8):
+        logits = llama([expected])[:, -1]
+        for processor in make_logits_processors({11: 2.5, 12: -100.0}, 1.3):
+            logits = processor(mx.array(expected), logits)
+        expected.append(mx.argmax(logits).item())
     options = {"logit_bias": {11: 2.5, 12: -100.0}, "repetition_penalty": 1.3, "max_tokens": 8}
     tokens = llama.generate(PROMPT, **options).tokens
-    assert tokens == [token for token, _ in expected]
+    assert tokens == expected[len(PROMPT) :]
     assert tokens != llama.generate(PROMPT, max_tokens=8).tokens
 
 
@@ -82,8 +86,10 @@ def test_a_prompt_in_chunks_gives_the_same_records(llama: HookedModel) -> None:
     prompt = list(range(1, 12))
     plan = llama.resolve_hooks(EVERYTHING)
     options = {"max_tokens": 3, "sampling": Sampling(), "stop": [], "plan": plan}
-    whole = collect(prompt, generate_steps(llama.instrument, None, prompt, **options))
-    chunked = collect(prompt, generate_steps(llama.instrument, None, prompt, prefill_step_size=4, **options))
+    whole = collect(prompt, generate_steps(llama.instrument, None, prompt, **options), llama.hook_points)
+    chunked = collect(
+        prompt, generate_steps(llama.instrument, None, prompt, prefill_step_size=4, **options), llama.hook_points
+    )
     assert chunked.tokens == whole.tokens
     for hook_id, records in whole.activations.items():
         assert [r.positions for r in chunked.activations[hook_id]] == [r.positions for r in records]
@@ -158,6 +164,70 @@ def test_registered_hooks_record_in_every_run_until_unregistered(llama: HookedMo
     assert len(model.activation_hook_manager) == 0
 
 
+def test_registered_hooks_record_beside_a_capture_that_is_asked_for(llama: HookedModel) -> None:
+    model = HookedModel(llama.model)
+    model.register_activation_hook("1", "residual", hook_id="mine")
+    result = model.generate(PROMPT, max_tokens=3, capture=["hook_embed"])
+    assert list(result.activations) == ["hook_embed"]
+    assert [r.positions for r in model.captured_activations("mine")] == [(0, 5), (5, 6), (6, 7)]
+    with pytest.raises(HookError, match="'mine' is registered already: choose another"):
+        model.generate(PROMPT, capture=[HookSpec("0", "mlp", "mine")])
+
+
+def test_interleaved_generations_keep_their_registered_records_apart(llama: HookedModel) -> None:
+    model = HookedModel(llama.model)
+    model.register_activation_hook("1", "residual", hook_id="mine")
+    first, second = model.generate_steps(PROMPT, max_tokens=3), model.generate_steps([7, 8], max_tokens=3)
+    next(first), next(second), next(first)
+    assert [r.positions for r in model.captured_activations("mine")] == [(0, 2)]
+    model.unregister_activation_hook("mine")
+    assert len(list(first)) == 1
+    assert len(list(second)) == 2
+
+
+def test_names_that_overlap_capture_each_point_once(llama: HookedModel) -> None:
+    for capture in (["hook_embed", "hook_*"], ["hook_embed", "hook_embed"], ["hook_*", "hook_embed"]):
+        result = llama.generate(PROMPT, max_tokens=3, capture=capture)
+        assert result.cache["hook_embed"].shape == (1, 7, 32)
+        assert [r.positions for r in result.activations["hook_embed"]] == [(0, 5), (5, 6), (6, 7)]
+    with pytest.raises(HookError, match="'hook_embed' is the name of a captured hook point too"):
+        llama.resolve_hooks([HookSpec("transformer.wte", "embedding", "hook_embed"), "hook_embed"])
+
+
+def test_a_raw_module_path_reads_as_one_sequence_too(llama: HookedModel) -> None:
+    names = ["model.layers.1.mlp.up_proj", "blocks.1.mlp.hook_pre_linear"]
+    result = llama.generate(PROMPT, max_tokens=3, capture=names)
+    assert result.cache[f"{names[0]}.output"].shape == (1, 7, 48)
+    assert mx.array_equal(result.cache[f"{names[0]}.output"], result.cache[names[1]])
+    assert list(result.cache.positions(f"{names[0]}.output")) == list(range(7))
+
+
+def test_a_raw_value_without_positions_keeps_its_records_apart(llama: HookedModel) -> None:
+    result = llama.generate(PROMPT, max_tokens=2, capture=["model.layers.1.self_attn.rope"])
+    records = result.activations["model.layers.1.self_attn.rope.output"]
+    assert len(records) == 6  # queries and keys, of the prompt's two passes and of one token
+    with pytest.raises(HookError, match="6 records and no axis that joins them"):
+        result.cache["model.layers.1.self_attn.rope.output"]
+
+
+def test_the_cache_of_a_generation_stands_in_forward_order(llama: HookedModel) -> None:
+    result = llama.generate(PROMPT, max_tokens=2, capture=["hook_logits", "blocks.2.*", "hook_embed"])
+    assert list(result.cache) == [name for name in llama.hook_points if name in result.cache]
+
+
+def test_top_k_of_the_whole_vocabulary_leaves_nothing_out(llama: HookedModel) -> None:
+    options = {"max_tokens": 6, "temperature": 1.0, "seed": 3}
+    expected = llama.generate(PROMPT, **options).tokens
+    assert llama.generate(PROMPT, top_k=60, **options).tokens == expected
+    assert llama.generate(PROMPT, top_k=10**6, **options).tokens == expected
+
+
+def test_min_p_leaves_out_the_improbable(llama: HookedModel) -> None:
+    greedy = llama.generate(PROMPT, max_tokens=8).tokens
+    assert llama.generate(PROMPT, max_tokens=8, temperature=1.5, min_p=1.0, seed=1).tokens == greedy
+    assert llama.generate(PROMPT, max_tokens=8, temperature=1.5, seed=1).tokens != greedy
+
+
 def test_two_hooks_may_ask_for_one_point(llama: HookedModel) -> None:
     specs = [HookSpec("1", "residual", "a"), {"layer_name": "blocks.1", "component": "residual", "hook_id": "b"}]
     result = llama.generate(PROMPT, max_tokens=2, capture=specs)
@@ -184,6 +254,20 @@ def test_two_hooks_may_ask_for_one_point(llama: HookedModel) -> None:
         ([1], {"stop": ["x"]}, "Stop strings need a tokenizer"),
         ([1], {"beams": 4}, "generate has no argument 'beams'. Allowed: max_tokens"),
         ([1], {"logit_bias": {99: 1.0}}, "Token 99 is outside the vocabulary"),
+        ([1], {"temperature": float("nan")}, "temperature is a number from 0 up, got nan"),
+        ([1], {"temperature": True}, "temperature is a number"),
+        ([1], {"top_k": 1.5}, "top_k is a whole number from 0 up"),
+        ([1], {"seed": -1}, "seed is a whole number from 0 to"),
+        ([1], {"seed": "x"}, "seed is a whole number"),
+        ([1], {"repetition_penalty": -1}, "repetition_penalty is a number from 0 up"),
+        ([1], {"logit_bias": [1]}, "logit_bias maps token ids to numbers"),
+        ([1], {"stop": 5}, "stop is a string or a list of strings, got 5"),
+        ([1], {"capture": 5}, "capture is a list of hook specs and hook-point names, got 5"),
+        ([1], {"fwd_hooks": [5]}, r"fwd_hooks is a list of \(name_or_filter, function\), got 5"),
+        ([1], {"fwd_hooks": [("hook_embed", 5)]}, "fwd_hooks is a list of"),
+        ([1], {"capture": [""]}, "Unknown hook point ''"),
+        ([1], {"capture": [".input"]}, "Unknown hook point '.input'"),
+        (mx.array([1.0]), {}, "whole numbers"),
         ([1], {"capture": ["blocks.9.hook_resid_post"]}, "Unknown hook point"),
     ],
 )

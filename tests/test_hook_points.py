@@ -1,5 +1,6 @@
 """The vocabulary: names, aliases, the REST table, and errors that list what there is."""
 
+import numpy as np
 import pytest
 from tiny_models import CONFIGS, N_LAYERS, make_model
 
@@ -83,6 +84,8 @@ def test_layernorm_is_exactly_one_when_the_layer_name_names_it(model: HookedMode
     [
         ("transformer.h.3", "residual", "Unknown layer 'transformer.h.3'. Blocks: transformer.h.0 to transformer.h.2"),
         ("-1", "residual", "Unknown layer '-1'"),
+        ("00", "residual", "Unknown layer '00'"),
+        ("\u0661", "residual", "Unknown layer"),
         ("", "residual", "Unknown layer ''"),
         ("model.layers.1.self_attn", "attention", "Unknown layer 'model.layers.1.self_attn'"),
         ("transformer.h.1", "neurons", "Unknown component 'neurons'. There are: residual, attention, mlp, embedding"),
@@ -104,6 +107,16 @@ def test_an_unknown_layer_or_component_lists_what_there_is(layer_name: str, comp
     [
         ("layers_input[2]", "blocks.2.hook_resid_pre"),
         ("layers_output[12]", "blocks.12.hook_resid_post"),
+        ("attentions_input[1]", "blocks.1.attn.hook_in"),
+        ("mlps_input[1]", "blocks.1.mlp.hook_in"),
+        ("blocks.4.hook_in", "blocks.4.hook_resid_pre"),
+        ("blocks.4.ln1.hook_out", "blocks.4.ln1.hook_normalized"),
+        ("blocks.4.ln2.hook_out", "blocks.4.ln2.hook_normalized"),
+        ("blocks.4.attn.k.hook_out", "blocks.4.attn.hook_k"),
+        ("blocks.4.attn.v.hook_out", "blocks.4.attn.hook_v"),
+        ("blocks.4.mlp.hook_out", "blocks.4.hook_mlp_out"),
+        ("pos_embed.hook_out", "hook_pos_embed"),
+        ("ln_final.hook_out", "ln_final.hook_normalized"),
         ("attentions_output[0]", "blocks.0.hook_attn_out"),
         ("mlps_output[0]", "blocks.0.hook_mlp_out"),
         ("attention_probabilities[3]", "blocks.3.attn.hook_pattern"),
@@ -143,17 +156,32 @@ def test_a_cache_says_what_it_holds_when_asked_for_more() -> None:
     assert repr(cache) == "ActivationCache(4 hook points, 0.0 MB)"
 
 
-@pytest.mark.parametrize("bad", ["blocks.*.hook_nothing", ["hook_embed", 3], lambda name: False, "model.layers.9.mlp"])
+@pytest.mark.parametrize(
+    "bad", ["blocks.*.hook_nothing", ["hook_embed", 3], lambda name: False, "model.layers.9.mlp", "output", ""]
+)
 def test_a_filter_that_selects_nothing_is_an_error(bad: object) -> None:
     model = HookedModel(make_model("llama"))
     with pytest.raises(UnknownHookError):
         model.run_with_cache([1, 2], bad)
 
 
-@pytest.mark.parametrize("positions", [5, -6, [0, 9], [], "first", slice(5, 9)])
+@pytest.mark.parametrize("positions", [5, -6, [0, 9], [], "first", slice(5, 9), True, 1.5, ["last"], None])
 def test_positions_outside_the_call_are_refused(positions: object) -> None:
-    with pytest.raises(HookError, match="outside the 5 tokens|allowed are 'last'"):
+    with pytest.raises(HookError, match="outside the 5 tokens|Positions are 'last', a whole number"):
         select_positions(positions, start=0, length=5)
+
+
+def test_a_filter_may_be_any_iterable() -> None:
+    model = HookedModel(make_model("llama"))
+    _, cache = model.run_with_cache([1, 2], (f"blocks.{i}.hook_resid_post" for i in (2, 0)))
+    assert list(cache) == ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+    with pytest.raises(HookError, match="A filter is None, a name"):
+        model.run_with_cache([1, 2], 5)
+
+
+def test_positions_may_come_from_numpy() -> None:
+    assert select_positions(np.array([1, 3]), start=0, length=5) == [1, 3]
+    assert select_positions(np.int64(2), start=0, length=5) == [2]
 
 
 def test_positions_are_absolute_when_a_kv_cache_goes_before() -> None:
@@ -176,6 +204,7 @@ def test_a_model_prints_its_hook_points(model: HookedModel) -> None:
         ({"layer_name": "1", "component": "mlp", "layer": 3}, "unknown layer"),
         ({"layer_name": 1, "component": "mlp"}, "layer_name of a hook is a string, got 1"),
         ({"layer_name": "1", "component": "mlp", "capture_output": False}, "captures nothing"),
+        ({"layer_name": "1", "component": "mlp", "capture_output": "no"}, "capture_output of a hook is true or false"),
         (7, "A hook is a HookSpec or a mapping, got int"),
     ],
 )

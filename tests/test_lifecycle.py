@@ -1,5 +1,6 @@
 """Hooks live inside a call or a block; afterwards the model is as if they had never been there."""
 
+import re
 import threading
 
 import mlx.core as mx
@@ -176,9 +177,7 @@ def test_a_hook_that_cannot_fire_any_more_is_an_error_not_silence() -> None:
     model = HookedModel(make_model("llama"))
     nn.quantize(model.model, group_size=32, bits=4, class_predicate=lambda path, _: path.endswith("q_proj"))
     before = state(model)
-    message = (
-        r"Hooks on blocks.1.attn.hook_q did not fire: the model ran without calling 'model.layers.1.self_attn.q_proj'"
-    )
+    message = "blocks.1.attn.hook_q lives in 'model.layers.1.self_attn.q_proj', which was replaced since HookedModel"
     with pytest.raises(HookError, match=message):
         model.run_with_cache(TOKENS, "blocks.1.attn.hook_q")
     with pytest.raises(HookError, match=message):
@@ -190,6 +189,100 @@ def test_a_hook_that_cannot_fire_any_more_is_an_error_not_silence() -> None:
     assert state(model) == before
     again = HookedModel(model.model)
     assert again.run_with_cache(TOKENS, "blocks.1.attn.hook_q")[1]["q", 1].shape == (1, 4, 4, 8)
+
+
+def test_adapters_that_arrive_later_are_noticed_too() -> None:
+    # The base projection still runs inside the adapter, so a hook on it would show a value without the adapter's part.
+    model = HookedModel(make_model("llama"))
+    linear_to_lora_layers(model.model, 3, {"rank": 2, "scale": 10.0, "dropout": 0.0})
+    with pytest.raises(HookError, match="was replaced since HookedModel"):
+        model.run_with_cache(TOKENS, "blocks.1.attn.hook_q")
+    model.run_with_cache(TOKENS, "blocks.*.hook_resid_post")
+
+
+def test_a_module_that_the_model_does_not_call_is_an_error() -> None:
+    model = HookedModel(make_model("llama"))
+    model.model.spare = nn.Linear(2, 2)
+    model = HookedModel(model.model)
+    before = state(model)
+    with pytest.raises(HookError, match=r"Hooks on spare.output did not fire: the model ran without calling 'spare'"):
+        model.run_with_cache(TOKENS, "spare")
+    with pytest.raises(HookError, match="did not fire"), model.hooks([("spare", lambda value, point: None)]):
+        model(TOKENS)
+    assert state(model) == before
+
+
+def test_two_wrappers_of_one_model_share_its_hooks() -> None:
+    raw = make_model("llama")
+    one, two = HookedModel(raw), HookedModel(raw)
+    before = state(one)
+    _, plain = two.run_with_cache(TOKENS)
+    with one.hooks([("hook_embed", lambda value, point: value * 2)]):
+        _, inner = two.run_with_cache(TOKENS)
+        third = HookedModel(raw)
+        _, again = third.run_with_cache(TOKENS)
+        outer = one(TOKENS)
+    assert mx.array_equal(inner["hook_embed"], plain["hook_embed"] * 2)
+    assert mx.array_equal(inner["hook_logits"], outer)
+    assert mx.array_equal(again["hook_logits"], outer)
+    assert state(one) == before
+    assert mx.array_equal(one(TOKENS), plain["hook_logits"])
+
+
+def test_a_model_may_be_wrapped_inside_a_block_that_edits_it() -> None:
+    raw = make_model("llama")
+    with HookedModel(raw).hooks([("blocks.1.attn.hook_z", lambda value, point: value * 0)]):
+        HookedModel(raw)
+
+
+def test_threads_with_wrappers_of_their_own_wait_for_each_other() -> None:
+    raw = make_model("llama")
+    one = HookedModel(raw)
+    results: list[np.ndarray] = []
+
+    def capture() -> None:
+        results.append(HookedModel(raw).run_with_cache(TOKENS)[1].numpy("hook_embed"))
+        mx.clear_streams()
+
+    with one.hooks([("hook_embed", lambda value, point: value * 2)]):
+        thread = threading.Thread(target=capture)
+        thread.start()
+        thread.join(timeout=0.3)
+        assert not results
+    thread.join()
+    assert np.array_equal(results[0], one.run_with_cache(TOKENS)[1].numpy("hook_embed"))
+
+
+def test_a_hook_may_run_the_model_itself() -> None:
+    model = HookedModel(make_model("llama"))
+    _, expected = model.run_with_cache(TOKENS, "blocks.2.hook_resid_post", positions="last")
+    inner: list[mx.array] = []
+
+    def look_aside(value: mx.array, point: HookPoint) -> None:
+        if not inner:
+            inner.append(value)
+            inner.append(model([[1, 2]]))
+
+    with model.hooks([("blocks.0.hook_resid_post", look_aside)]):
+        _, cache = model.run_with_cache(TOKENS, "blocks.2.hook_resid_post", positions="last")
+    # The inner pass met the same recorder: its record is there too, at its own position, and the outer one is right.
+    (aside, own) = cache.records["blocks.2.hook_resid_post"]
+    assert (aside.positions, own.positions) == ((1, 2), (3, 4))
+    assert mx.array_equal(own.value, expected["resid_post", 2])
+
+
+def test_phase_and_step_of_an_outer_block_come_back() -> None:
+    model = HookedModel(make_model("llama"))
+    seen: list[tuple[str, int]] = []
+
+    def note(value: mx.array, point: HookPoint) -> None:
+        seen.append((model.instrument.run.phase, model.instrument.run.step))
+
+    with model.hooks([("hook_embed", note)]):
+        model(TOKENS)
+        model.generate([1, 2], max_tokens=3)
+        model(TOKENS)
+    assert seen == [("prefill", 0), ("prefill", 0), ("prefill", 0), ("decode", 1), ("decode", 2), ("prefill", 0)]
 
 
 def test_a_block_in_which_the_model_never_ran_is_no_error() -> None:
@@ -218,26 +311,61 @@ def test_a_model_that_runs_one_block_twice_is_refused() -> None:
         HookedModel(raw)
 
 
-def test_a_model_whose_stream_has_a_multiplier_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("multiplier", "identity"),
+    [
+        ({"residual_multiplier": 0.97}, "resid_mid = resid_pre + attn_out in block 0"),
+        ({"logits_scaling": 1.02}, "logits = unembedding of the last norm"),
+        ({"embedding_multiplier": 1.02}, "resid_pre = the stream before it in block 0"),
+        ({}, None),
+    ],
+)
+def test_a_model_with_a_multiplier_is_refused(dtype: mx.Dtype, multiplier: dict, identity: str | None) -> None:
     # The children of granite's blocks are llama's, but what they add is multiplied: captures would be wrong.
-    CONFIGS["granite"] = CONFIGS["llama"] | {
-        "model_type": "granite", "logits_scaling": 1.0, "attention_multiplier": 0.35, "embedding_multiplier": 1.0,
-        "residual_multiplier": 0.5, "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0,
-    }  # fmt: skip
-    try:
-        raw = make_model("granite")
-    finally:
-        del CONFIGS["granite"]
-    with pytest.raises(UnsupportedModelError, match="granite cannot be hooked exactly: resid_mid = resid_pre"):
+    granite = {"model_type": "granite", "logits_scaling": 1.0, "attention_multiplier": 0.35, "rope_theta": 10000.0}
+    rest = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_bias": False, "mlp_bias": False}
+    raw = make_model(CONFIGS["llama"] | granite | rest | multiplier, dtype=dtype)
+    # One huge token must not hide the others.
+    raw.model.embed_tokens.weight[1] *= 1000
+    if identity is None:
+        HookedModel(raw)
+        return
+    with pytest.raises(UnsupportedModelError, match=f"granite cannot be hooked exactly: {re.escape(identity)}"):
         HookedModel(raw)
     assert all(type(module).__module__.startswith(("mlx", "mlx_lm")) for _, module in raw.named_modules())
 
 
 def test_a_model_with_unknown_modules_is_refused_with_their_names() -> None:
-    CONFIGS["gemma2"] = CONFIGS["llama"] | {"model_type": "gemma2", "head_dim": 8}
-    try:
-        raw = make_model("gemma2")
-    finally:
-        del CONFIGS["gemma2"]
+    raw = make_model(CONFIGS["llama"] | {"model_type": "gemma2", "head_dim": 8})
     with pytest.raises(UnsupportedModelError, match="not a known kind of block: it has {.*pre_feedforward_layernorm"):
         HookedModel(raw)
+
+
+def test_a_fault_in_the_last_block_is_noticed() -> None:
+    raw = make_model("llama")
+    block = raw.model.layers[2]
+
+    class OtherBlock(type(block)):
+        def __call__(self, x: mx.array, mask: object = None, cache: object = None) -> mx.array:
+            h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+            return h + self.mlp(self.post_attention_layernorm(h)) * 0.99
+
+    block.__class__ = OtherBlock
+    with pytest.raises(UnsupportedModelError, match=re.escape("resid_post = resid_mid + mlp_out in block 2")):
+        HookedModel(raw)
+
+
+def test_a_kernel_that_is_not_softmax_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(q: mx.array, k: mx.array, v: mx.array, **options: object) -> mx.array:
+        return KERNEL(q, k, v, **options) * 0.999
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", other)
+    with pytest.raises(UnsupportedModelError, match="z = pattern @ v in block 0"):
+        HookedModel(make_model("llama"))
+
+
+@pytest.mark.parametrize("thing", [None, "neuroscope-tiny", nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))])
+def test_what_is_no_language_model_is_refused(thing: object) -> None:
+    with pytest.raises(UnsupportedModelError):
+        HookedModel(thing)

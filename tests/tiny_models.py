@@ -37,9 +37,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(name: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> nn.Module:
-    """A model of ``CONFIGS[name]`` with random weights, norms and biases included, so that none can hide."""
-    config = CONFIGS[name]
+def make_model(name: str | dict[str, Any], seed: int = 0, dtype: mx.Dtype = mx.float32) -> nn.Module:
+    """A model of ``CONFIGS[name]``, or of a configuration, with random weights, norms and biases included."""
+    config = CONFIGS[name] if isinstance(name, str) else name
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..activations import id_list, scalar
+from ..errors import HookError
 from ..model import HookedModel, Tokens
 
 
@@ -57,14 +58,16 @@ class LogitLens:
         Args:
             prompt: text or ids of one sequence.
             position: which token's prediction; negative counts from the end.
-            top_k: how many, at most the vocabulary.
+            top_k: how many, from 1; at most the vocabulary is answered.
 
         Raises:
-            HookError: for a position outside the prompt.
+            HookError: for a position outside the prompt, several rows of tokens, or a top_k below 1.
         """
+        tokens = self.model.to_tokens(prompt)
+        if tokens.shape[0] != 1 or top_k < 1:
+            raise HookError(f"The lens takes one row of tokens and a top_k from 1, got {tokens.shape[0]} and {top_k}.")
         points = [f"blocks.{layer}.hook_resid_post" for layer in range(self.model.cfg.n_layers)]
-        _, cache = self.model.run_with_cache(prompt, names_filter=points, positions=position)
-        top_k = max(1, min(top_k, self.model.cfg.d_vocab))
+        _, cache = self.model.run_with_cache(tokens, names_filter=points, positions=position)
         rows = []
         for layer, point in enumerate(points):
             probabilities = mx.softmax(self.logits(cache[point])[0, 0].astype(mx.float32))
