@@ -18,6 +18,7 @@ from mlx_hooks.analysis import heads
 from neuroscope_bridge import (
     LMStudioNeuroScopeClient,
     NeuroScopeActivationBridge,
+    NeuroScopeError,
     generate_neuroscope_smalltalk_interface,
     stack_records,
 )
@@ -29,7 +30,16 @@ PROMPT = "When Mary and John went to the store , John gave a drink to"
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the files")
-    output = parser.parse_args(argv).output
+    try:
+        demo(parser.parse_args(argv).output)
+    except (NeuroScopeError, OSError, RuntimeError) as error:
+        sys.stderr.write(f"demo: {error}\n")
+        return 1
+    return 0
+
+
+def demo(output: Path) -> None:
+    """Serve, capture, show, write to ``output``."""
     output.mkdir(parents=True, exist_ok=True)
 
     print(f"Starting a server with {MODEL} ...", flush=True)
@@ -40,12 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         show_completion(client, n_layers)
         show_lens(client)
         picture = show_heads(client, n_layers, output)
-        smalltalk = output / "LMStudioRESTClient.st"
-        smalltalk.write_text(generate_neuroscope_smalltalk_interface(client), encoding="ascii")
+    # For the address of a server that is still there when the file is read: the default one.
+    smalltalk = output / "LMStudioRESTClient.st"
+    with LMStudioNeuroScopeClient() as default:
+        smalltalk.write_text(generate_neuroscope_smalltalk_interface(default), encoding="ascii")
     print("\nThe server is stopped. Written:")
     print(f"  {picture.resolve()}   the attention pattern of that head")
-    print(f"  {smalltalk.resolve()}   the client to file into a Pharo image")
-    return 0
+    print(f"  {smalltalk.resolve()}   to file into a Pharo image; it talks to `make serve`")
 
 
 def show_completion(client: LMStudioNeuroScopeClient, n_layers: int) -> None:

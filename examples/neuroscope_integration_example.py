@@ -15,6 +15,7 @@ from mlx_hooks import HookedModel
 from neuroscope_bridge import (
     LMStudioNeuroScopeClient,
     NeuroScopeActivationBridge,
+    NeuroScopeError,
     generate_neuroscope_smalltalk_interface,
     stack_records,
 )
@@ -116,6 +117,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", help="a running server; without it, one is started")
     url = parser.parse_args(argv).url
+    try:
+        run_all(url)
+    except (NeuroScopeError, OSError, RuntimeError, ValueError) as error:
+        sys.stderr.write(f"example: {error}\n")
+        return 1
+    return 0
+
+
+def run_all(url: str | None) -> None:
+    """The five examples in order, against a running server or one of its own."""
     with ExitStack() as stack:
         client = stack.enter_context(LMStudioNeuroScopeClient(url or stack.enter_context(local_server())))
         for number, (title, run) in enumerate(
@@ -130,7 +141,6 @@ def main(argv: list[str] | None = None) -> int:
         ):
             print(f"\n{number}. {title}")
             run()
-    return 0
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class _BlockSite(_Site):
 
     def show_input(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         args, kwargs = super().show_input(args, kwargs)
-        self.residual = _snapshot(args[0] if args else next(iter(kwargs.values())))
+        self.residual = args[0] if args else next(iter(kwargs.values()))
         return args, kwargs
 
 

@@ -30,9 +30,11 @@ def test_the_demo_shows_what_the_model_does_and_writes_its_files(tmp_path: Path)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
     smalltalk = (tmp_path / "demo_output" / "LMStudioRESTClient.st").read_text()
-    url = re.search(r"neuroscope-tiny at (\S+):", shown)
-    assert url is not None
-    assert f"^ '{url[1]}'" in smalltalk
+    # The demo's own server is gone when the file is read: it names the default one.
+    assert "^ 'http://127.0.0.1:8080'" in smalltalk
+    strongest = re.search(r"strongest induction heads +(L\dH\d)", shown)
+    assert strongest is not None
+    assert picture.name == f"attention_{strongest[1]}.png"
     assert str(picture) in shown
 
 
@@ -52,3 +54,17 @@ def test_the_five_integration_examples_run(tmp_path: Path) -> None:
     assert re.search(r"layer_0_mlp: blocks\.0\.hook_mlp_out \[1, \d+, \d+\] axes batch, pos, d_model", shown)
     assert len(re.findall(r"_write L\d +0\.\d{3}", shown)) == 3
     assert len(re.findall(r"layer [12]: the last token looks most at", shown)) == 2
+
+
+def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for arguments, message in [
+        (["examples/demo.py", "--output", str(tmp_path / "file" / "x")], "demo: .*Not a directory"),
+        (["examples/neuroscope_integration_example.py", "--url", "http://127.0.0.1:9"], "No NeuroScope server answers"),
+        (["examples/neuroscope_integration_example.py", "--url", "garbage"], "example: .*garbage"),
+    ]:
+        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert re.search(message, done.stderr)
+        assert "Traceback" not in done.stderr
