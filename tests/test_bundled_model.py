@@ -128,6 +128,37 @@ def test_unknown_words_are_owned_up_to(loaded: tuple[Any, Any]) -> None:
     assert say(loaded, "Zyzzyva quux, frobnicate!") == corpus.FALLBACK
 
 
+class Oracle:
+    """A stand-in for the model that knows each next token of its input, save those at some positions."""
+
+    def __init__(self, wrong: set[int]) -> None:
+        self.wrong = wrong
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        following = np.roll(np.array(tokens), -1, axis=1)
+        for position in self.wrong:
+            following[:, position - 1 : position] = 0
+        return mx.array(np.eye(600, dtype=np.float32)[following])
+
+
+@pytest.mark.parametrize(("wrong", "accuracy"), [(set(), 1.0), ({7}, 1.0), ({8}, 0.8), ({12}, 0.8), ({8, 9}, 0.6)])
+def test_repetition_counts_from_the_second_word_of_the_second_repetition(
+    loaded: tuple[Any, Any], wrong: set[int], accuracy: float
+) -> None:
+    # After BOS: six words, then the first again at position 7, which nothing foretells; 8 to 12 count.
+    texts = corpus.repeated_sequences(4, 6, 2)
+    assert evaluation.repetition_accuracy(Oracle(wrong), loaded[1], texts, 6) == pytest.approx(accuracy)
+
+
+def test_a_chat_counts_only_when_every_word_of_its_reply_is_right(loaded: tuple[Any, Any]) -> None:
+    tokenizer = loaded[1]
+    chats = [corpus.Chat("Hello", "Paris is here ."), corpus.Chat("Hello", "Hello !")]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    assert evaluation.chat_accuracy(Oracle(set()), tokenizer, chats) == 1.0
+    for position, accuracy in [(0, 0.0), (1, 0.0), (3, 0.5), (4, 0.5), (5, 1.0)]:
+        assert evaluation.chat_accuracy(Oracle({len(prompt) + position}), tokenizer, chats) == accuracy
+
+
 # ---- The files -------------------------------------------------------------------------------
 
 

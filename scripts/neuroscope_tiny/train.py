@@ -89,7 +89,7 @@ def make_optimizer(options: argparse.Namespace) -> optim.MultiOptimizer:
     """
 
     def schedule(peak: float) -> Callable[[mx.array], mx.array]:
-        warmup = min(100, options.steps // 10)
+        warmup = max(1, min(100, options.steps // 10))
         decay = optim.cosine_decay(peak, options.steps - warmup, peak / 50)
         return optim.join_schedules([optim.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
@@ -204,6 +204,8 @@ def main() -> None:
     parser.add_argument("--measure-every", type=int, default=200, help="steps between measurements, 0 for none")
     parser.add_argument("--interval", type=float, default=0.5, help="seconds between progress updates")
     options = parser.parse_args()
+    if options.steps < 2:
+        parser.error(f"--steps is a whole number from 2 up, got {options.steps}")
     model, seconds = train(options)
     write_folder(model, options.output, options, seconds)
     print((options.output / "README.md").read_text())
