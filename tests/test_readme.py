@@ -1,0 +1,51 @@
+"""The README's blocks do what they say."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+DEFAULT = "http://127.0.0.1:8080"
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def test_the_engines_block_runs_with_the_shapes_that_it_names() -> None:
+    block = next(block for block in blocks("python") if "HookedModel" in block)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["cache"]["blocks.3.hook_resid_post"].shape == (1, 6, 128)
+    assert "(1, 6, 128)" in block
+    assert names["result"].text.strip().startswith("Paris")
+    n_positions = len(names["result"].prompt_tokens) + len(names["result"].tokens) - 1
+    assert names["result"].cache["resid_post", 0].shape == (1, n_positions, 128)
+
+
+def test_the_clients_block_runs(live_server: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    block = next(block for block in blocks("python") if "LMStudioNeuroScopeClient" in block)
+    assert DEFAULT in block
+    names: dict = {}
+    exec(compile(block.replace(DEFAULT, live_server.base_url), "README.md", "exec"), names)
+    data = names["result"]["activations"]["layer_2_attention"][0]["data"]
+    assert data.shape == (1, names["result"]["tokens"]["prompt_length"], 128)
+    assert capsys.readouterr().out.strip()
+    names["client"].close()
+
+
+def test_the_curl_block_runs(live_server: SimpleNamespace) -> None:
+    block = next(block for block in blocks("") if "curl" in block)
+    script = block.replace(DEFAULT, live_server.base_url)
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    decoder = json.JSONDecoder()
+    loaded, end = decoder.raw_decode(done.stdout)
+    reply, _ = decoder.raw_decode(done.stdout[end:].lstrip())
+    assert loaded["status"] == "loaded"
+    assert reply["choices"][0]["message"]["content"].strip() == "Paris is the capital of France ."
+    assert reply["activations"]["layer_1_residual"][0]["hook_point"] == "blocks.1.hook_resid_post"
