@@ -11,6 +11,7 @@ from types import FrameType
 from mlx_hooks import HookError
 
 from .app import ServerConfig, create_app
+from .errors import ApiError
 from .server import Server
 from .worker import ModelWorker
 
@@ -58,7 +59,7 @@ def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int
         sys.stdout.write(f"NeuroScope server on {server.url}\n")
         sys.stdout.flush()
         server.run()
-    except HookError as error:
+    except (HookError, ApiError) as error:
         raise CannotStart(str(error)) from error
     except SystemExit:
         pass

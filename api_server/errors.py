@@ -4,16 +4,16 @@ Views and the worker raise; only this module renders. ``describe`` knows nothing
 breaks after its first event sends the same object.
 """
 
+import json
 import logging
 from typing import Any
 
 from flask import Flask, Response, g
 from pydantic import BaseModel, ValidationError
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
 from mlx_hooks import HookError
 from neuroscope_bridge import payload
-from neuroscope_bridge.payload import PayloadError
 
 log = logging.getLogger("api_server")
 
@@ -91,6 +91,17 @@ class Busy(ApiError):
         )
 
 
+class BodyTooLarge(ApiError):
+    """A request body over the server's limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            413,
+            f"The request's body is larger than this server reads: {limit} bytes ({limit / 2**20:.4g} MiB).",
+            code="request_too_large",
+        )
+
+
 class Stopping(ApiError):
     """The server is going down; running work is cancelled, waiting work is not begun."""
 
@@ -121,8 +132,6 @@ def describe(error: Exception, request_id: str) -> ApiError:
         return _of_http(error)
     if isinstance(error, HookError):
         return ApiError(400, str(error), code="invalid_value")
-    if isinstance(error, PayloadError):
-        return ApiError(400, str(error), code="invalid_value", param="activation_dtype")
     log.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"Internal error. The server's log describes it under {request_id}.", code="internal_error")
 
@@ -136,8 +145,6 @@ def _of_http(error: HTTPException) -> ApiError:
         message = "There is no such address. GET /health, GET /v1/models and POST /v1/models/load are places to start."
     elif isinstance(error, MethodNotAllowed):
         message = f"This address does not accept that method. Allowed: {headers.get('Allow', 'none')}."
-    elif isinstance(error, RequestEntityTooLarge):
-        message, code = "The request's body is too large.", "request_too_large"
     return ApiError(status, message, code=code, headers=headers)
 
 
@@ -149,7 +156,9 @@ def invalid_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
         return ApiError(400, f"The body is not valid JSON: {fault['msg'].split(': ', 1)[-1]}.", code="invalid_json")
     param = _spell(loc)
     if kind == "extra_forbidden":
-        allowed = ", ".join(_model_at(model, loc).model_fields)
+        # A field of any type is one that is taken only at the value that asks for nothing.
+        fields = _model_at(model, loc).model_fields.items()
+        allowed = ", ".join(name for name, field in fields if field.annotation is not Any)
         message = f"Field {param!r} is not supported here. Supported: {allowed}."
     elif kind == "missing":
         message = f"Field {param!r} is required."
@@ -198,7 +207,8 @@ def _got(value: Any) -> str:
     """What was sent, if it is short enough to repeat."""
     if isinstance(value, dict | list):
         return ""
-    text = payload.dumps(value).decode() if isinstance(value, str | bool | int | float | None) else repr(value)
+    # Not the wire's writer: it has no NaN and no integer beyond 64 bits, and this is where they are refused.
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | int | float | None) else repr(value)
     return f", not {text}" if len(text) <= 40 else ""
 
 

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from mlx_hooks import CapturedActivation, HookedModel
 from mlx_hooks.analysis.logit_lens import LogitLens
 from mlx_hooks.manager import CapturePlan
 from neuroscope_bridge import payload
+from neuroscope_bridge.payload import NumberTooLargeError
 
 from .errors import ApiError
 from .schemas import MAX_TOKENS, ChatMessage, GenerationRequest
@@ -39,11 +39,18 @@ class Step:
     captured: dict[str, list[tuple[dict[str, Any], np.ndarray]]]
 
     def records(self, encoding: str, dtype: str) -> dict[str, list[dict[str, Any]]]:
-        """The activations in wire format. Encoding takes time, so it is done in the reader's thread."""
-        return {
-            hook_id: [payload.encode_activation(a, **about, encoding=encoding, dtype=dtype) for about, a in found]
-            for hook_id, found in self.captured.items()
-        }
+        """The activations in wire format. Encoding takes time, so it is done in the reader's thread.
+
+        Raises:
+            ApiError: a number is too large for ``dtype``.
+        """
+        try:
+            return {
+                hook_id: [payload.encode_activation(a, **about, encoding=encoding, dtype=dtype) for about, a in found]
+                for hook_id, found in self.captured.items()
+            }
+        except NumberTooLargeError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="activation_dtype") from error
 
 
 def generate(
@@ -51,10 +58,11 @@ def generate(
 ) -> Generator[Start | Step, None, None]:
     """The start first, then one step per forward pass; closing it stops the model."""
     tokens = prompt_tokens(model, prompt)
+    room = room_for(model, tokens)
     yield Start(tokens, token_strings(model, tokens), plan.hook_ids)
     steps = model.generate_steps(
         tokens,
-        max_tokens=min(request.max_tokens, room_for(model, tokens)),
+        max_tokens=min(request.token_limit, room),
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
@@ -108,7 +116,6 @@ def prompt_tokens(model: HookedModel, prompt: PromptSource) -> list[int]:
         tokens = check_tokens(model, [part for part in prompt if isinstance(part, int)], "prompt")
     if not tokens:
         raise ApiError(400, "The prompt has no tokens.", code="empty_prompt")
-    room_for(model, tokens)
     return tokens
 
 
@@ -131,7 +138,7 @@ def room_for(model: HookedModel, tokens: list[int]) -> int:
 
 
 def tokenize(model: HookedModel, source: PromptSource) -> dict[str, Any]:
-    """Ids, spelling and count of what a prompt becomes."""
+    """Ids, spelling and count of what a prompt becomes, which may be more than the model reads."""
     tokens = prompt_tokens(model, source)
     return {"tokens": tokens, "token_strings": token_strings(model, tokens), "count": len(tokens)}
 
@@ -164,6 +171,7 @@ def text_of(model: HookedModel, tokens: list[int]) -> str:
 def logit_lens(model: HookedModel, source: PromptSource, position: int, top_k: int) -> dict[str, Any]:
     """What the model would say after each layer at one position of a prompt, which it runs once."""
     tokens = prompt_tokens(model, source)
+    room_for(model, tokens)
     if not -len(tokens) <= position < len(tokens):
         raise ApiError(
             400,
@@ -189,9 +197,11 @@ def _chat_tokens(model: HookedModel, messages: list[ChatMessage]) -> list[int]:
         )
     try:
         tokens = tokenizer.apply_chat_template([m.model_dump() for m in messages], add_generation_prompt=True)
-    except TemplateError as error:
+    except Exception as error:
+        # A template is a program that came with the model: it may raise anything, and means the messages by it.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ApiError(
-            400, f"The model's chat template refuses these messages: {error}", code="invalid_value", param="messages"
+            400, f"The model's chat template refuses these messages: {reason}", code="invalid_value", param="messages"
         ) from error
     return list(tokens)
 

@@ -5,11 +5,12 @@ refused, never ignored. These models know no transport.
 100
 """
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError, PydanticUseDefault
 
 MAX_TOKENS = 32768
 MAX_MESSAGES = 1024
@@ -18,25 +19,57 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
 MAX_SEED = 2**63 - 1
 
-ModelId = Annotated[str, Field(min_length=1, max_length=200)]
-HookId = Annotated[str, Field(min_length=1, max_length=200)]
-TokenId = Annotated[int, Field(ge=0)]
+MAX_TOKEN_ID = 2**31 - 1
+MAX_ID_LENGTH = 200
+
+ID_RULE = f"1 to {MAX_ID_LENGTH} printable characters, where no part between slashes is empty, '.' or '..'"
+MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in '/hook_points'"
 
 
-def _check_union(fits: Callable[[Any], bool], wanted: str) -> BeforeValidator:
-    """A whole check before a union's own, so that one sentence is said instead of one per member."""
+def is_hook_id(text: str) -> bool:
+    """Whether ``text`` can stand in an address: ``a/b`` can, ``a/../b`` would be another one."""
+    return len(text) <= MAX_ID_LENGTH and text.isprintable() and not {"", ".", ".."} & set(text.split("/"))
+
+
+def is_model_id(text: str) -> bool:
+    """The same, and no address of its own: ``load`` is one."""
+    return is_hook_id(text) and text != "load" and not text.endswith("/hook_points")
+
+
+def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
+    """A check that says one sentence."""
 
     def check(value: Any) -> Any:
         if fits(value):
             return value
-        raise PydanticCustomError("union", "Input should be {wanted}", {"wanted": wanted})
+        raise PydanticCustomError("unfit", "Input should be {wanted}", {"wanted": wanted})
 
-    return BeforeValidator(check)
+    return check
+
+
+def _only(*values: Any) -> AfterValidator:
+    """A field that is taken at these values, which ask for nothing, and has no effect."""
+
+    def check(value: Any) -> Any:
+        # true is not 1, but 0.0 is 0.
+        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values):
+            return value
+        said = " or ".join(json.dumps(one) for one in values)
+        raise PydanticCustomError("only", "only {said} is supported", {"said": said})
+
+    return AfterValidator(check)
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
+"""An id in a question: an unknown one is answered with those that there are."""
+ModelId = Annotated[Name, AfterValidator(_must(is_model_id, MODEL_ID_RULE))]
+HookId = Annotated[Name, AfterValidator(_must(is_hook_id, ID_RULE))]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
 def _is_prompt(value: Any) -> bool:
     if isinstance(value, list):
-        return bool(value) and all(type(token) is int and token >= 0 for token in value)
+        return bool(value) and all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value)
     return isinstance(value, str) and bool(value)
 
 
@@ -48,11 +81,14 @@ def _is_stop(value: Any) -> bool:
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)],
-    _check_union(_is_stop, f"a string of 1 to {MAX_STOP_LENGTH} characters or a list of at most {MAX_STOPS} of them"),
+    # Before the union's own check, which would say a sentence per member.
+    BeforeValidator(
+        _must(_is_stop, f"a string of 1 to {MAX_STOP_LENGTH} characters or a list of at most {MAX_STOPS} of them")
+    ),
 ]
 Prompt = Annotated[
     Annotated[str, Field(min_length=1)] | Annotated[list[TokenId], Field(min_length=1)],
-    _check_union(_is_prompt, "a string or a list of token ids, and not empty"),
+    BeforeValidator(_must(_is_prompt, "a string or a list of token ids, and not empty")),
 ]
 
 
@@ -83,11 +119,18 @@ class HookRequest(Request):
         return self
 
 
-class GenerationRequest(Request):
-    """What all four ways to generate have in common."""
+class StreamOptions(Request):
+    """OpenAI's; the last event has the usage in any case."""
 
-    model: ModelId | None = None
+    include_usage: bool = False
+
+
+class GenerationRequest(Request):
+    """What all four ways to generate have in common. A number that is null is the default."""
+
+    model: Name | None = None
     max_tokens: int = Field(100, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, le=1_000_000)
@@ -96,6 +139,43 @@ class GenerationRequest(Request):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: Stop | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    n: Annotated[Any, _only(1, None)] = None
+    logprobs: Annotated[Any, _only(False, None)] = None
+    top_logprobs: Annotated[Any, _only(0, None)] = None
+    frequency_penalty: Annotated[Any, _only(0, None)] = None
+    presence_penalty: Annotated[Any, _only(0, None)] = None
+    logit_bias: Annotated[Any, _only({}, None)] = None
+    response_format: Annotated[Any, _only({"type": "text"}, None)] = None
+    tools: Annotated[Any, _only([], None)] = None
+    tool_choice: Annotated[Any, _only("none", None)] = None
+    store: Annotated[Any, _only(False, None)] = None
+    echo: Annotated[Any, _only(False, None)] = None
+
+    @field_validator("max_tokens", "temperature", "top_p", "top_k", "min_p", "stream", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        if value is None:
+            raise PydanticUseDefault
+        return value
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "GenerationRequest":
+        if self.max_completion_tokens is not None and self.max_tokens not in (
+            self.max_completion_tokens,
+            type(self).model_fields["max_tokens"].default,
+        ):
+            raise PydanticCustomError(
+                "one_limit", "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one"
+            )
+        return self
+
+    @property
+    def token_limit(self) -> int:
+        """The most tokens to generate, under whichever of its names it came."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def stop_texts(self) -> list[str]:
@@ -118,6 +198,7 @@ class CaptureRequest(GenerationRequest):
     """What capturing adds; ``max_tokens: 0`` only reads the prompt."""
 
     max_tokens: int = Field(100, ge=0, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
     activation_encoding: Literal["json", "base64", "none"] = "json"
     activation_dtype: Literal["float32", "float16"] = "float32"
@@ -142,7 +223,7 @@ class RegisterHooksRequest(Request):
     """``POST /v1/activations/hooks``"""
 
     hooks: list[HookRequest] = Field(min_length=1, max_length=MAX_HOOKS)
-    model: ModelId | None = None
+    model: Name | None = None
 
 
 class TokenizeRequest(Request):
@@ -150,7 +231,7 @@ class TokenizeRequest(Request):
 
     text: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    model: ModelId | None = None
+    model: Name | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "TokenizeRequest":
@@ -167,7 +248,7 @@ class DetokenizeRequest(Request):
     """``POST /v1/detokenize``"""
 
     tokens: list[TokenId]
-    model: ModelId | None = None
+    model: Name | None = None
 
 
 class LogitLensRequest(Request):
@@ -175,9 +256,9 @@ class LogitLensRequest(Request):
 
     prompt: Prompt | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    model: ModelId | None = None
+    model: Name | None = None
     top_k: int = Field(5, ge=1, le=1000)
-    position: int = -1
+    position: int = Field(-1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID)
 
     @model_validator(mode="after")
     def _one_source(self) -> "LogitLensRequest":

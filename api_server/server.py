@@ -17,7 +17,7 @@ from waitress.task import ErrorTask
 from neuroscope_bridge import payload
 
 from .app import ServerConfig
-from .errors import error_body
+from .errors import BodyTooLarge, error_body
 
 # A job's caller waits in a thread, so there are more threads than the worker lets wait: /health always finds one.
 SPARE_THREADS = 16
@@ -53,6 +53,7 @@ class Server:
             ident=None,
         )
         self._server.channel_class = _Channel
+        self._server.max_body_bytes = config.max_body_bytes
         self._host = config.host
         self._left: list[Any] = []
 
@@ -97,8 +98,12 @@ class _JsonErrorTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        code = "request_too_large" if error.code in (413, 431) else error.reason.lower().replace(" ", "_")
-        body = payload.dumps(error_body(error.code, f"{error.reason}: {error.body}.", code))
+        code = "request_too_large" if error.code == 431 else error.reason.lower().replace(" ", "_")
+        content = error_body(error.code, f"{error.reason}: {error.body}.", code)
+        if error.code == 413:
+            # The app's limit, which is what a caller can keep to; waitress's own is wider.
+            content = BodyTooLarge(self.channel.server.max_body_bytes).body()
+        body = payload.dumps(content)
         self.status = f"{error.code} {error.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()

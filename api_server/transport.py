@@ -5,10 +5,11 @@ from typing import Any, TypeVar
 
 from flask import Response, current_app, g, request
 from pydantic import BaseModel, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from neuroscope_bridge import payload
 
-from .errors import ApiError, describe, invalid_request
+from .errors import ApiError, BodyTooLarge, describe, invalid_request
 from .worker import Job, ModelWorker
 
 M = TypeVar("M", bound=BaseModel)
@@ -24,7 +25,7 @@ def read(model: type[M]) -> M:
     """The request's body as ``model``.
 
     Raises:
-        ApiError: 415 for another content type than JSON, 400 for a body that does not fit.
+        ApiError: 415 for another content type than JSON, 413 for a body over the limit, 400 for one that does not fit.
     """
     # A page in a browser may post text/plain to any address without asking; JSON it may not.
     if request.mimetype != "application/json":
@@ -34,6 +35,8 @@ def read(model: type[M]) -> M:
         )
     try:
         return model.model_validate_json(request.get_data(cache=False))
+    except RequestEntityTooLarge as error:
+        raise BodyTooLarge(current_app.config["MAX_CONTENT_LENGTH"]) from error
     except ValidationError as error:
         raise invalid_request(error, model) from None
 

@@ -10,11 +10,13 @@ reader; the reader takes the results in another thread. A job whose reader has g
 """
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -22,7 +24,8 @@ import mlx.core as mx
 
 from mlx_hooks import HookedModel, HookSpec
 
-from .errors import Busy, Cancelled, NoModelLoaded, Stopping, UnknownHook, UnknownModel
+from .errors import ApiError, Busy, Cancelled, NoModelLoaded, Stopping, UnknownHook, UnknownModel
+from .schemas import MODEL_ID_RULE, is_model_id
 
 log = logging.getLogger("api_server.worker")
 
@@ -230,11 +233,19 @@ class ModelWorker:
 
         Raises:
             ModelLoadError: there is no such model or it cannot be read; what was loaded before stays.
+            ApiError: its id cannot stand in an address.
         """
-        name = model_id or path.rstrip("/").rsplit("/", 1)[-1]
+        name = _own_name(path) if model_id is None else model_id
 
         def work() -> LoadedModel:
             loaded = LoadedModel(name, path, self._load(path), int(time.time()))
+            if not is_model_id(name):
+                raise ApiError(
+                    400,
+                    f"The model cannot be called {name!r}: give a model_id of {MODEL_ID_RULE}.",
+                    code="invalid_value",
+                    param="model_id",
+                )
             with self._changed:
                 self._models.pop(name, None)
                 self._models[name] = loaded
@@ -295,7 +306,7 @@ class ModelWorker:
 
     def clear_hooks(self, model_id: str | None = None) -> None:
         """Forget the hooks of one model, or of all."""
-        for loaded in [self.get(model_id)] if model_id else self.models():
+        for loaded in self.models() if model_id is None else [self.get(model_id)]:
             loaded.hooks = {}
 
     def remove_hook(self, hook_id: str, model_id: str | None = None) -> None:
@@ -304,10 +315,15 @@ class ModelWorker:
         Raises:
             UnknownHook: lists those that are registered.
         """
-        models = [self.get(model_id)] if model_id else self.models()
+        models = self.models() if model_id is None else [self.get(model_id)]
         with self._changed:
             having = [loaded for loaded in models if hook_id in loaded.hooks]
             if not having:
                 raise UnknownHook(hook_id, sorted({known for loaded in models for known in loaded.hooks}))
             for loaded in having:
                 loaded.hooks = {known: spec for known, spec in loaded.hooks.items() if known != hook_id}
+
+
+def _own_name(path: str) -> str:
+    """The last component: ``owner/tiny/`` -> ``tiny``; ``.`` is what the current folder is called."""
+    return Path(os.path.normpath(Path.cwd() / path)).name

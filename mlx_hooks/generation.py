@@ -21,6 +21,9 @@ from .manager import CapturePlan
 
 Activations = dict[str, list[CapturedActivation]]
 
+LOWEST_TEMPERATURE = 1e-6
+"""Below it, logits divided by the temperature leave float32; 0 is the limit that is meant."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -52,6 +55,8 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= high or value == math.inf:
                 upward = f" to {high}" if high < math.inf else " up"
                 raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.")
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise HookError(f"temperature is 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature!r}.")
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.")
 

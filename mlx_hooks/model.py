@@ -399,9 +399,9 @@ def _load(name: str) -> tuple[nn.Module, Any]:
         if isinstance(error, KeyError):
             reason = f"its config.json lacks {reason}"
         if Path(path).exists():
-            raise ModelLoadError(f"mlx-lm could not load {name!r}: {reason}.") from error
+            raise ModelLoadError(f"mlx-lm could not load {_short(name)}: {reason}.") from error
         raise ModelLoadError(
-            f"There is no folder {name!r}, and it could not be had as a Hugging Face id ({reason}). "
+            f"There is no folder {_short(name)}, and it could not be had as a Hugging Face id ({reason}). "
             f"Bundled is {BUNDLED!r}."
         ) from error
     return model, tokenizer
@@ -413,18 +413,24 @@ def _model_folder(name: str) -> str:
         path = Path(name).expanduser()
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelLoadError(f"{name[:80]!r} is no usable path: {error}.") from error
+        reason = str(error.strerror if isinstance(error, OSError) else error).rstrip(".")
+        raise ModelLoadError(f"{_short(name)} is no usable path: {reason}.") from error
     if not exists:
         if _is_hub_id(name):
             return name
         raise ModelLoadError(
-            f"There is no model at {name!r}: give the bundled {BUNDLED!r}, a folder with config.json and "
+            f"There is no model at {_short(name)}: give the bundled {BUNDLED!r}, a folder with config.json and "
             "model.safetensors, or a Hugging Face id such as 'owner/name'."
         )
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is a file"
-        raise ModelLoadError(f"{name!r} is not a model folder: it {what}.")
+        raise ModelLoadError(f"{_short(name)} is not a model folder: it {what}.")
     return str(path)
+
+
+def _short(name: str) -> str:
+    """A name in quotes, cut where repeating it would bury the rest of a sentence."""
+    return repr(name if len(name) <= 200 else name[:200] + "...")
 
 
 def _is_hub_id(name: str) -> bool:

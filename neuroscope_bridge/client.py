@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, cast, overload
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import requests
 from requests.auth import AuthBase
@@ -16,11 +17,12 @@ from urllib3 import exceptions as transport
 from .errors import NeuroScopeError, ResponseFormatError, ServerUnreachableError
 from .events import EventStream
 from .payload import dumps
-from .replies import Reply, api_error, caused_by, expect, innermost, parse, quoted, timed_out, with_arrays
+from .replies import Reply, api_error, caused_by, expect, innermost, parse, quoted, timed_out, undecodable, with_arrays
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8080"
 DEFAULT_TIMEOUT = 600.0
 CONNECT_TIMEOUT = 10.0
+MAX_TIMEOUT = 1_000_000.0  # eleven days; from some point on a socket refuses a longer one
 
 Messages = Sequence[Mapping[str, str]]
 Hooks = Sequence[Mapping[str, Any]]
@@ -49,20 +51,16 @@ class LMStudioNeuroScopeClient:
     no) or `ResponseFormatError` (the answer is not NeuroScope's), all of them `NeuroScopeError`.
 
     Raises:
-        ValueError: `base_url` is no http or https URL or holds a password, `timeout` is not above 0, or
-            `api_key` cannot stand in an HTTP header.
+        ValueError: `base_url` is no http or https URL or holds a password, `timeout` is not a number of seconds
+            above 0 and at most 1,000,000, or `api_key` cannot stand in an HTTP header.
     """
 
     def __init__(
         self, base_url: str = DEFAULT_BASE_URL, timeout: float = DEFAULT_TIMEOUT, api_key: str | None = None
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError(f"base_url must look like {DEFAULT_BASE_URL}, got {base_url!r}.")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError("base_url must hold neither user, query nor fragment; give a key as api_key.")
-        if not timeout > 0:
-            raise ValueError(f"timeout must be seconds above 0, got {timeout!r}.")
+        parts = _server_address(base_url)
+        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= MAX_TIMEOUT:
+            raise ValueError(f"timeout must be seconds above 0 and at most {MAX_TIMEOUT:.0f}, got {timeout!r}.")
         if api_key is not None and not (
             api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
         ):
@@ -72,7 +70,7 @@ class LMStudioNeuroScopeClient:
         self._session = requests.Session()
         self._session.headers.update({"Content-Type": "application/json", "Accept": "application/json"})
         # Proxies of the environment are for the world outside; a loopback server is never behind one.
-        self._session.trust_env = not _is_loopback(parts.hostname)
+        self._session.trust_env = not _is_loopback(parts.hostname or "")
         self._session.auth = _Bearer(api_key)
 
     def __repr__(self) -> str:
@@ -152,8 +150,12 @@ class LMStudioNeuroScopeClient:
         return self._json("POST", "/v1/tokenize", {"text": text, "messages": messages, "model": model})
 
     def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
-        """The text of token ids."""
-        body = {"tokens": [int(token) for token in tokens], "model": model}
+        """The text of token ids.
+
+        Raises:
+            ValueError: something in `tokens` is not a whole number.
+        """
+        body = {"tokens": _token_ids(tokens), "model": model}
         return cast(str, self._field("POST", "/v1/detokenize", "text", str, body))
 
     # -- generation ------------------------------------------------------------------------------
@@ -426,6 +428,8 @@ class LMStudioNeuroScopeClient:
             raise self._unreachable("it does not accept connections") from error
         except requests.Timeout as error:
             raise timed_out(f"{method} {route}", self.timeout) from error
+        except requests.exceptions.ContentDecodingError as error:
+            raise undecodable(f"{method} {route}", error) from error
         except requests.RequestException as error:
             # A read timeout in the middle of a body arrives as a ConnectionError.
             if caused_by(error, transport.ReadTimeoutError):
@@ -456,6 +460,30 @@ class _Bearer(AuthBase):
         if self._api_key is not None:
             request.headers["Authorization"] = f"Bearer {self._api_key}"
         return request
+
+
+def _server_address(base_url: str) -> SplitResult:
+    try:
+        parts = urlsplit(base_url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fits = False  # a port beyond 65535, or half an IPv6 address
+    if not fits:
+        got = "one with '@' in it" if "@" in base_url else repr(base_url)  # a password is never quoted
+        raise ValueError(f"base_url must look like {DEFAULT_BASE_URL}, with a port from 1 to 65535, got {got}.")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("base_url must hold neither user, query nor fragment; give a key as api_key.")
+    return parts
+
+
+def _token_ids(tokens: Iterable[Any]) -> list[int]:
+    """Python's integers, from numpy's too."""
+    ids = []
+    for token in tokens:
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise ValueError(f"tokens must be whole numbers, got {token!r}.")
+        ids.append(operator.index(token))
+    return ids
 
 
 def _is_loopback(host: str) -> bool:

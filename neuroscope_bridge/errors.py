@@ -13,6 +13,10 @@ class PayloadError(NeuroScopeError, ValueError):
     """An array or a record does not fit the wire format; the message says what was expected and what came."""
 
 
+class NumberTooLargeError(PayloadError):
+    """A finite number would become infinite in the dtype that was asked for."""
+
+
 class ResponseFormatError(NeuroScopeError):
     """The server answered something that is not the JSON this client understands."""
 

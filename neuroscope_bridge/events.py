@@ -9,7 +9,7 @@ import requests
 from urllib3 import exceptions as transport
 
 from .errors import ResponseFormatError, ServerUnreachableError
-from .replies import Reply, error_of, parse, quoted, timed_out, with_arrays
+from .replies import Reply, error_of, parse, quoted, timed_out, undecodable, with_arrays
 
 READ_BYTES = 1 << 16
 
@@ -84,6 +84,8 @@ def _chunks(response: requests.Response, source: str, timeout: float) -> Iterato
             yield chunk
     except transport.ReadTimeoutError as error:
         raise timed_out(source, timeout) from error
+    except transport.DecodeError as error:
+        raise undecodable(source, error) from error
     except (transport.HTTPError, OSError) as error:
         raise ServerUnreachableError(f"{source}: the connection broke in the middle of the stream.") from error
 

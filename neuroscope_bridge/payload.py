@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 import orjson
 
-from .errors import PayloadError
+from .errors import NumberTooLargeError, PayloadError
 
 __all__ = [
     "DTYPES",
     "ENCODINGS",
+    "NumberTooLargeError",
     "PayloadError",
     "decode_activation",
     "dumps",
@@ -87,7 +88,8 @@ def encode_activation(
         dtype: One of `DTYPES`. float16 rounds, but never turns a finite number into infinity.
 
     Raises:
-        PayloadError: unknown encoding or dtype, axes that do not match the shape, a number too large for the dtype.
+        PayloadError: unknown encoding or dtype, axes that do not match the shape.
+        NumberTooLargeError: a `PayloadError`; a finite number that the dtype cannot hold.
     """
     if encoding not in ENCODINGS:
         raise PayloadError(f"Unknown activation encoding {encoding!r}. Choose from: {', '.join(ENCODINGS)}.")
@@ -285,7 +287,7 @@ def _refuse_overflow(array: np.ndarray, target: np.dtype, hook_id: str) -> None:
         lost = np.isfinite(array) & np.isinf(array.astype(target))
     if lost.any():
         advice = " Ask for activation_dtype 'float32'." if target.name == "float16" else ""
-        raise PayloadError(
+        raise NumberTooLargeError(
             f"Hook {hook_id!r}: {np.abs(array[lost]).max():g} is beyond the largest {target.name}, "
             f"{float(np.finfo(target).max):g}.{advice}"
         )

@@ -78,6 +78,10 @@ def timed_out(source: str, timeout: float) -> ServerTimeoutError:
     )
 
 
+def undecodable(source: str, error: Exception) -> ResponseFormatError:
+    return ResponseFormatError(f"{source}: the answer is not in the compression that its header names: {error}")
+
+
 def caused_by(error: BaseException, kind: type[BaseException]) -> bool:
     return any(isinstance(item, kind) for item in (error, *error.args)) or (
         error.__context__ is not None and caused_by(error.__context__, kind)

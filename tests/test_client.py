@@ -306,12 +306,17 @@ def test_calls_share_one_connection(server, client):
         "http://",
         "",
         "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:port",
+        "http://[::1",
         "http://me:pw@127.0.0.1",
+        "http://me:pw@127.0.0.1:99999",
+        "ftp://me:pw@127.0.0.1",
         "http://a/?x=1",
     ],
 )
 def test_a_base_url_that_cannot_work_is_refused_at_once(url):
-    with pytest.raises(ValueError, match=r"base_url|Port") as caught:
+    with pytest.raises(ValueError, match=r"^base_url must ") as caught:
         LMStudioNeuroScopeClient(url)
     assert "pw" not in str(caught.value)
 
@@ -319,8 +324,26 @@ def test_a_base_url_that_cannot_work_is_refused_at_once(url):
 def test_defaults_and_trailing_slash():
     assert LMStudioNeuroScopeClient().base_url == "http://127.0.0.1:8080"
     assert LMStudioNeuroScopeClient("http://localhost:1/").base_url == "http://localhost:1"
-    with pytest.raises(ValueError, match="timeout"):
-        LMStudioNeuroScopeClient(timeout=0)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, None, float("inf"), float("nan"), 1e300, True, "5", [5], np.float32(5)])
+def test_a_timeout_that_cannot_work_is_refused_at_once(timeout):
+    with pytest.raises(ValueError, match=r"timeout must be seconds above 0 and at most 1000000, got "):
+        LMStudioNeuroScopeClient(timeout=timeout)
+
+
+def test_the_longest_timeout_works(server):
+    server.answers["GET /health"] = (200, {"status": "healthy"})
+    for timeout in (1_000_000, np.float64(5)):
+        with LMStudioNeuroScopeClient(server.url, timeout=timeout) as client:
+            assert client.health_check()
+
+
+@pytest.mark.parametrize("token", [1.5, 1.0, "1", True, None, np.float32(1)])
+def test_a_token_that_is_no_whole_number_is_refused_and_not_rounded(server, client, token):
+    with pytest.raises(ValueError, match=r"tokens must be whole numbers, got "):
+        client.detokenize([1, token])
+    assert server.requests == []
 
 
 # -- activations ----------------------------------------------------------------------------------
@@ -397,6 +420,22 @@ def test_an_answer_that_is_no_json_object_is_reported(server, client, body):
     server.answers["GET /health"] = (200, body)
     with pytest.raises(ResponseFormatError, match=r"GET /health: expected a JSON object"):
         client.health()
+
+
+def test_damaged_compression_is_a_fault_of_the_answer_and_not_an_absent_server(server, client):
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream" if "chat" in handler.path else "application/json")
+        handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Content-Length", "8")
+        handler.end_headers()
+        handler.wfile.write(b"not gzip")
+
+    server.answers = {"GET /health": answer, f"POST {CHAT}": answer}
+    with pytest.raises(ResponseFormatError, match="GET /health: the answer is not in the compression"):
+        client.health()
+    with pytest.raises(ResponseFormatError, match=f"POST {CHAT}: the answer is not in the compression"):
+        next(client.chat(MESSAGES, stream=True))
 
 
 @pytest.mark.parametrize("models", [{}, {"data": "tiny"}, {"data": None}])

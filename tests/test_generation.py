@@ -255,6 +255,7 @@ def test_two_hooks_may_ask_for_one_point(llama: HookedModel) -> None:
         ([1], {"beams": 4}, "generate has no argument 'beams'. Allowed: max_tokens"),
         ([1], {"logit_bias": {99: 1.0}}, "Token 99 is outside the vocabulary"),
         ([1], {"temperature": float("nan")}, "temperature is a number from 0 up, got nan"),
+        ([1], {"temperature": 1e-39}, "temperature is 0 or at least 1e-06, got 1e-39"),
         ([1], {"temperature": True}, "temperature is a number"),
         ([1], {"top_k": 1.5}, "top_k is a whole number from 0 up"),
         ([1], {"seed": -1}, "seed is a whole number from 0 to"),

@@ -1,6 +1,7 @@
 """The server: its contract through Flask's client; streams, threads and signals through a real one."""
 
 import json
+import os
 import re
 import select
 import signal
@@ -11,18 +12,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
+from flask import Flask
 from flask.testing import FlaskClient
 from server_tools import HOOKS, MESSAGES, PROMPT_LENGTH, load_tiny, running_server, save_tiny
 
-from api_server import ModelWorker, create_app
+from api_server import ModelWorker, Server, ServerConfig, create_app
 from api_server.__main__ import main
 from api_server.errors import Busy, Stopping
+from mlx_hooks.hook_points import COMPONENTS
 from neuroscope_bridge.payload import decode_activation
 
 CHAT = "/v1/chat/completions"
@@ -126,6 +130,25 @@ def test_loading_an_id_again_replaces_the_model_and_its_hooks(client: FlaskClien
         assert client.get("/v1/activations/hooks").get_json()["hooks"] == []
 
 
+def test_loading_an_id_again_makes_it_the_default_again() -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        client = create_app(worker).test_client()
+        for path in ("llama", "gpt2", "llama"):
+            post(client, "/v1/models/load", model_path=path)
+        assert client.get("/health").get_json()["models"] == ["gpt2", "llama"]
+        assert post(client, CHAT, messages=MESSAGES, max_tokens=1)["model"] == "llama"
+
+
+def test_a_relative_folder_s_id_is_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "my-model")
+    (folder / "inside").mkdir()
+    with ModelWorker() as worker:
+        client = create_app(worker).test_client()
+        for place, path in ((folder, "."), (folder, "./"), (folder / "inside", ".."), (tmp_path, "./my-model/")):
+            monkeypatch.chdir(place)
+            assert post(client, "/v1/models/load", model_path=path)["model_id"] == "my-model"
+
+
 def test_model_ids_may_hold_slashes() -> None:
     with ModelWorker(load=load_tiny) as worker:
         client = create_app(worker).test_client()
@@ -149,6 +172,12 @@ def test_text_becomes_tokens_and_text_again(client: FlaskClient) -> None:
     assert reply == {"tokens": [7, 8], "token_strings": ["w1", "w2"], "count": 2}
     assert post(client, "/v1/detokenize", tokens=reply["tokens"]) == {"text": "w1 w2"}
     assert post(client, "/v1/tokenize", messages=MESSAGES)["token_strings"] == SPELLED
+
+
+def test_tokens_of_a_text_that_no_context_holds_can_be_counted(client: FlaskClient) -> None:
+    assert post(client, "/v1/tokenize", text="w1 " * 600)["count"] == 600
+    for path in ("/v1/completions", "/v1/analysis/logit_lens"):
+        assert post(client, path, 400, prompt="w1 " * 600)["error"]["code"] == "context_length_exceeded"
 
 
 # Generation
@@ -190,6 +219,16 @@ def test_same_seed_same_text_and_temperature_zero_needs_none(client: FlaskClient
     assert said(temperature=0) == said(temperature=0)
     assert said(temperature=0) == said(temperature=2, top_k=1)
     assert said(temperature=0) == said(temperature=2, top_p=0.001)
+    assert said(temperature=0) == said(temperature=2, min_p=1)
+    assert said(temperature=0) != said(temperature=0, repetition_penalty=10)
+
+
+def test_a_filter_as_large_as_the_vocabulary_leaves_nothing_out(client: FlaskClient) -> None:
+    options = {"messages": MESSAGES, "max_tokens": 12, "temperature": 1, "seed": 4}
+    unfiltered = post(client, CHAT, **options)["choices"]
+    for top_k in (60, 61, 1_000_000):
+        assert post(client, CHAT, **options, top_k=top_k)["choices"] == unfiltered
+    assert post(client, CHAT, **options, top_k=2)["choices"] != unfiltered
 
 
 def test_one_request_s_seed_is_not_the_next_one_s(client: FlaskClient) -> None:
@@ -283,23 +322,71 @@ def test_token_list_is_indexed_by_position(client: FlaskClient) -> None:
     assert tokens["strings"][:PROMPT_LENGTH] == SPELLED
     assert " ".join(tokens["strings"][PROMPT_LENGTH:]) == reply["choices"][0]["message"]["content"]
     seen = [record for record in reply["activations"]["ids"] if record["is_input"]]
+    assert [record["phase"] for record in seen] == ["prefill", "decode", "decode"]
     for record in seen:
         start, stop = record["positions"]
         assert record["data"] == [tokens["ids"][start:stop]]
 
 
-def test_activations_equal_the_engine_s(client: FlaskClient, worker: ModelWorker) -> None:
-    reply = post(client, CAPTURE, messages=MESSAGES, activation_hooks=HOOKS, max_tokens=0)
+def every_component() -> list[dict[str, Any]]:
+    """A hook per component, with its input where it has one."""
+    return [
+        {
+            "layer_name": "transformer.wte" if name == "embedding" else "transformer.h.1",
+            "component": name,
+            "hook_id": name,
+            "capture_input": row.input is not None,
+        }
+        for name, row in COMPONENTS.items()
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["base64", "json"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_record_of_prompt_and_generated_tokens_is_the_engine_s(
+    client: FlaskClient, worker: ModelWorker, stream: bool, encoding: str
+) -> None:
+    prompt, hooks = [7, 8, 9, 10], every_component()
     model = worker.get("tiny").model
-
-    def alone() -> dict[str, np.ndarray]:
-        _, cache = model.run_with_cache(reply["tokens"]["ids"])
-        return {name: cache.numpy(name) for name in cache}
-
-    expected = worker.call(alone)
-    for records in reply["activations"].values():
-        for record in records:
-            np.testing.assert_allclose(decode_activation(record), expected[record["hook_point"]], rtol=1e-4, atol=1e-5)
+    expected = worker.call(
+        lambda: {
+            hook_id: [
+                {
+                    "layer_name": one.layer_name,
+                    "component": one.component,
+                    "is_input": one.is_input,
+                    "hook_point": one.hook_point.name,
+                    "layer_index": one.hook_point.layer,
+                    "axes": list(one.hook_point.axes),
+                    "phase": one.phase,
+                    "step": one.step,
+                    "positions": list(one.positions),
+                    "array": one.numpy(),
+                }
+                for one in records
+            ]
+            for hook_id, records in model.generate(prompt, max_tokens=6, capture=hooks).activations.items()
+        }
+    )
+    body = {"prompt": prompt, "max_tokens": 6, "temperature": 0, "activation_hooks": hooks}
+    body |= {"stream": stream, "activation_encoding": encoding}
+    reply = client.post("/v1/completions/with_activations", json=body)
+    parts = events_of(reply.get_data(as_text=True)) if stream else [reply.get_json()]
+    got = {
+        hook["hook_id"]: [record for part in parts for record in part.get("activations", {}).get(hook["hook_id"], [])]
+        for hook in hooks
+    }
+    assert {row["phase"] for rows in expected.values() for row in rows} == {"prefill", "decode"}
+    assert {row["is_input"] for rows in expected.values() for row in rows} == {True, False}
+    assert {hook_id: len(rows) for hook_id, rows in got.items()} == {k: len(rows) for k, rows in expected.items()}
+    for hook_id, rows in expected.items():
+        for record, row in zip(got[hook_id], rows, strict=True):
+            array = row.pop("array")
+            about = row | {"hook_id": hook_id, "shape": list(array.shape), "dtype": array.dtype.name}
+            assert {k: v for k, v in record.items() if k != "data"} == about | {"encoding": encoding}
+            decoded = decode_activation(record)
+            assert (decoded.dtype, decoded.shape) == (array.dtype, array.shape)
+            assert decoded.tobytes() == array.tobytes(), (hook_id, record["hook_point"], record["step"])
 
 
 def test_encodings_carry_the_same_numbers(client: FlaskClient) -> None:
@@ -380,6 +467,35 @@ def test_registered_hooks_serve_requests_that_name_none(client: FlaskClient) -> 
     assert list(post(client, CAPTURE, messages=MESSAGES, max_tokens=0)["activations"]) == ["resid", "ids"]
     assert client.delete("/v1/activations/hooks").get_json() == {"status": "hooks_cleared"}
     post(client, CAPTURE, 400, messages=MESSAGES, max_tokens=0)
+
+
+def test_a_hook_is_removed_from_one_model_or_from_all() -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        client = create_app(worker).test_client()
+
+        def registered() -> dict[str, list[str]]:
+            return {
+                name: [hook["hook_id"] for hook in client.get(f"{path}?model={name}").get_json()["hooks"]]
+                for name in ("a", "b", "c")
+            }
+
+        path = "/v1/activations/hooks"
+        for name in ("a", "b", "c"):
+            post(client, "/v1/models/load", model_path="llama", model_id=name)
+            post(client, path, hooks=HOOKS, model=name)
+        assert client.delete(f"{path}/resid?model=b").status_code == 200
+        assert registered() == {
+            "a": ["resid", "pattern", "ids"],
+            "b": ["pattern", "ids"],
+            "c": ["resid", "pattern", "ids"],
+        }
+        assert client.delete(f"{path}/resid?model=b").status_code == 404
+        assert client.delete(f"{path}/resid").status_code == 200
+        assert registered() == {name: ["pattern", "ids"] for name in ("a", "b", "c")}
+        assert client.delete(f"{path}?model=c").status_code == 200
+        assert registered() == {"a": ["pattern", "ids"], "b": ["pattern", "ids"], "c": []}
+        assert client.delete(path).status_code == 200
+        assert registered() == {"a": [], "b": [], "c": []}
 
 
 def test_a_hook_without_an_id_gets_one(client: FlaskClient) -> None:
@@ -520,6 +636,27 @@ def test_a_slow_reader_holds_up_nobody(url: str) -> None:
         assert unread.raw.read(6) == b"data: "
 
 
+def test_a_slow_reader_holds_no_thread() -> None:
+    app, written = Flask("large"), threading.Event()
+
+    @app.get("/")
+    def large() -> Iterator[bytes]:
+        for _ in range(64):
+            yield bytes(2**20)
+        written.set()
+
+    server = Server(app, ServerConfig(port=0))
+    thread = server.start()
+    try:
+        # Far more than the system's own buffers take.
+        with requests.get(server.url, stream=True, timeout=20) as unread:
+            assert written.wait(10)
+            assert len(unread.content) == 64 * 2**20
+    finally:
+        server.stop()
+        thread.join(10)
+
+
 def test_an_error_after_the_first_event_is_the_last_event(client: FlaskClient) -> None:
     with ModelWorker(load=load_tiny) as worker:
         model = worker.load("llama").model
@@ -610,19 +747,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
-def start(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "api_server", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+@contextmanager
+def start(*arguments: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """A server process, which a test that fails does not wait for."""
+    command, pipe = [sys.executable, "-m", "api_server", *arguments], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | env) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    """The URL in the line that a server process writes when it is ready."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 60)[0]
+    line = process.stdout.readline()
+    assert re.fullmatch(r"NeuroScope server on http://127\.0\.0\.1:\d+\n", line)
+    return line.split()[-1]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_process_serves_and_ends_cleanly_in_the_middle_of_a_stream(folder: Path, signum: signal.Signals) -> None:
     with start("--port", "0", "--model", str(folder), "--model-id", "mine") as process:
-        assert process.stdout is not None
-        assert select.select([process.stdout], [], [], 60)[0]
-        line = process.stdout.readline()
-        assert re.fullmatch(r"NeuroScope server on http://127\.0\.0\.1:\d+\n", line)
-        url = line.split()[-1]
+        url = url_of(process)
         assert requests.get(f"{url}/health", timeout=10).json()["models"] == ["mine"]
         body = {"messages": MESSAGES, "max_tokens": 500, "stream": True}
         with requests.post(url + CHAT, json=body, stream=True, timeout=30) as reply:
@@ -632,6 +780,31 @@ def test_process_serves_and_ends_cleanly_in_the_middle_of_a_stream(folder: Path,
     assert process.returncode == 0, err
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_process_keeps_to_its_key_its_limit_and_its_model_s_id(folder: Path) -> None:
+    arguments = ["--port", "0", "--model", str(folder), "--model-id", "mine", "--max-body-mb", "0.25"]
+    with start(*arguments, NEUROSCOPE_API_KEY="k3y") as process:
+        url, key = url_of(process), {"Authorization": "Bearer k3y"}
+        assert requests.get(f"{url}/health", timeout=10).json()["models"] == ["mine"]
+        assert requests.get(f"{url}/v1/models", timeout=10).status_code == 401
+        assert requests.get(f"{url}/v1/models", headers={"Authorization": "Bearer no"}, timeout=10).status_code == 401
+        assert requests.get(f"{url}/v1/models", headers=key, timeout=10).json()["data"][0]["id"] == "mine"
+        for size, status in ((2**18, 200), (2**18 + 1, 413), (2**20 + 1, 413)):
+            body = b'{"text": "w1"}'.ljust(size)
+            headers = key | {"Content-Type": "application/json"}
+            reply = requests.post(f"{url}/v1/tokenize", data=body, headers=headers, timeout=10)
+            assert reply.status_code == status
+            assert status == 200 or "262144 bytes (0.25 MiB)" in reply.json()["error"]["message"]
+
+
+def test_key_of_the_arguments_goes_before_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ServerConfig] = []
+    monkeypatch.setattr("api_server.__main__._serve", lambda config, *_: asked.append(config) or 0)
+    for given, expected in (("", None), ("theirs", "theirs")):
+        monkeypatch.setenv("NEUROSCOPE_API_KEY", given)
+        assert main([]) == main(["--api-key", "mine"]) == 0
+        assert [config.api_key for config in asked[-2:]] == [expected, "mine"]
 
 
 def test_process_that_cannot_load_its_model_says_so_and_ends(tmp_path: Path) -> None:

@@ -4,18 +4,22 @@ import json
 import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 from flask.testing import FlaskClient
 from pydantic import ValidationError
-from server_tools import HOOKS, MESSAGES, load_tiny, running_server
+from server_tools import HOOKS, MESSAGES, load_tiny, running_server, save_tiny
 
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.__main__ import main
-from api_server.errors import ApiError, invalid_request
+from api_server.errors import ApiError, describe, invalid_request
+from api_server.inference import Step
 from api_server.schemas import ChatCaptureRequest, CompletionRequest
+from neuroscope_bridge.payload import PayloadError
 
 CHAT = "/v1/chat/completions"
 CAPTURE = "/v1/chat/completions/with_activations"
@@ -56,7 +60,7 @@ def refused(reply: Any, status: int) -> dict[str, Any]:
     return error
 
 
-CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
+CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "hello"}, "messages", "array"),
     ({"messages": [{"role": "tool", "content": "w1"}]}, "messages[0].role", "'system', 'user' or 'assistant'"),
@@ -67,20 +71,41 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": "5"}, "max_tokens", 'integer, not "5"'),
     ({"max_tokens": True}, "max_tokens", "integer, not true"),
     ({"max_tokens": 1.5}, "max_tokens", "integer, not 1.5"),
-    ({"max_tokens": None}, "max_tokens", "integer, not null"),
     ({"max_tokens": 10**9}, "max_tokens", "less than or equal to 32768"),
+    ({"max_tokens": 2**64}, "max_tokens", "less than or equal to 32768, not 18446744073709551616"),
+    ({"max_tokens": 10**400}, "max_tokens", "less than or equal to 32768."),
+    ({"max_completion_tokens": -1}, "max_completion_tokens", "greater than or equal to 0"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, None, "two names of one limit"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
+    ({"temperature": 10**400}, "temperature", "number"),
     ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": True}, "temperature", "number"),
     ({"top_p": 0}, "top_p", "greater than 0"),
     ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
     ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ({"seed": 10**30}, "seed", f"less than or equal to 9223372036854775807, not 1{'0' * 30}."),
     ({"stop": 5}, "stop", "a string"),
     ({"stop": ""}, "stop", "1 to 1000 characters"),
     ({"stop": ["w1"] * 17}, "stop", "at most 16"),
     ({"stream": "yes"}, "stream", "boolean"),
-    ({"logprobs": True}, "logprobs", "not supported here. Supported: model, max_tokens"),
+    ({"best_of": 2}, "best_of", "not supported here. Supported: model, max_tokens"),
+    ({"n": 2}, "n", "only 1 or null is supported, not 2"),
+    ({"n": True}, "n", "only 1 or null is supported, not true"),
+    ({"logprobs": True}, "logprobs", "only false or null is supported, not true"),
+    ({"logprobs": 0}, "logprobs", "only false or null is supported, not 0"),
+    ({"top_logprobs": 3}, "top_logprobs", "only 0 or null is supported"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 or null is supported, not 0.5"),
+    ({"presence_penalty": -1}, "presence_penalty", "only 0 or null is supported"),
+    ({"logit_bias": {"7": 100}}, "logit_bias", "only {} or null is supported"),
+    ({"response_format": {"type": "json_object"}}, "response_format", 'only {"type": "text"} or null is supported'),
+    ({"tools": [{"type": "function"}]}, "tools", "only [] or null is supported"),
+    ({"tool_choice": "auto"}, "tool_choice", 'only "none" or null is supported, not "auto"'),
+    ({"store": True}, "store", "only false or null is supported"),
+    ({"echo": True}, "echo", "only false or null is supported"),
+    ({"user": 5}, "user", "string"),
+    ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "boolean"),
+    ({"stream_options": {"more": True}}, "stream_options.more", "Supported: include_usage."),
     ({"model": 5}, "model", "string"),
     ({"activation_hooks": HOOK}, "activation_hooks", "array"),
     ({"activation_hooks": ["transformer.h.0"]}, "activation_hooks[0]", "object"),
@@ -88,6 +113,8 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_id"),
     ({"activation_hooks": [HOOK | {"capture_input": 1}]}, "activation_hooks[0].capture_input", "boolean"),
     ({"activation_hooks": [HOOK | {"capture_output": False}]}, "activation_hooks[0]", "must be true"),
+    ({"activation_hooks": [HOOK | {"hook_id": ".."}]}, "activation_hooks[0].hook_id", "printable characters"),
+    ({"activation_hooks": [HOOK | {"hook_id": "a\x07"}]}, "activation_hooks[0].hook_id", "printable characters"),
     ({"activation_hooks": [HOOK] * 3000}, "activation_hooks", "at most 2048"),
     ({"activation_hooks": [HOOK | {"layer_name": "transformer.h.3"}]}, "activation_hooks", "transformer.h.0 to"),
     ({"activation_hooks": [HOOK | {"layer_name": "attic"}]}, "activation_hooks", "transformer.wte"),
@@ -103,7 +130,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("fault", "param", "said"), CHAT_FAULTS, ids=[json.dumps(f[0])[:60] for f in CHAT_FAULTS])
 def test_wrong_field_is_named_with_what_is_allowed(
-    worker: ModelWorker, fault: dict[str, Any], param: str, said: str, stream: bool
+    worker: ModelWorker, fault: dict[str, Any], param: str | None, said: str, stream: bool
 ) -> None:
     client = create_app(worker).test_client()
     body = {"messages": MESSAGES, "activation_hooks": HOOKS, "max_tokens": 1, "stream": stream} | fault
@@ -132,6 +159,7 @@ def test_plain_generation_needs_at_least_one_token(client: FlaskClient) -> None:
         ([1, True], "a string or a list of token ids"),
         ([1, -1], "a string or a list of token ids"),
         ([1, 60], "Allowed: 0 to 59"),
+        ([1, 10**30], "a string or a list of token ids"),
         ("   ", "no tokens"),
         ([7] * 513, "at most 512"),
     ],
@@ -158,6 +186,7 @@ def test_numbers_that_json_has_not_are_refused(client: FlaskClient, number: str)
     error = refused(client.post(CHAT, data=body, content_type="application/json"), 400)
     assert error["param"] == "temperature"
     assert "finite" in error["message"]
+    assert "null" not in error["message"]
 
 
 @pytest.mark.parametrize("body", ["[]", "5", "null", '"text"'])
@@ -183,11 +212,25 @@ def test_unknown_model_names_the_loaded_ones(client: FlaskClient) -> None:
         client.get("/v1/models/other/hook_points"),
         client.get("/v1/activations/hooks?model=other"),
         client.delete("/v1/activations/hooks?model=other"),
+        client.delete("/v1/activations/hooks/resid?model=other"),
     ]
     for reply in replies:
         error = refused(reply, 404)
         assert error["code"] == "model_not_found"
         assert "Loaded: tiny." in error["message"]
+
+
+def test_an_empty_model_is_an_unknown_one_and_not_every_one(client: FlaskClient) -> None:
+    client.post("/v1/activations/hooks", json={"hooks": HOOKS})
+    path = "/v1/activations/hooks"
+    for reply in (client.get(f"{path}?model="), client.delete(f"{path}?model="), client.delete(f"{path}/ids?model=")):
+        assert refused(reply, 404)["code"] == "model_not_found"
+    assert len(client.get(path).get_json()["hooks"]) == len(HOOKS)
+    client.delete(path)
+    with ModelWorker(load=load_tiny) as worker:
+        empty = create_app(worker).test_client()
+        for reply in (empty.get(f"{path}?model="), empty.delete(f"{path}?model=")):
+            assert "None is loaded" in refused(reply, 404)["message"]
 
 
 def test_without_a_model_every_request_that_needs_one_is_a_conflict() -> None:
@@ -222,9 +265,43 @@ def test_model_that_cannot_be_loaded_leaves_the_others(client: FlaskClient, tmp_
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "nonesuch"}')
     refused(client.post("/v1/models/load", json={"model_path": str(broken)}), 400)
+    for path in ("~nouser/x", "x" * 4096, "a\0b"):
+        nowhere = refused(client.post("/v1/models/load", json={"model_path": path}), 404)
+        assert nowhere["param"] == "model_path"
+        assert path[:9].encode("unicode_escape").decode() in nowhere["message"]
     refused(client.post("/v1/models/load", json={}), 400)
     refused(client.post("/v1/models/load", json={"model_path": ""}), 400)
     assert client.get("/health").get_json()["models"] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    "model_id", ["load", ".", "..", "", "a/../b", "a//b", "/a", "a/", "a\nb", "\x7f", "a/hook_points", "x" * 201]
+)
+def test_a_model_id_that_no_address_can_hold_is_refused(client: FlaskClient, model_id: str) -> None:
+    error = refused(client.post("/v1/models/load", json={"model_path": "llama", "model_id": model_id}), 400)
+    assert error["param"] == "model_id"
+    assert "characters" in error["message"]
+    assert client.get("/health").get_json()["models"] == ["tiny"]
+
+
+@pytest.mark.parametrize("name", ["load", "a\nb"])
+def test_a_folder_whose_name_no_address_can_hold_needs_an_id(client: FlaskClient, name: str, tmp_path: Path) -> None:
+    folder = str(save_tiny(tmp_path / name))
+    error = refused(client.post("/v1/models/load", json={"model_path": folder}), 400)
+    assert error["param"] == "model_id"
+    assert "give a model_id" in error["message"]
+    assert client.get("/health").get_json()["models"] == ["tiny"]
+
+
+def test_hooks_of_another_model_are_named_when_there_is_nothing_to_capture() -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        client = create_app(worker).test_client()
+        for model_id in ("first", "second", "third"):
+            worker.load("llama", model_id)
+        client.post("/v1/activations/hooks", json={"hooks": HOOKS, "model": "first"})
+        error = refused(client.post(CAPTURE, json={"messages": MESSAGES}), 400)
+        assert error["code"] == "no_hooks"
+        assert "Hooks are registered for first, not for third." in error["message"]
 
 
 def test_registering_a_wrong_hook_registers_nothing(client: FlaskClient) -> None:
@@ -273,6 +350,27 @@ def test_body_over_the_limit_is_refused(client: FlaskClient) -> None:
     body = {"messages": [{"role": "user", "content": "w1 " * LIMIT}]}
     error = refused(client.post(CHAT, json=body), 413)
     assert error["code"] == "request_too_large"
+    assert f" {LIMIT} bytes" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate."),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ 1 // 0 }}", "by zero"),
+        ("{{ messages[7].content }}", "no element 7"),
+    ],
+)
+def test_a_chat_template_that_fails_is_about_the_messages(template: str, said: str) -> None:
+    with ModelWorker(load=load_tiny) as worker:
+        worker.load("llama").model.tokenizer.chat_template = template
+        client = create_app(worker).test_client()
+        for path in (CHAT, "/v1/tokenize"):
+            error = refused(client.post(path, json={"messages": MESSAGES}), 400)
+            assert error["param"] == "messages"
+            assert "chat template refuses" in error["message"]
+            assert said in error["message"]
 
 
 def test_number_too_large_for_float16_is_an_error_that_says_what_to_do(
@@ -290,6 +388,15 @@ def test_number_too_large_for_float16_is_an_error_that_says_what_to_do(
             error = refused(client.post(CAPTURE, json=body | {"stream": stream}), 400)
             assert "float32" in error["message"]
             assert error["param"] == "activation_dtype"
+
+
+def test_an_array_that_does_not_fit_its_axes_is_the_server_s_fault(worker: ModelWorker) -> None:
+    about = {"layer_name": "0", "component": "mlp", "hook_point": "x", "layer_index": 0, "phase": "prefill", "step": 0}
+    about |= {"hook_id": "h", "axes": ("one",), "positions": (0, 1), "is_input": False}
+    step = Step(None, None, "", None, {"h": [(about, np.zeros((1, 1), np.float32))]})
+    with pytest.raises(PayloadError) as caught:
+        step.records("json", "float16")
+    assert describe(caught.value, "req-1").status == 500
 
 
 def test_unexpected_error_is_logged_with_the_id_that_the_reply_repeats(caplog: pytest.LogCaptureFixture) -> None:
@@ -403,6 +510,7 @@ def test_broken_http_gets_the_same_error_shape(url: str, data: bytes, status: in
     got, error = send(url, data)
     assert got == status
     assert set(error) == {"message", "type", "code", "param"}
+    assert status != 413 or f" {LIMIT} bytes" in error["message"]
     assert requests.get(f"{url}/health", timeout=10).status_code == 200
 
 
@@ -411,6 +519,7 @@ def test_body_over_the_limit_is_refused_over_the_wire(url: str) -> None:
         reply = requests.post(url + CHAT, data=data, headers={"Content-Type": "application/json"}, timeout=10)
         assert reply.status_code == 413
         assert reply.json()["error"]["code"] == "request_too_large"
+        assert f" {LIMIT} bytes" in reply.json()["error"]["message"]
     assert requests.get(f"{url}/health", timeout=10).status_code == 200
 
 
@@ -432,6 +541,14 @@ def test_unknown_field_deep_inside_lists_the_fields_of_its_own_object() -> None:
     assert error.message.endswith("Supported: layer_name, component, hook_id, capture_input, capture_output.")
 
 
+def test_unknown_field_is_not_answered_with_fields_that_do_nothing() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate({"prompt": "w1", "best_of": 2})
+    message = invalid_request(caught.value, CompletionRequest).message
+    assert "max_completion_tokens" in message
+    assert "logit_bias" not in message
+
+
 def test_defaults_are_the_documented_ones() -> None:
     asked = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES}))
     assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed) == (100, 0.7, 1.0, None)
@@ -439,6 +556,52 @@ def test_defaults_are_the_documented_ones() -> None:
     hooked = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES, "activation_hooks": [HOOK]}))
     assert hooked.activation_hooks is not None
     assert (hooked.activation_hooks[0].capture_input, hooked.activation_hooks[0].capture_output) == (False, True)
+
+
+def test_null_is_the_default() -> None:
+    names = ["model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stream"]
+    names += ["repetition_penalty", "seed", "stop", "stream_options", "user"]
+    nulls = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES} | dict.fromkeys(names)))
+    assert nulls == ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES}))
+
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"n": 1},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": False}},
+    {"logprobs": False},
+    {"top_logprobs": 0},
+    {"user": "me"},
+    {"frequency_penalty": 0},
+    {"frequency_penalty": 0.0},
+    {"presence_penalty": 0},
+    {"store": False},
+    {"echo": False},
+    {"response_format": {"type": "text"}},
+    {"tools": []},
+    {"tool_choice": "none"},
+    {"logit_bias": {}},
+]
+NEUTRAL += [dict.fromkeys(field) for field in NEUTRAL]
+
+
+@pytest.mark.parametrize("field", NEUTRAL, ids=json.dumps)
+def test_a_field_that_asks_for_nothing_changes_nothing(worker: ModelWorker, field: dict[str, Any]) -> None:
+    client = create_app(worker).test_client()
+    for path, prompt in ((CHAT, {"messages": MESSAGES}), ("/v1/completions", {"prompt": "w1 w2"})):
+        body = prompt | {"max_tokens": 2, "seed": 1}
+        reply = client.post(path, json=body | field)
+        assert reply.status_code == 200, reply.get_data(as_text=True)
+        assert reply.get_json()["choices"] == client.post(path, json=body).get_json()["choices"]
+
+
+def test_max_completion_tokens_is_another_name_of_max_tokens(client: FlaskClient) -> None:
+    for both in ({}, {"max_tokens": None}, {"max_tokens": 3}):
+        reply = client.post(CHAT, json={"messages": MESSAGES, "max_completion_tokens": 3} | both)
+        assert reply.get_json()["usage"]["completion_tokens"] == 3
+    reply = client.post(CAPTURE, json={"messages": MESSAGES, "activation_hooks": HOOKS, "max_completion_tokens": 0})
+    assert reply.get_json()["usage"]["completion_tokens"] == 0
+    refused(client.post(CHAT, json={"messages": MESSAGES, "max_completion_tokens": 0}), 400)
 
 
 def test_one_stop_text_is_a_list_of_one() -> None:

@@ -49,9 +49,12 @@ def _hooks(asked: CaptureRequest, loaded: LoadedModel) -> list[HookSpec]:
     """The request's own hooks, or those registered for its model."""
     hooks = [spec_of(hook) for hook in asked.activation_hooks or []] or list(loaded.hooks.values())
     if not hooks:
+        others = [other.model_id for other in worker().models() if other.hooks]
+        elsewhere = f" Hooks are registered for {', '.join(others)}, not for {loaded.model_id}." if others else ""
         raise ApiError(
             400,
-            "Nothing to capture: give 'activation_hooks', or register hooks with POST /v1/activations/hooks.",
+            "Nothing to capture: give 'activation_hooks', or register hooks with POST /v1/activations/hooks."
+            + elsewhere,
             code="no_hooks",
             param="activation_hooks",
         )

@@ -22,7 +22,7 @@ def register_hooks() -> Response:
 def list_hooks() -> Response:
     """The hooks of ``?model=``, or of the model that requests without a model mean; none if none is loaded."""
     wanted = request.args.get("model")
-    loaded = worker().get(wanted) if wanted or worker().models() else None
+    loaded = worker().get(wanted) if wanted is not None or worker().models() else None
     hooks = [spec.to_dict() for spec in loaded.hooks.values()] if loaded else []
     return json_reply({"model": loaded.model_id if loaded else None, "hooks": hooks})
 

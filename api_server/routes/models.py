@@ -28,8 +28,7 @@ def load_model() -> Response:
     try:
         loaded = worker().load(asked.model_path, asked.model_id)
     except (ModelLoadError, UnsupportedModelError) as error:
-        there = Path(asked.model_path).expanduser().exists()
-        status, code = (400, "model_not_loadable") if there else (404, "model_not_found")
+        status, code = (400, "model_not_loadable") if _exists(asked.model_path) else (404, "model_not_found")
         raise ApiError(status, str(error), code=code, param="model_path") from error
     return json_reply({"status": "loaded"} | describe_model(loaded))
 
@@ -59,6 +58,13 @@ def hook_points(model_id: str) -> Response:
         for point in loaded.model.hook_points.values()
     ]
     return json_reply({"model": loaded.model_id, "hook_points": points})
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False  # too long, of no user, or no path at all
 
 
 def describe_model(loaded: LoadedModel) -> dict[str, Any]:
