@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import hook_points
-from .errors import UnsupportedModelError
+from .errors import UnknownHookError, UnsupportedModelError
 from .hook_points import HookPoint
 
 
@@ -206,6 +206,18 @@ class Architecture:
         point = hook_points.module_point(path, place, int(layer) if layer.isdigit() else None)
         self.locations.setdefault(point, Location(self.modules[path], place))
         return point
+
+    def location(self, point: HookPoint) -> Location:
+        """Where a hook point lives.
+
+        Raises:
+            UnknownHookError: a raw module that the model no longer has.
+        """
+        if point not in self.locations:
+            self.locate(point.name)
+        if point not in self.locations:
+            raise UnknownHookError(f"The model has no module for {point.name} any more: make a new HookedModel.")
+        return self.locations[point]
 
     def unembed(self, residual: mx.array) -> mx.array:
         """Logits [..., d_vocab] of residual-stream values [..., d_model]: the model's own last norm and unembedding."""

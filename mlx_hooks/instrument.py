@@ -309,7 +309,7 @@ class Plan:
         taps: dict[HookPoint, _Tap] = {}
         for hook in self.hooks:
             if hook.point not in taps:
-                taps[hook.point] = _Tap(hook.point, architecture.locations[hook.point])
+                taps[hook.point] = _Tap(hook.point, architecture.location(hook.point))
             if hook.reads:
                 taps[hook.point].reads.append(hook)
             else:
@@ -445,9 +445,11 @@ class Instrument:
         with self._lock:
             outer, run = self._attached, replace(self.run)
             self.run.thread = threading.get_ident()
+            if outer is not None and not alone:
+                # May raise: nothing has changed yet.
+                plan = self.plan(outer.hooks + plan.hooks)
             if outer is not None:
                 outer.detach()
-                plan = plan if alone else self.plan(outer.hooks + plan.hooks)
             if phase is not None:
                 self.run.phase, self.run.step = phase, step
             self._attached = plan

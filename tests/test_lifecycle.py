@@ -229,6 +229,27 @@ def test_two_wrappers_of_one_model_share_its_hooks() -> None:
     assert mx.array_equal(one(TOKENS), plain["hook_logits"])
 
 
+def test_hooks_on_raw_modules_outlast_another_wrapping() -> None:
+    raw = make_model("llama")
+    calls: list[str] = []
+    with HookedModel(raw).hooks([("model.layers.1.mlp.up_proj", lambda value, point: calls.append(point.name))]):
+        HookedModel(raw).run_with_cache(TOKENS, "hook_embed")
+    assert calls == ["model.layers.1.mlp.up_proj.output"]
+
+
+def test_an_inner_block_that_cannot_be_attached_leaves_the_outer_one_attached() -> None:
+    model = HookedModel(make_model("llama"))
+    calls: list[int] = []
+    with model.hooks([("blocks.1.attn.hook_q", lambda value, point: calls.append(1))]):
+        q_proj = model.model.model.layers[1].self_attn.q_proj
+        model.model.model.layers[1].self_attn.q_proj = nn.Linear(32, 32)
+        with pytest.raises(HookError, match="was replaced since"):
+            model.run_with_cache(TOKENS, "hook_embed")
+        model.model.model.layers[1].self_attn.q_proj = q_proj
+        model(TOKENS)
+    assert calls == [1]
+
+
 def test_a_model_may_be_wrapped_inside_a_block_that_edits_it() -> None:
     raw = make_model("llama")
     with HookedModel(raw).hooks([("blocks.1.attn.hook_z", lambda value, point: value * 0)]):
