@@ -1,7 +1,7 @@
 """What requests may hold. Types are strict (``"5"`` is no number, ``true`` is no integer) and an unknown field is
 refused, never ignored. These models know no transport.
 
->>> ChatRequest.model_validate_json('{"messages": [{"role": "user", "content": "hello"}]}').max_tokens
+>>> ChatRequest.model_validate_json('{"messages": [{"role": "user", "content": "hello"}]}').token_limit
 100
 """
 
@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError, PydanticUseDefault
 
 MAX_TOKENS = 32768
+DEFAULT_MAX_TOKENS = 100
 MAX_MESSAGES = 1024
 MAX_HOOKS = 2048
 MAX_STOPS = 16
@@ -129,7 +130,7 @@ class GenerationRequest(Request):
     """What all four ways to generate have in common. A number that is null is the default."""
 
     model: Name | None = None
-    max_tokens: int = Field(100, ge=1, le=MAX_TOKENS)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float = Field(0.7, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -154,7 +155,7 @@ class GenerationRequest(Request):
     store: Annotated[Any, _only(False, None)] = None
     echo: Annotated[Any, _only(False, None)] = None
 
-    @field_validator("max_tokens", "temperature", "top_p", "top_k", "min_p", "stream", mode="before")
+    @field_validator("temperature", "top_p", "top_k", "min_p", "stream", mode="before")
     @classmethod
     def _null_is_the_default(cls, value: Any) -> Any:
         if value is None:
@@ -163,10 +164,7 @@ class GenerationRequest(Request):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "GenerationRequest":
-        if self.max_completion_tokens is not None and self.max_tokens not in (
-            self.max_completion_tokens,
-            type(self).model_fields["max_tokens"].default,
-        ):
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise PydanticCustomError(
                 "one_limit", "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one"
             )
@@ -175,7 +173,8 @@ class GenerationRequest(Request):
     @property
     def token_limit(self) -> int:
         """The most tokens to generate, under whichever of its names it came."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        given = (limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None)
+        return next(given, DEFAULT_MAX_TOKENS)
 
     @property
     def stop_texts(self) -> list[str]:
@@ -197,7 +196,7 @@ class CompletionRequest(GenerationRequest):
 class CaptureRequest(GenerationRequest):
     """What capturing adds; ``max_tokens: 0`` only reads the prompt."""
 
-    max_tokens: int = Field(100, ge=0, le=MAX_TOKENS)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
     activation_encoding: Literal["json", "base64", "none"] = "json"

@@ -96,8 +96,9 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
         ]
     ids = [record.position_ids for record in records]
     for a, b in pairwise(ids):
-        if a[-1] >= b[0]:
-            raise HookError(f"Records of {first.hook_point.name} overlap: positions {a[0]}-{a[-1]} and {b[0]}-{b[-1]}.")
+        if max(a) >= min(b):
+            spans = " and ".join(f"{min(span)}-{max(span)}" for span in (a, b))
+            raise HookError(f"Records of {first.hook_point.name} overlap: positions {spans}.")
     whole = all(isinstance(i, range) for i in ids) and all(a[-1] + 1 == b[0] for a, b in pairwise(ids))
     joined = range(ids[0][0], ids[-1][-1] + 1) if whole else tuple(p for part in ids for p in part)
     return replace(first, value=mx.concatenate(values, axis=axis), position_ids=joined)

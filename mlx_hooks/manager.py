@@ -208,10 +208,22 @@ class ActivationHookManager:
         Raises:
             UnknownHookError: lists the registered ids.
         """
-        if hook_id not in self.specs:
-            raise UnknownHookError(f"No hook {hook_id!r} is registered. Registered: {', '.join(self.specs) or 'none'}.")
+        self._check_registered(hook_id)
         del self.specs[hook_id]
         self.captured.pop(hook_id, None)
+
+    def records(self, hook_id: str) -> list[CapturedActivation]:
+        """What a hook recorded in the latest run.
+
+        Raises:
+            UnknownHookError: lists the registered ids.
+        """
+        self._check_registered(hook_id)
+        return list(self.captured.get(hook_id, []))
+
+    def _check_registered(self, hook_id: str) -> None:
+        if hook_id not in self.specs:
+            raise UnknownHookError(f"No hook {hook_id!r} is registered. Registered: {', '.join(self.specs) or 'none'}.")
 
     def clear(self) -> None:
         """Forget all hooks and their records."""

@@ -167,7 +167,7 @@ class LMStudioNeuroScopeClient:
     def chat(
         self,
         messages: Messages,
-        max_tokens: int = 100,
+        max_tokens: int | None = None,
         temperature: float = 0.7,
         stream: bool = False,
         **options: Any,
@@ -180,7 +180,7 @@ class LMStudioNeuroScopeClient:
 
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`.
-            max_tokens: The most tokens to generate.
+            max_tokens: The most tokens to generate; None for the server's default, 100.
             temperature: 0 takes the likeliest token each time.
             stream: Return an `EventStream`, one event per token, instead of one reply.
             options: Further fields: model, top_p, top_k, min_p, repetition_penalty, seed, stop.
@@ -195,7 +195,7 @@ class LMStudioNeuroScopeClient:
     def complete(
         self,
         prompt: str | Sequence[int],
-        max_tokens: int = 100,
+        max_tokens: int | None = None,
         temperature: float = 0.7,
         stream: bool = False,
         **options: Any,
@@ -231,7 +231,7 @@ class LMStudioNeuroScopeClient:
         self,
         messages: Messages,
         activation_hooks: Hooks | None = None,
-        max_tokens: int = 100,
+        max_tokens: int | None = None,
         temperature: float = 0.7,
         stream: bool = False,
         activation_encoding: str = "base64",
@@ -289,7 +289,7 @@ class LMStudioNeuroScopeClient:
         self,
         prompt: str | Sequence[int],
         activation_hooks: Hooks | None = None,
-        max_tokens: int = 100,
+        max_tokens: int | None = None,
         temperature: float = 0.7,
         stream: bool = False,
         activation_encoding: str = "base64",

@@ -156,6 +156,8 @@ def test_joined_records_say_which_positions_they_have() -> None:
     assert joined.positions == (1, 7)
     with pytest.raises(HookError, match="Records of blocks.0.hook_resid_post overlap: positions 0-1 and 1-2"):
         join([record(range(2), mx.zeros((1, 2, 4))), record(range(1, 3), mx.zeros((1, 2, 4)))])
+    with pytest.raises(HookError, match="overlap: positions 1-5 and 3-3"):
+        join([record([5, 1], mx.zeros((1, 2, 4))), record([3], mx.zeros((1, 1, 4)))])
 
 
 def test_numbers_of_every_type_become_numpy() -> None:

@@ -222,9 +222,14 @@ def test_every_method_asks_its_route(server, client):
 
 def test_generation_sends_the_documented_defaults_and_every_option(server, client):
     server.answers = {f"POST {route}": (200, reply()) for route in (CHAT, CHAT_WITH, COMPLETE, COMPLETE_WITH)}
-    defaults = {"max_tokens": 100, "temperature": 0.7, "stream": False}
+    # The limit's default is the server's, so that another name of it can be given.
+    defaults = {"temperature": 0.7, "stream": False}
     client.chat(MESSAGES)
     assert server.last.body == {"messages": MESSAGES, **defaults}
+    client.chat(MESSAGES, max_completion_tokens=4)
+    assert server.last.body == {"messages": MESSAGES, "max_completion_tokens": 4, **defaults}
+    client.chat(MESSAGES, max_tokens=100)
+    assert server.last.body == {"messages": MESSAGES, "max_tokens": 100, **defaults}
     client.complete("hi", 3, 0, seed=1, stop=["."], top_p=None)
     expected = {"prompt": "hi", "max_tokens": 3, "temperature": 0, "stream": False, "seed": 1, "stop": ["."]}
     assert server.last.body == expected

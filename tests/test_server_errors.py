@@ -76,6 +76,7 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": 10**400}, "max_tokens", "less than or equal to 32768."),
     ({"max_completion_tokens": -1}, "max_completion_tokens", "greater than or equal to 0"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, None, "two names of one limit"),
+    ({"max_tokens": 100, "max_completion_tokens": 6}, None, "two names of one limit"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
     ({"temperature": 10**400}, "temperature", "number"),
@@ -551,7 +552,7 @@ def test_unknown_field_is_not_answered_with_fields_that_do_nothing() -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     asked = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES}))
-    assert (asked.max_tokens, asked.temperature, asked.top_p, asked.seed) == (100, 0.7, 1.0, None)
+    assert (asked.token_limit, asked.temperature, asked.top_p, asked.seed) == (100, 0.7, 1.0, None)
     assert (asked.activation_encoding, asked.activation_dtype) == ("json", "float32")
     hooked = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES, "activation_hooks": [HOOK]}))
     assert hooked.activation_hooks is not None
