@@ -8,11 +8,12 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.logit_lens import LogitLens
 from .architectures import ModelConfig
-from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError
+from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
 from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
+from .selftest import Check, SelfTest
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "ActivationCache",
     "ActivationHookManager",
     "CapturedActivation",
+    "Check",
     "GenerationResult",
     "GenerationStep",
     "HookError",
@@ -29,7 +31,9 @@ __all__ = [
     "LogitLens",
     "ModelConfig",
     "ModelLoadError",
+    "SelfTest",
     "UnknownHookError",
     "UnsupportedModelError",
+    "UntrustedHookWarning",
     "load_model",
 ]

@@ -24,6 +24,7 @@ class CapturedActivation:
         step: 0 for the prompt, k for the forward pass of the k-th generated token.
         hook_id, layer_name, component: as the hook spec asked; empty for captures by name.
         is_input: captured at a module's input.
+        pass_index: which pass, for a layer that runs several times in one forward pass.
     """
 
     hook_point: HookPoint
@@ -35,6 +36,7 @@ class CapturedActivation:
     layer_name: str = ""
     component: str = ""
     is_input: bool = False
+    pass_index: int = 0
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -76,6 +78,12 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
     """
     first = records[0]
     axis = first.hook_point.position_axis
+    if any(record.pass_index != first.pass_index for record in records):
+        passes = sorted({record.pass_index for record in records})
+        raise HookError(
+            f"{first.hook_point.name} ran {len(passes)} times in one forward pass: read cache.of_pass(0) to "
+            f"cache.of_pass({passes[-1]})."
+        )
     if len(records) == 1:
         return first
     if axis is None:
@@ -163,6 +171,18 @@ class ActivationCache(Mapping[str, mx.array]):
         """The part of the cache that a filter names, without copying."""
         points = {name: records[0].hook_point for name, records in self.records.items()}
         return ActivationCache({p.name: self.records[p.name] for p in select(points, names_filter)})
+
+    def of_pass(self, index: int) -> "ActivationCache":
+        """The part of the cache that belongs to one pass, for models whose layers run several times.
+
+        Raises:
+            HookError: says how many passes there are.
+        """
+        passes = {record.pass_index for records in self.records.values() for record in records}
+        if index not in passes:
+            raise HookError(f"There is no pass {index!r}: passes are {', '.join(map(str, sorted(passes)))}.")
+        kept = {name: [r for r in records if r.pass_index == index] for name, records in self.records.items()}
+        return ActivationCache({name: records for name, records in kept.items() if records})
 
     def add(self, record: CapturedActivation) -> None:
         """Append one forward pass's record."""

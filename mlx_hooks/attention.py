@@ -1,10 +1,15 @@
-"""Scores and pattern from exactly what the attention kernel received.
+"""Scores and pattern from exactly what the attention kernel received, on an axis of absolute key positions.
 
 The fused kernel never forms the pattern, so it is computed beside it, in float32: the kernel itself accumulates in
 float32, and rounding a pattern to half precision would make its rows miss 1 by more than the kernel's own error.
 """
 
+from typing import Any
+
 import mlx.core as mx
+import numpy as np
+
+from .errors import HookError
 
 
 def attention_scores(
@@ -37,14 +42,26 @@ def attention_scores(
         mask = mx.take(mask, mx.array(rows), axis=-2)
     if mask.dtype == mx.bool_:
         return mx.where(mask, scores, -mx.inf)
-    # Additive masks stand for "masked" with -inf or with the lowest finite number of their type.
-    scores = scores + mask.astype(mx.float32)
-    return mx.where(mask <= mx.finfo(mask.dtype).min, -mx.inf, scores)
+    return show_masked(scores + mask.astype(mx.float32), mask)
 
 
-def attention_pattern(scores: mx.array) -> mx.array:
-    """Softmax over keys, [batch, head, query, key], float32: rows sum to 1, masked entries are exactly 0."""
-    return mx.softmax(scores, axis=-1, precise=True)
+def show_masked(scores: mx.array, mask: mx.array | None = None) -> mx.array:
+    """Float32 scores with -inf where "masked" is written as the lowest finite number of a type."""
+    sign = scores if mask is None else mask
+    return mx.where(sign <= mx.finfo(sign.dtype).min, -mx.inf, scores.astype(mx.float32))
+
+
+def attention_pattern(scores: mx.array, sinks: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
+    """Softmax over keys, [batch, head, query, key], and the mass of the sinks, [batch, head, query]; float32.
+
+    Rows sum to 1, with the sink's mass where there are sinks (a score per head that stands for no key). Masked entries
+    are exactly 0. A row with every key masked gives each key the same weight, as softmax over equal scores does.
+    """
+    if sinks is None:
+        return mx.softmax(scores, axis=-1, precise=True), None
+    column = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, -1, 1, 1), (*scores.shape[:-1], 1))
+    whole = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)
+    return whole[..., 1:], whole[..., 0]
 
 
 def weighted_values(pattern: mx.array, v: mx.array) -> mx.array:
@@ -55,3 +72,69 @@ def weighted_values(pattern: mx.array, v: mx.array) -> mx.array:
 def _repeat_heads(x: mx.array, n_heads: int) -> mx.array:
     """Give each query head its key-value head: head h reads kv_head h // (n_heads / kv_heads)."""
     return x if x.shape[1] == n_heads else mx.repeat(x, n_heads // x.shape[1], axis=1)
+
+
+class KeyPositions:
+    """Which absolute position each key of the kernel belongs to, for caches that forget or reorder keys.
+
+    Args:
+        positions: one per key, or one per key of each row [batch, 1, 1, key], or None where key i is position i.
+        total: positions so far, those of this call included.
+    """
+
+    def __init__(self, positions: np.ndarray | mx.array | None, total: int) -> None:
+        self.positions = positions
+        self.total = total
+
+    @classmethod
+    def of(cls, cache: Any, n_keys: int, total: int) -> "KeyPositions":
+        """Read off a KV cache after it was updated.
+
+        Raises:
+            HookError: for a cache whose order of keys is not known.
+        """
+        if n_keys == total:
+            return cls(None, total)
+        if hasattr(cache, "start_position"):
+            return cls(np.arange(cache.start_position, cache.start_position + n_keys), total)
+        if all(hasattr(cache, name) for name in ("max_size", "keep", "_idx", "offset")):
+            # A ring: the first ``keep`` positions stay, the others are overwritten from slot ``keep`` on.
+            slots = np.arange(n_keys)
+            if cache._idx < n_keys:
+                slots = np.concatenate([slots[: cache.keep], slots[cache._idx :], slots[cache.keep : cache._idx]])
+            positions = np.empty(n_keys, dtype=int)
+            positions[slots] = np.concatenate([np.arange(cache.keep), np.arange(total - n_keys + cache.keep, total)])
+            return cls(positions, total)
+        name = type(cache).__name__ if cache is not None else "no cache"
+        raise HookError(
+            f"The kernel got {n_keys} keys for {total} positions, and with {name} it is not known which: "
+            "attention scores and pattern cannot be captured here."
+        )
+
+    def spread(self, array: mx.array, fill: float) -> mx.array:
+        """[..., key] with keys as the kernel has them, on the axis of all positions; ``fill`` where there is no key."""
+        if self.positions is None:
+            return array
+        if isinstance(self.positions, mx.array):
+            at = mx.broadcast_to(self.positions, array.shape)
+            return mx.put_along_axis(mx.full((*array.shape[:-1], self.total), fill, array.dtype), at, array, axis=-1)
+        column = np.full(self.total, -1)
+        column[self.positions] = np.arange(len(self.positions))
+        here = mx.array(column >= 0)
+        return mx.where(here, mx.take(array, mx.array(np.maximum(column, 0)), axis=-1), fill)
+
+    def gather(self, array: mx.array) -> mx.array:
+        """The inverse of ``spread``."""
+        if self.positions is None:
+            return array
+        if isinstance(self.positions, mx.array):
+            at = mx.broadcast_to(self.positions, (*array.shape[:-1], self.positions.shape[-1]))
+            return mx.take_along_axis(array, at, axis=-1)
+        return mx.take(array, mx.array(self.positions), axis=-1)
+
+    def own(self, keys: mx.array, length: int) -> mx.array:
+        """The last ``length`` positions' keys or values, in order, of [batch, kv_head, key, d_head]."""
+        if self.positions is None:
+            return keys[..., -length:, :]
+        assert isinstance(self.positions, np.ndarray)
+        return mx.take(keys, mx.array(np.argsort(self.positions)[-length:]), axis=-2)

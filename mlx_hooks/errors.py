@@ -15,3 +15,7 @@ class UnsupportedModelError(HookError):
 
 class ModelLoadError(HookError):
     """A model path or name that could not be loaded."""
+
+
+class UntrustedHookWarning(UserWarning):
+    """An identity that captures must satisfy does not hold on this model; the message names the hook points."""

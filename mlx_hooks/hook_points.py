@@ -17,6 +17,7 @@ RESID = ("batch", "pos", "d_model")
 HEADS = ("batch", "pos", "head", "d_head")
 ATTENTION = ("batch", "head", "query", "key")
 MLP = ("batch", "pos", "d_mlp")
+CHOICE = ("batch", "pos", "choice")
 
 POSITION_AXES = ("pos", "query")
 """The axes along which records of several calls continue one sequence."""
@@ -65,16 +66,27 @@ _BLOCK: list[tuple[str, str, tuple[str, ...]]] = [
     ("attn.hook_rot_k", "rot_k", HEADS),
     ("attn.hook_attn_scores", "attn_scores", ATTENTION),
     ("attn.hook_pattern", "pattern", ATTENTION),
+    ("attn.hook_sink", "sink", ("batch", "head", "query")),
     ("attn.hook_z", "z", HEADS),
+    ("mixer.hook_in", "mixer_in", RESID),
+    ("mixer.hook_state", "mixer_state", ()),
+    ("ln1_post.hook_normalized", "ln1_post", RESID),
+    ("mixer.hook_out", "mixer_out", RESID),
     ("hook_attn_out", "attn_out", RESID),
     ("hook_resid_mid", "resid_mid", RESID),
     ("ln2.hook_in", "ln2_in", RESID),
     ("ln2.hook_normalized", "ln2", RESID),
     ("mlp.hook_in", "mlp_in", RESID),
+    ("mlp.hook_router_scores", "router_scores", ("batch", "pos", "expert")),
+    ("mlp.hook_expert_indices", "expert_indices", CHOICE),
+    ("mlp.hook_expert_out", "expert_out", (*CHOICE, "d_model")),
+    ("mlp.hook_expert_weights", "expert_weights", CHOICE),
     ("mlp.hook_pre", "mlp_pre", MLP),
     ("mlp.hook_pre_linear", "mlp_pre_linear", MLP),
     ("mlp.hook_post", "mlp_post", MLP),
+    ("ln2_post.hook_normalized", "ln2_post", RESID),
     ("hook_mlp_out", "mlp_out", RESID),
+    ("hook_side_out", "side_out", RESID),
     ("hook_resid_post", "resid_post", RESID),
 ]
 _AFTER: list[tuple[str, str, tuple[str, ...]]] = [
@@ -133,13 +145,18 @@ def module_point(path: str, place: str, layer: int | None) -> HookPoint:
     return HookPoint(f"{path}.{place}", layer, "module", ())
 
 
-def in_forward_order(has: Callable[[HookPoint], bool], n_layers: int) -> dict[str, HookPoint]:
-    """All hook points of a model with ``n_layers`` blocks for which ``has`` is true, in the order of a forward pass."""
-    points = [outer_point(component) for _, component, _ in _BEFORE]
-    for layer in range(n_layers):
-        points += [block_point(component, layer) for _, component, _ in _BLOCK]
-    points += [outer_point(component) for _, component, _ in _AFTER]
-    return {point.name: point for point in points if has(point)}
+def in_forward_order(points: Iterable[HookPoint]) -> dict[str, HookPoint]:
+    """The hook points by canonical name, in the order of a forward pass."""
+    before, block, after = ([component for _, component, _ in rows] for rows in (_BEFORE, _BLOCK, _AFTER))
+
+    def place(point: HookPoint) -> tuple[int, int, int]:
+        if point.layer is not None:
+            return 1, point.layer, block.index(point.component)
+        return (
+            (0, 0, before.index(point.component)) if point.component in before else (2, 0, after.index(point.component))
+        )
+
+    return {point.name: point for point in sorted(points, key=place)}
 
 
 def canonical_name(name: str) -> str:

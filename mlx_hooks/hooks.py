@@ -45,6 +45,12 @@ class Run:
     batch: int = 1
     phase: str = "prefill"
     step: int = 0
+    pass_index: int = 0
+    """The pass through a layer that runs several times in one forward pass; 0 for nearly all models."""
+    forward: int = -1
+    """A number that each forward pass has for itself."""
+    caches: Sequence[Any] = ()
+    """The KV caches of the call, one by one."""
     thread: int = 0
     """The thread that attached the hooks: calls from other threads pass by unseen."""
 
@@ -90,6 +96,8 @@ class Recorder:
         if not point.axes and value.ndim == 3 and value.shape[:2] == (self.run.batch, self.run.length):
             # A raw module's value has the shape of a stream: its records join like one.
             point = replace(point, axes=("batch", "pos", "feature"))
+        elif not point.axes and point.component == "mixer_state":
+            point = replace(point, axes=("batch", *(f"state_{i}" for i in range(1, value.ndim))))
         ids: Sequence[int] = range(self.run.start, self.run.start + self.run.length)
         if self.positions is not None:
             rows = self.rows(self.run)
@@ -97,7 +105,9 @@ class Recorder:
             axis = point.position_axis
             if axis is not None and point.axes[axis] == "pos":
                 value = mx.take(value, mx.array(rows), axis=axis)
-        self.keep(CapturedActivation(point, value, ids, self.run.phase, self.run.step, **self.labels))
+        run = self.run
+        record = CapturedActivation(point, value, ids, run.phase, run.step, pass_index=run.pass_index, **self.labels)
+        self.keep(record)
 
 
 def select_positions(positions: Positions, start: int, length: int) -> list[int]:

@@ -49,7 +49,7 @@ def test_edits_at_several_points_add_up(model: HookedModel) -> None:
     np.testing.assert_allclose(np.array(logits), expected, rtol=5e-5, atol=5e-5)
 
 
-def test_captures_show_edited_values_and_the_stream_still_sums_up(model: HookedModel) -> None:
+def test_captures_show_edited_values_and_what_follows_from_them(model: HookedModel) -> None:
     def shift(value: mx.array, point: HookPoint) -> mx.array:
         return value + 1
 
@@ -57,7 +57,9 @@ def test_captures_show_edited_values_and_the_stream_still_sums_up(model: HookedM
         _, cache = model.run_with_cache(TOKENS)
     expected = forward(model.model, TOKENS, {"blocks.1.hook_resid_mid": lambda value: value + 1})
     np.testing.assert_allclose(cache.numpy(("resid_mid", 1)), expected["blocks.1.hook_resid_mid"], rtol=1e-4, atol=1e-4)
-    assert mx.array_equal(cache["resid_mid", 1], cache["resid_pre", 1] + cache["attn_out", 1])
+    assert mx.array_equal(cache["resid_mid", 1], cache["resid_pre", 1] + cache["attn_out", 1] + 1)
+    assert mx.array_equal(cache["resid_post", 1], cache["resid_mid", 1] + cache["mlp_out", 1])
+    np.testing.assert_allclose(cache.numpy("hook_logits"), expected["hook_logits"], rtol=1e-4, atol=1e-4)
 
 
 def test_an_edit_of_what_a_norm_reads_leaves_the_stream_alone(model: HookedModel) -> None:
