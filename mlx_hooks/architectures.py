@@ -6,6 +6,7 @@ branch multiplied before it is added, is it normed) is not guessed: it is observ
 ``selftest`` proves on the loaded model that the places found here hold what they are said to hold.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -188,7 +189,6 @@ NORM_OF_THE_STREAM = "pre_norm"
 # Blocks whose stream is not the sum of what is added to it in sight, with the reason. What their sublayers give, after
 # the norms that follow them, is shown as what they add.
 OTHER_SUMS = {
-    "gemma3_text": "",  # a plain sum, in a compiled function
     "gemma3n": "the block mixes several streams: LAuReL and AltUp weigh what attention and MLP add",
     "deepseek_v41": "the block mixes several streams: hyper-connections weigh what attention and MLP add",
     "kimi_k3": "attention and MLP read a learned mixture of the sums of earlier blocks",
@@ -197,7 +197,6 @@ OTHER_SUMS = {
 }
 # The submodule that reads the stream between attention and MLP, where no sum shows it.
 READERS_OF_MID = {
-    "gemma3_text": "pre_feedforward_layernorm",
     "gemma3n": "pre_feedforward_layernorm",
     "deepseek_v41": "ffn_hc",
     "iquestloopcoder": "post_attention_layernorm",
@@ -214,6 +213,8 @@ STREAM_AXES = {
 TILED_VALUES = ("plamo",)
 # Attention that gathers keys for each query, which becomes an entry of the batch.
 GATHERED = ("deepseek_v41",)
+# Functions that add to the stream in the place of an operator.
+ADDING_FUNCTIONS = {"gemma3_text": "clip_residual"}
 # The model calls the parts of a block itself, never the block.
 BLOCKS_NOT_CALLED = ("iquestloopcoder",)
 # Hook points that an architecture has but that cannot be shown, with the reason.
@@ -484,7 +485,7 @@ class Architecture:
     @property
     def ln_final(self) -> nn.Module | None:
         """The norm before the unembedding, or None where it is a function without weights."""
-        return _child(self.trunk, FINAL_NORMS) or _child(self.model, ("lm_head.ln",))
+        return _first(_child(self.trunk, FINAL_NORMS), _child(self.model, ("lm_head.ln",)))
 
     def _block_locations(self, layer: int) -> Iterator[tuple[str, Location]]:
         block, sublayers = self.blocks[layer], self.sublayers[layer]
@@ -506,7 +507,7 @@ class Architecture:
             for component, location in _sublayer_locations(sublayer):
                 yield component, replace(location, turn=location.turn + turn)
             if not observed and sublayer.kind != "side":
-                yield f"{sublayer.kind}_out", Location(sublayer.after or sublayer.last, "output")
+                yield f"{sublayer.kind}_out", Location(_first(sublayer.after, sublayer.last), "output")
         if "router" in block and "experts" in block:
             yield from _expert_locations(block)
 
@@ -544,6 +545,12 @@ class Architecture:
         """The norm that makes the stream anew inside a block, or None."""
         return self.blocks[layer].get(NORM_OF_THE_STREAM)
 
+    def adding_function(self, layer: int) -> tuple[Any, str] | None:
+        """The function that adds to the stream of a block, as its module and name; None where an operator does."""
+        block = type(self.blocks[layer])
+        name = ADDING_FUNCTIONS.get(_source(self.blocks[layer]))
+        return (sys.modules[block.__module__], name) if name is not None else None
+
     def other_sum(self, layer: int) -> str:
         """Why ``resid_post`` of a layer is not the sum of what is added to ``resid_pre``; empty where it is."""
         return OTHER_SUMS.get(_source(self.blocks[layer]), "")
@@ -559,7 +566,8 @@ class Architecture:
             return bool(block.use_parallel_residual)
         mlps = [s for s in sublayers if s.kind == "mlp"]
         mixing = [s for s in sublayers if s.kind != "mlp"]
-        return bool(mlps and mixing) and mixing[0].before is not None and not any(s.before or s.after for s in mlps)
+        normed = any(norm is not None for mlp in mlps for norm in (mlp.before, mlp.after))
+        return bool(mlps and mixing) and mixing[0].before is not None and not normed
 
     @property
     def state_size(self) -> int:
@@ -606,6 +614,11 @@ class Architecture:
             except (KeyError, IndexError):
                 return False
         return found is module
+
+    def check_supported(self, name: str) -> None:
+        """Raise UnsupportedModelError, with the reason, for a hook point that is there but cannot be shown."""
+        if name in self.unsupported:
+            raise UnsupportedModelError(f"{self.cfg.model_type} has no {name}: {self.unsupported[name]}.")
 
     def path(self, module: nn.Module) -> str:
         """Where a module stands in the tree; empty for the model itself."""
@@ -674,6 +687,11 @@ def _child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     return None
 
 
+def _first(*modules: Any) -> Any:
+    """The first that is there. (A module without weights or children is an empty dict: ``or`` would pass it by.)"""
+    return next((module for module in modules if module is not None), None)
+
+
 def _source(module: nn.Module) -> str:
     """The mlx-lm module that defines a class: ``"gemma2"``."""
     return type(module).__module__.rpartition(".")[2]
@@ -684,8 +702,8 @@ def _sublayers(block: nn.Module) -> list[Sublayer]:
     before_mlp, after_mlp = _child(block, NORMS_BEFORE_MLP), _child(block, NORMS_AFTER_MLP)
     after_mixing = _child(block, NORMS_AFTER_MIXING)
     unclear = block.get(NORM_OF_TWO_MEANINGS)
-    norms_before_mlp: list[Any] = unclear if isinstance(unclear, list) else [before_mlp or unclear]
-    if isinstance(unclear, nn.Module) and after_mixing is None and (before_mlp or after_mlp):
+    norms_before_mlp: list[Any] = unclear if isinstance(unclear, list) else [_first(before_mlp, unclear)]
+    if isinstance(unclear, nn.Module) and after_mixing is None and _first(before_mlp, after_mlp) is not None:
         after_mixing, norms_before_mlp = unclear, [before_mlp]
     first = block.get("input_layernorm")
     norms_before_mixing = first if isinstance(first, list) else [_child(block, NORMS_BEFORE_MIXING)]
@@ -702,7 +720,7 @@ def _sublayers(block: nn.Module) -> list[Sublayer]:
         if all(m is not old for _, old in [*mixing, *mlps, ("", shortcut)])
     ]
     if len(norms_before_mlp) < 2 and not mixing:
-        norms_before_mlp = [before_mlp or unclear or norms_before_mixing[0]]
+        norms_before_mlp = [_first(before_mlp, unclear, norms_before_mixing[0])]
     layers = []
     for i in range(max(len(mixing), len(mlps))):
         if i < len(mixing):
@@ -879,7 +897,7 @@ def _mlp_locations(mlp: nn.Module) -> Iterator[tuple[str, Location]]:
         yield "mlp_pre_linear", Location(roles["up"], "output", Columns(1, width, 2))
     else:
         yield "mlp_pre", Location(roles["up"], "output")
-    yield "mlp_post", Location(_child(mlp, NORMS_INSIDE_MLP) or roles["down"], "input")
+    yield "mlp_post", Location(_first(_child(mlp, NORMS_INSIDE_MLP), roles["down"]), "input")
 
 
 def _expert_locations(moe: nn.Module) -> Iterator[tuple[str, Location]]:
@@ -894,7 +912,7 @@ def _expert_locations(moe: nn.Module) -> Iterator[tuple[str, Location]]:
         for component in ("expert_indices", "expert_out", "expert_weights"):
             yield component, Location(moe, "output")
         return
-    inside = _child(experts, EXPERTS_INSIDE) or experts
+    inside = _first(_child(experts, EXPERTS_INSIDE), experts)
     if plain:
         yield "expert_indices", Location(experts, "input", index=1)
         weighted_input = _source(moe) in WEIGHTED_INPUT

@@ -227,12 +227,17 @@ class _Forward:
         return taken
 
     def _by_id(self, records: Iterable[CapturedActivation], joining: bool = False) -> Activations:
-        groups: dict[tuple[str, str], list[CapturedActivation]] = {}
+        groups: dict[tuple[str, str, int], list[CapturedActivation]] = {}
         for record in records:
-            groups.setdefault((record.hook_id, record.hook_point.name), []).append(record)
+            groups.setdefault((record.hook_id, record.hook_point.name, record.pass_index), []).append(record)
         by_id: Activations = {hook_id: [] for hook_id in self.hook_ids}
-        for (hook_id, _), group in groups.items():
-            by_id[hook_id] += [join(group)] if joining and group[0].hook_point.position_axis is not None else group
+        for (hook_id, _, _), group in groups.items():
+            if joining and group[0].hook_point.component == "mixer_state":
+                # The state after the prompt is the one that its last chunk leaves.
+                group = group[-1:]
+            elif joining and group[0].hook_point.position_axis is not None:
+                group = [join(group)]
+            by_id[hook_id] += group
         return by_id
 
 

@@ -134,6 +134,11 @@ def block_point(component: str, layer: int) -> HookPoint:
     return HookPoint(f"blocks.{layer}.{name}", layer, component, axes)
 
 
+def components() -> list[str]:
+    """The components that a block may have, in the order of a forward pass."""
+    return list(_BLOCK_ROWS)
+
+
 def outer_point(component: str) -> HookPoint:
     """The hook point of a component outside the blocks: ``outer_point("embed").name == "hook_embed"``."""
     name, axes = _OUTER_ROWS[component]

@@ -86,6 +86,7 @@ class HookSpec:
             for point in component_points(
                 self.layer_name, self.component, is_input=is_input, n_layers=len(architecture.blocks)
             ):
+                architecture.check_supported(point.name)
                 if point.name not in architecture.points:
                     raise UnknownHookError(
                         f"{architecture.cfg.model_type} has no {point.name}, which {self.layer_name!r} + "

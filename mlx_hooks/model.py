@@ -224,6 +224,8 @@ class HookedModel:
         names_filter = list(names_filter)
         raw = {name: point for name in names_filter if (point := self._raw_point(name)) is not None}
         named = [name for name in names_filter if name not in raw]
+        for name in named:
+            self.architecture.check_supported(hook_points.canonical_name(name) if isinstance(name, str) else "")
         return (hook_points.select(self.hook_points, named) if named else []) + list(raw.values())
 
     def _raw_point(self, name: str) -> HookPoint | None:

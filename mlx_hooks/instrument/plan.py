@@ -2,25 +2,24 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import base
 
 from ..architectures import Architecture
 from ..errors import HookError
 from ..hook_points import HookPoint
 from ..hooks import Hook, Run
 from .attending import Attention, GatheredAttention, LatentAttention, OpenAttention
+from .functions import ATTENDING, Function, observed
 from .mixing import InputWeights, Logits, State, Weights
 from .sites import ModelSite, Site
 from .stream import Additions, as_stream
-from .taps import Tap, current
+from .taps import Tap
 
 _SITE = "_neuroscope_site"
 
@@ -48,8 +47,8 @@ class Plan:
         self.run = run
         self.sites: dict[int, tuple[nn.Module, Site]] = {}
         self._taps: list[Tap] = []
-        self._observes_functions = False
-        self._needs_functions = False
+        self._functions: set[Function] = set()
+        self._observed: set[Function] = set()
         grouped: dict[HookPoint, list[Hook]] = {}
         for hook in self.hooks:
             grouped.setdefault(hook.point, []).append(hook)
@@ -82,7 +81,7 @@ class Plan:
             assert tap.point.layer is not None
             self._additions(tap.point.layer).taps[place] = tap
         else:
-            self._needs_functions = True
+            self._functions.update(ATTENDING)
             self._attention(module, site).taps[place] = tap
 
     def _additions(self, layer: int) -> Additions:
@@ -90,6 +89,9 @@ class Plan:
         if Additions not in site.parts:
             part = site.parts[Additions] = Additions(site)
             part.argument = self.architecture.stream_argument(layer)
+            adding = self.architecture.adding_function(layer)
+            if adding is not None:
+                self._functions.add(Function(*adding, "additions", "on_adding"))
             norm = self.architecture.stream_norm(layer)
             if norm is not None:
                 self._site(norm).through.append(as_stream)
@@ -134,18 +136,16 @@ class Plan:
         for module, site in self.sites.values():
             object.__setattr__(module, _SITE, site)
             module.__class__ = _observing(type(module))
-        if self._needs_functions:
-            functions.observe()
-            self._observes_functions = True
+        observed.observe(self._functions)
+        self._observed = self._functions
 
     def detach(self) -> None:
         for module, _ in self.sites.values():
             if _SITE in module.__dict__:
                 module.__class__ = type(module).__mro__[1]
                 object.__delattr__(module, _SITE)
-        if self._observes_functions:
-            functions.release()
-            self._observes_functions = False
+        observed.release(self._observed)
+        self._observed = set()
 
 
 class Instrument:
@@ -236,49 +236,3 @@ def _observing(cls: type) -> type:
         body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         _observing_classes[cls] = type(cls.__name__, (cls,), body)
     return _observing_classes[cls]
-
-
-class _Functions:
-    """The functions that attend, observed while a plan that needs them is attached; several models' plans may be."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._originals: list[tuple[Any, str, Callable]] = []
-
-    def observe(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                for holder, name, handler in (
-                    (mx.fast, "scaled_dot_product_attention", "on_kernel"),
-                    (base, "quantized_scaled_dot_product_attention", "on_quantized_kernel"),
-                    (mx, "softmax", "on_softmax"),
-                ):
-                    original = getattr(holder, name)
-                    self._originals.append((holder, name, original))
-                    setattr(holder, name, _shown_to(handler, original))
-            self._users += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                for holder, name, original in self._originals:
-                    setattr(holder, name, original)
-                self._originals.clear()
-
-
-def _shown_to(handler: str, original: Callable) -> Callable:
-    """The function as the attention module that runs in this thread sees it."""
-
-    @wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        attention = getattr(current, "attention", None)
-        return (
-            original(*args, **kwargs) if attention is None else getattr(attention, handler)(original, *args, **kwargs)
-        )
-
-    return call
-
-
-functions = _Functions()

@@ -53,11 +53,16 @@ class Additions(Part):
             return type(output)(_plain(item) for item in output)
         return _plain(output)
 
-    def add(self, stream: mx.array, other: Any) -> mx.array:
+    def on_adding(self, plus: Callable, stream: mx.array, other: mx.array) -> mx.array:
+        """The block's own function that adds to the stream."""
+        return self.add(stream, other, plus)
+
+    def add(self, stream: mx.array, other: Any, plus: Callable = mx.array.__add__) -> mx.array:
+        """Add to the stream, and show what is added and what it gives."""
         kind = self._kind_of(other)
         if kind in self.taps:
             other = self._show(kind, other)
-        total = mx.array.__add__(stream, other)
+        total = plus(stream, other)
         mixed = kind in ("attn", "mixer") and all(pending == "side" for pending, _ in self._pending)
         if mixed and "mid" in self.taps:
             total = self._show("mid", total)

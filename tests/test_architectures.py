@@ -1,0 +1,131 @@
+"""Every mlx-lm architecture passes the self-test, and the table of what can be hooked says what is so."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from packaging.version import Version
+
+from mlx_hooks import HookedModel, HookError, UntrustedHookWarning
+from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
+from mlx_hooks.coverage.models import architectures, tiny_model
+from mlx_hooks.coverage.table import ATTENTION, REST, STREAM, document, note_row, survey, table_row
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
+NEED_METAL = ("bitnet", "muse_spark")
+# An older mlx-lm lacks some, and computes some differently.
+HERE = [name for name in architectures() if name in CONFIGURATIONS]
+
+
+def written_for() -> Version:
+    """The mlx-lm that the table was written with."""
+    stated = re.search(r"with mlx-lm ([0-9.]+[0-9])", DOCUMENT.read_text())
+    assert stated is not None
+    return Version(stated[1])
+
+
+older = pytest.mark.skipif(
+    Version(version("mlx-lm")) < written_for(), reason="the table is that of a newer mlx-lm than is installed"
+)
+
+
+@older
+def test_every_architecture_of_mlx_lm_has_a_tiny_configuration() -> None:
+    assert set(architectures()) == set(CONFIGURATIONS)
+    assert len(CONFIGURATIONS) > 120
+    assert {name.partition("/")[0] for name in VARIANTS} <= set(CONFIGURATIONS)
+
+
+@older
+@pytest.mark.parametrize("name", HERE)
+def test_an_architecture_passes_the_selftest_and_stands_in_the_table(name: str) -> None:
+    if name in NEED_METAL and not mx.metal.is_available():
+        pytest.skip(f"{name} calls a Metal kernel")
+    found = survey(name)
+    assert found.report is not None
+    assert found.passed, str(found.report)
+    assert len(found.report.checks) >= (5 if name == "olmo" else 10)
+    lines = DOCUMENT.read_text().splitlines()
+    if not mx.metal.is_available():
+        for row in [*(table_row(found, columns) for columns in (STREAM, ATTENTION, REST)), note_row(found)]:
+            assert row in lines, f"docs/architectures.md is out of date: neuroscope coverage -o {DOCUMENT.name}"
+
+
+@older
+@pytest.mark.skipif(mx.metal.is_available(), reason="the table was written on the CPU build")
+def test_the_table_is_the_one_that_the_command_writes() -> None:
+    assert document(survey(name) for name in architectures()) == DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.partition("/")[0] in HERE])
+@older
+def test_a_variant_passes_the_selftest(name: str) -> None:
+    report = HookedModel(tiny_model(name)).selftest()
+    assert report.passed, str(report)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="there it runs")
+def test_a_model_that_needs_metal_loads_with_a_warning_and_says_what_is_missing() -> None:
+    with pytest.warns(UntrustedHookWarning, match="bitnet: the plain model runs does not hold"):
+        model = HookedModel(tiny_model("bitnet"))
+    report = model.selftest()
+    assert not report.passed
+    assert "No Metal back-end" in report.checks[0].why
+    assert report.untrusted == list(model.hook_points)
+
+
+def test_a_hook_point_that_cannot_be_shown_says_why() -> None:
+    model = HookedModel(tiny_model("deepseek_v41"))
+    with pytest.raises(HookError, match="no blocks.0.attn.hook_pattern.*each query attends to rows gathered for it"):
+        model.run_with_cache([[1, 2]], "blocks.0.attn.hook_pattern")
+    with pytest.raises(HookError, match="no blocks.0.attn.hook_pattern.*rows gathered for it"):
+        model.generate([1], max_tokens=0, capture=[{"layer_name": "0", "component": "attention_pattern"}])
+
+
+def test_layers_that_run_twice_say_which_pass() -> None:
+    model = HookedModel(tiny_model("nanbeige"))
+    _, cache = model.run_with_cache([[1, 2, 3]], "blocks.*.hook_resid_*")
+    records = cache.records["blocks.0.hook_resid_pre"]
+    assert [record.pass_index for record in records] == [0, 1]
+    with pytest.raises(
+        HookError, match=r"ran 2 times in one forward pass: read cache.of_pass\(0\) to cache.of_pass\(1\)"
+    ):
+        cache["resid_pre", 0]
+    second = cache.of_pass(1)
+    assert mx.array_equal(second["resid_pre", 0], records[1].value)
+    # The last norm stands between the passes.
+    norm = model.model.model.norm
+    assert mx.array_equal(second["resid_pre", 0], norm(cache.of_pass(0)["resid_post", model.cfg.n_layers - 1]))
+    with pytest.raises(HookError, match="no pass 2: passes are 0, 1"):
+        cache.of_pass(2)
+
+
+def test_passes_stay_apart_in_generation() -> None:
+    model = HookedModel(tiny_model("nanbeige"))
+    result = model.generate([1, 2, 3, 4], max_tokens=3, capture=["blocks.1.hook_resid_post"])
+    expected = model.run_with_cache([[1, 2, 3, 4, *result.tokens[:-1]]], "blocks.1.hook_resid_post")[1]
+    for index in (0, 1):
+        ours, full = result.cache.of_pass(index)["resid_post", 1], expected.of_pass(index)["resid_post", 1]
+        assert mx.allclose(ours, full, atol=1e-4)
+
+
+def test_the_selftest_reports_an_identity_that_does_not_hold() -> None:
+    model = HookedModel(tiny_model("llama"))
+    report = model.selftest()
+    assert report.passed
+    assert report.untrusted == []
+    assert "z = pattern @ v" in str(report)
+    assert all(check.compared for check in report.checks)
+
+    kernel = mx.fast.scaled_dot_product_attention
+    try:
+        mx.fast.scaled_dot_product_attention = lambda q, k, v, **options: kernel(q, k, v, **options) * 1.01
+        broken = model.selftest()
+    finally:
+        mx.fast.scaled_dot_product_attention = kernel
+    failed = [check.name for check in broken.checks if not check.passed]
+    assert failed == ["z = pattern @ v", "an edit that puts back the pattern or scores changes nothing"]
+    assert "blocks.0.attn.hook_pattern" in broken.untrusted
+    assert broken.to_dict()["passed"] is False
