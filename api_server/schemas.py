@@ -218,6 +218,10 @@ class LoadRequest(Request):
     model_id: ModelId | None = None
 
 
+class SelfTestRequest(Request):
+    """POST /v1/models/{id}/selftest: nothing to say."""
+
+
 class RegisterHooksRequest(Request):
     """``POST /v1/activations/hooks``"""
 

@@ -50,8 +50,11 @@ class HookedModel:
         tokenizer: mlx-lm's tokenizer; without it, give token ids instead of text.
 
     Raises:
-        UnsupportedModelError: when the module tree is not known, or a short run shows that an identity such as
-            ``resid_post = resid_mid + mlp_out`` does not hold, so that captures could not be trusted.
+        UnsupportedModelError: when it is no language model with blocks.
+
+    Warns:
+        UntrustedHookWarning: when a short run shows that an identity such as ``resid_post = resid_mid + mlp_out`` does
+            not hold. ``untrusted`` lists the hook points that are not to be trusted; the others can be used.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
@@ -59,7 +62,9 @@ class HookedModel:
         self.tokenizer = tokenizer
         self.instrument = Instrument.of(model)
         self.activation_hook_manager = ActivationHookManager(self.resolve_hooks)
-        warn_of(quick_selftest(self))
+        report = quick_selftest(self)
+        warn_of(report)
+        self.untrusted = report.untrusted
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "HookedModel":

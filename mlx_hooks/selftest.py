@@ -54,12 +54,13 @@ class Check:
             self.deviation = max(self.deviation, deviation)
 
     def to_dict(self) -> dict[str, Any]:
+        """The check as plain JSON values; a tolerance of None allows everything."""
         return {
             "name": self.name,
             "passed": self.passed,
-            # JSON has no NaN.
+            # JSON has no NaN and no infinity.
             "deviation": self.deviation if math.isfinite(self.deviation) else None,
-            "tolerance": self.tolerance,
+            "tolerance": self.tolerance if math.isfinite(self.tolerance) else None,
             "why": self.why,
             "compared": self.compared,
             "hook_points": self.hook_points,
@@ -199,9 +200,12 @@ class _Tester:
     def _capture_what_fires(self, tokens: list[list[int]], fires: Check) -> tuple[mx.array, ActivationCache]:
         """Everything at once; where that fails, point by point, to find the points that do not work."""
         try:
-            return self._capture(tokens)
+            captured = self._capture(tokens)
         except (HookError, ValueError) as error:
             first = str(error)
+        else:
+            fires.note(0.0, [])
+            return captured
         working = []
         for name in self.names:
             try:

@@ -138,6 +138,16 @@ class LMStudioNeuroScopeClient:
         route = f"{self._model_route(model_id)}/hook_points"
         return cast("list[Reply]", self._field("GET", route, "hook_points", list))
 
+    def selftest(self, model_id: str | None = None) -> Reply:
+        """Prove on a loaded model that what is captured is what was computed.
+
+            client.selftest()["passed"]          # True
+
+        `checks` has each identity with its largest deviation, what is allowed and why; `untrusted` lists the hook
+        points at which one does not hold.
+        """
+        return self._json("POST", f"{self._model_route(model_id)}/selftest", {})
+
     def tokenize(self, text: str | None = None, *, messages: Messages | None = None, model: str | None = None) -> Reply:
         """The tokens of a text, or of a chat as its template writes it.
 

@@ -179,6 +179,7 @@ def test_every_method_asks_its_route(server, client):
         "GET /v1/models/first": info,
         "DELETE /v1/models/first": empty,
         "GET /v1/models/first/hook_points": (200, {"model": "first", "hook_points": [{"name": "hook_embed"}]}),
+        "POST /v1/models/first/selftest": (200, {"passed": True}),
         "POST /v1/tokenize": (200, {"tokens": [1], "token_strings": ["a"], "count": 1}),
         "POST /v1/detokenize": (200, {"text": "a b"}),
         "POST /v1/activations/hooks": (200, {"status": "hooks_registered", "registered_hooks": ["r5"]}),
@@ -202,6 +203,7 @@ def test_every_method_asks_its_route(server, client):
     asks(client.model_info("first"), "GET /v1/models/first")
     asks(client.unload_model("first"), "DELETE /v1/models/first")
     assert asks(client.hook_points("first"), "GET /v1/models/first/hook_points") == [{"name": "hook_embed"}]
+    assert asks(client.selftest("first"), "POST /v1/models/first/selftest", {}) == {"passed": True}
     assert asks(client.tokenize("a"), "POST /v1/tokenize", {"text": "a"})["count"] == 1
     asks(client.tokenize(messages=MESSAGES, model="m"), "POST /v1/tokenize", {"messages": MESSAGES, "model": "m"})
     assert asks(client.detokenize(np.array([1, 2])), "POST /v1/detokenize", {"tokens": [1, 2]}) == "a b"
@@ -458,7 +460,7 @@ def test_a_reply_without_choices_is_reported(server, client):
 
 def test_no_model_loaded_is_told_by_the_methods_that_pick_one(server, client):
     server.answers["GET /v1/models"] = (200, {"data": []})
-    for ask in (client.model_info, client.hook_points, client.unload_model):
+    for ask in (client.model_info, client.hook_points, client.selftest, client.unload_model):
         with pytest.raises(NeuroScopeError, match="call load_model first"):
             ask()
 

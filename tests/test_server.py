@@ -167,6 +167,18 @@ def test_hook_points_are_listed_with_their_axes(client: FlaskClient) -> None:
     }
 
 
+def test_the_selftest_reports_each_identity(client: FlaskClient) -> None:
+    report = post(client, "/v1/models/tiny/selftest")
+    assert (report["model"], report["passed"], report["untrusted"]) == ("tiny", True, [])
+    checks = {check["name"]: check for check in report["checks"]}
+    assert checks["logits with every hook attached = logits of the plain model"]["deviation"] == 0
+    assert checks["z = pattern @ v"]["deviation"] <= checks["z = pattern @ v"]["tolerance"] == 1e-5
+    assert checks["z = pattern @ v"]["compared"] == 3
+    assert client.get("/v1/models/tiny").get_json()["untrusted_hook_points"] == []
+    assert client.post("/v1/models/tiny/selftest", json={"length": 5}).status_code == 400
+    assert client.post("/v1/models/other/selftest", json={}).status_code == 404
+
+
 def test_text_becomes_tokens_and_text_again(client: FlaskClient) -> None:
     reply = post(client, "/v1/tokenize", text="w1 w2")
     assert reply == {"tokens": [7, 8], "token_strings": ["w1", "w2"], "count": 2}

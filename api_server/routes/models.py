@@ -9,8 +9,8 @@ from werkzeug.exceptions import MethodNotAllowed
 from mlx_hooks import ModelLoadError, UnsupportedModelError
 
 from ..errors import ApiError, json_reply
-from ..schemas import LoadRequest
-from ..transport import read, worker
+from ..schemas import LoadRequest, SelfTestRequest
+from ..transport import read, reader_gone, worker
 from ..worker import LoadedModel
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
@@ -60,6 +60,14 @@ def hook_points(model_id: str) -> Response:
     return json_reply({"model": loaded.model_id, "hook_points": points})
 
 
+@blueprint.post("/<path:model_id>/selftest")
+def selftest(model_id: str) -> Response:
+    read(SelfTestRequest)
+    loaded = worker().get(model_id)
+    report = worker().call(loaded.model.selftest, reader_gone())
+    return json_reply({"model": loaded.model_id} | report.to_dict())
+
+
 def _exists(path: str) -> bool:
     try:
         return Path(path).expanduser().exists()
@@ -77,6 +85,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "created": loaded.created,
         "owned_by": "local",
         "supports_activations": True,
+        "untrusted_hook_points": loaded.model.untrusted,
         "num_layers": cfg.n_layers,
         "num_heads": cfg.n_heads,
         "num_key_value_heads": cfg.n_key_value_heads,
