@@ -11,6 +11,7 @@ from .architectures import ModelConfig
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
+from .interventions import Intervention, InterventionReceipt
 from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
 
@@ -26,6 +27,8 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedModel",
+    "Intervention",
+    "InterventionReceipt",
     "LogitLens",
     "ModelConfig",
     "ModelLoadError",
