@@ -178,8 +178,8 @@ class Edit:
             array = mx.take(array, mx.array(np.maximum(place, 0)), axis=axis)
         return array
 
-    def check_reach(self, point: HookPoint, due: Sequence[int], reach: Reach) -> None:
-        """Check a source or a row per key against the positions that the run comes to.
+    def check_reach(self, point: HookPoint, due: Sequence[int], reach: Reach, sizes: dict[int, int]) -> None:
+        """Check what is put in against the positions that the run comes to, its batch and the sizes known before it.
 
         Raises:
             HookError: says what is missing.
@@ -188,8 +188,8 @@ class Edit:
             return
         self._check_rows(due, point.axes)
         if point.axes:
-            sizes = {i: reach.batch for i, name in enumerate(point.axes) if name == "batch"}
-            check_sizes(self.asked, self.given, point.axes, sizes, self.given.array.shape)
+            batch = {i: reach.batch for i, name in enumerate(point.axes) if name == "batch"}
+            check_sizes(self.asked, self.given, point.axes, sizes | batch, self.given.array.shape)
 
 
 def _axes(value: mx.array, point: HookPoint, run: Run) -> tuple[str, ...]:

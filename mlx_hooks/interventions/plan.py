@@ -11,7 +11,7 @@ from ..errors import HookError
 from ..hook_points import HookPoint
 from ..hooks import Hook, Run
 from .edits import Edit
-from .fitting import check_point
+from .fitting import check_point, known_sizes
 from .reach import Reach, due_positions
 from .session import InterventionSession
 from .sources import Given, are_tokens, given_at, holds_tokens, means_over
@@ -80,6 +80,6 @@ class InterventionPlan:
                         )
                     edit = Edit(session, i, intervention, given)
                     if reach is not None and due is not None:
-                        edit.check_reach(point, due, reach)
+                        edit.check_reach(point, due, reach, known_sizes(point, self.cfg))
                     session.hooks.append(Hook(point, edit))
         return session
