@@ -99,7 +99,9 @@ def expected_edit(spec: dict[str, Any], point: HookPoint, norms: dict[str, list[
             return h + spec["std"] * noise(spec["seed"], point.name, h, point.axes)
         if kind != "add":
             return np.broadcast_to(spec["values"], h.shape)
-        v = np.broadcast_to(spec["vector"], h.shape)
+        v = np.zeros(h.shape[-1])
+        v[spec.get("neurons", slice(None))] = spec["vector"]
+        v = np.broadcast_to(v, h.shape)
         if spec.get("norm_match"):
             length = np.sqrt(np.where(mask, h**2, 0).sum(-1, keepdims=True))
             v = v * length / np.sqrt(np.where(mask, v**2, 0).sum(-1, keepdims=True) + 1e-300)
@@ -311,6 +313,10 @@ def test_a_steering_vector_with_norm_matching(llama: HookedModel) -> None:
     compare(llama, [spec])
     compare(llama, [spec | {"norm_match": True}])
     compare(llama, [spec | {"norm_match": True, "positions": [2, 5, 7]}])
+    # Norms are over the selected neurons.
+    some = {"positions": [2, 5, 7], "neurons": [0, 4, 9], "vector": vector[:3], "coefficient": 5.0}
+    result = compare(llama, [spec | some | {"norm_match": True}])
+    assert result.interventions[0].norm_before is not None
     heads = {"hook_point": "blocks.1.attn.hook_z", "type": "add", "vector": RNG.normal(size=8), "norm_match": True}
     compare(llama, [heads | {"coefficient": -2.0, "heads": [1, 2]}])
 
@@ -466,6 +472,17 @@ def test_masking_keys_knocks_attention_out(llama: HookedModel) -> None:
     assert result.interventions[0].norm_after == 0
     assert result.interventions[0].norm_before is not None
     assert result.interventions[0].norm_before > 0
+
+
+def test_a_masked_score_stays_masked(llama: HookedModel) -> None:
+    name = "blocks.1.attn.hook_attn_scores"
+    mask = {"hook_point": name, "type": "set", "values": -np.inf, "keys": [1], "positions": {"start": 2}}
+    masked, _ = llama.run_with_cache(PROMPT, "hook_logits", interventions=[mask])
+    for kind in TYPES:
+        after = specs_of(kind) | {"hook_point": name, "keys": [1], "positions": {"start": 2}}
+        logits, cache = llama.run_with_cache(PROMPT, name, interventions=[mask, after])
+        assert mx.array_equal(logits, masked), kind
+        assert cache.interventions[1].norm_after == 0
 
 
 def test_a_query_keeps_a_key(llama: HookedModel) -> None:
