@@ -1,7 +1,7 @@
 """The hook function of an intervention, and its arithmetic: float32, rounded once to the model's type."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -98,11 +98,12 @@ class Edit:
             raise HookError(f"position {max(edited)} has {max(edited) + 1} keys, {n_keys} are given.")
 
     def _check_rows_stay(self, value: mx.array, axes: tuple[str, ...], edited: list[int]) -> None:
-        assert self.given is not None
-        run, places = self.session.run, self._places(axes, value.shape)
-        masks = np.isneginf(np.array(self._spread(axes, value.shape, places)))
-        masks = np.broadcast_to(masks, value.shape) & np.array(self._mask(value, axes, edited, scores=False))
-        seen = np.arange(value.shape[-1])[None] <= np.arange(run.start, run.start + run.length)[:, None]
+        # In NumPy, from what is given alone: asking MLX for a number would make every step wait.
+        run, shape = self.session.run, value.shape
+        masks = np.isneginf(self._spread(np.asarray(self.asked.values), axes, shape, self._places(axes, shape)))
+        for keep in self._kept(axes, shape, edited):
+            masks = masks & keep
+        seen = np.arange(shape[-1])[None] <= np.arange(run.start, run.start + run.length)[:, None]
         if not (seen & ~masks).any(-1).all():
             raise HookError("a query would be left without any key: the softmax of a row of -inf is no pattern.")
 
@@ -116,7 +117,20 @@ class Edit:
                 places[axis] = places_of(chosen, start if name in POSITION_AXES else 0, shape[axis])
         return places
 
-    def _mask(self, value: mx.array, axes: tuple[str, ...], edited: list[int], scores: bool = True) -> mx.array:
+    def _kept(self, axes: tuple[str, ...], shape: tuple[int, ...], edited: list[int]) -> Iterator[np.ndarray]:
+        """Per limited axis, which of its indices are edited: shaped to broadcast to the value."""
+        run = self.session.run
+        places = self._places(axes, shape)
+        for axis, name in enumerate(axes):
+            if name in POSITION_AXES:
+                keep = np.isin(np.arange(run.start, run.start + run.length), edited)
+            elif axis in places:
+                keep = places[axis] >= 0
+            else:
+                continue
+            yield keep.reshape([-1 if a == axis else 1 for a in range(len(axes))])
+
+    def _mask(self, value: mx.array, axes: tuple[str, ...], edited: list[int]) -> mx.array:
         """Which entries are edited, broadcastable to the value.
 
         Keys after a query's own position are never edited: a later token may not speak to an earlier one, however
@@ -124,19 +138,11 @@ class Edit:
         """
         run = self.session.run
         mask = mx.array(True)
-        for axis, name in enumerate(axes):
-            if name in POSITION_AXES:
-                keep = np.isin(np.arange(run.start, run.start + run.length), edited)
-            elif (chosen := chosen_on(self.asked, axes, axis)) is not None:
-                keep = places_of(chosen, 0, value.shape[axis]) >= 0
-            else:
-                continue
-            mask = mask & mx.array(keep).reshape([-1 if a == axis else 1 for a in range(len(axes))])
+        for keep in self._kept(axes, value.shape, edited):
+            mask = mask & mx.array(keep)
         if axes and axes[-1] == "key":
             queries = mx.arange(run.start, run.start + run.length)[:, None]
-            mask = mask & (mx.arange(value.shape[-1])[None] <= queries)
-            if scores:
-                mask = mask & (value != -mx.inf)
+            mask = mask & (mx.arange(value.shape[-1])[None] <= queries) & (value != -mx.inf)
         return mask
 
     def _change(self, old: mx.array, mask: mx.array, axes: tuple[str, ...], point: HookPoint) -> mx.array:
@@ -150,19 +156,21 @@ class Edit:
             return mx.clip(old, asked.min, asked.max)
         if kind == "noise":
             return old + asked.std * _noise(asked.seed, point, axes, old.shape, self.session.run.start)
-        given = mx.broadcast_to(self._spread(axes, old.shape, self._places(axes, old.shape)), old.shape)
+        assert self.given is not None
+        spread = self._spread(self.given.array, axes, old.shape, self._places(axes, old.shape))
+        given = mx.broadcast_to(spread, old.shape)
         if kind != "add":
             return given
         if asked.norm_match:
-            # As vllm-lens does it: the step has coefficient times the length of what it is added to.
+            # Activation Oracles (arXiv:2512.15674), as vllm-lens has it: v gets the length of what it is added to.
             given = given / _norm(given, mask) * _norm(old, mask)
         return old + asked.coefficient * given
 
-    def _spread(self, axes: tuple[str, ...], shape: tuple[int, ...], places: dict[int, np.ndarray]) -> mx.array:
-        """The given numbers where the value has them; entries outside the selection are arbitrary."""
+    def _spread(self, array: Any, axes: tuple[str, ...], shape: tuple[int, ...], places: dict[int, np.ndarray]) -> Any:
+        """The given numbers (MLX's or NumPy's) where the value has them; what is not selected is arbitrary."""
         given = self.given
         assert given is not None
-        array = given.array.reshape([1] * (len(shape) - given.array.ndim) + list(given.array.shape))
+        array = array.reshape([1] * (len(shape) - array.ndim) + list(array.shape))
         for axis, name in enumerate(axes):
             if array.shape[axis] == 1:
                 continue
@@ -175,7 +183,9 @@ class Edit:
                 place = places[axis]
             else:
                 continue
-            array = mx.take(array, mx.array(np.maximum(place, 0)), axis=axis)
+            place = np.maximum(place, 0)
+            on_host = isinstance(array, np.ndarray)
+            array = array.take(place, axis) if on_host else mx.take(array, mx.array(place), axis=axis)
         return array
 
     def check_reach(self, point: HookPoint, due: Sequence[int], reach: Reach, sizes: dict[int, int]) -> None:
