@@ -12,7 +12,7 @@ from flask import Flask, Response, g
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
-from mlx_hooks import HookError
+from mlx_hooks import HookError, UnknownHookError
 from neuroscope_bridge import payload
 
 log = logging.getLogger("api_server")
@@ -131,9 +131,16 @@ def describe(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, HTTPException):
         return _of_http(error)
     if isinstance(error, HookError):
-        return ApiError(400, str(error), code="invalid_value")
+        return _of_hook(error)
     log.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"Internal error. The server's log describes it under {request_id}.", code="internal_error")
+
+
+def _of_hook(error: HookError) -> ApiError:
+    if error.intervention is None:
+        return ApiError(400, str(error), code="invalid_value")
+    code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_intervention"
+    return ApiError(400, str(error), code=code, param=f"interventions[{error.intervention}]")
 
 
 def _of_http(error: HTTPException) -> ApiError:

@@ -2,13 +2,14 @@
 
 import secrets
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mlx_hooks import CapturedActivation, HookedModel
 from mlx_hooks.analysis.logit_lens import LogitLens
+from mlx_hooks.interventions import InterventionPlan
 from mlx_hooks.manager import CapturePlan
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
@@ -30,13 +31,17 @@ class Start:
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: the token it chose (None if none was asked for) and what was captured, as NumPy arrays."""
+    """One forward pass: the token it chose (None if none was asked for) and what was captured, as NumPy arrays.
+
+    The last one has a receipt per intervention.
+    """
 
     token: int | None
     string: str | None
     text: str
     finish_reason: str | None
     captured: dict[str, list[tuple[dict[str, Any], np.ndarray]]]
+    interventions: list[dict[str, Any]] = field(default_factory=list)
 
     def records(self, encoding: str, dtype: str) -> dict[str, list[dict[str, Any]]]:
         """The activations in wire format. Encoding takes time, so it is done in the reader's thread.
@@ -54,7 +59,11 @@ class Step:
 
 
 def generate(
-    model: HookedModel, request: GenerationRequest, prompt: PromptSource, plan: CapturePlan
+    model: HookedModel,
+    request: GenerationRequest,
+    prompt: PromptSource,
+    plan: CapturePlan,
+    interventions: InterventionPlan,
 ) -> Generator[Start | Step, None, None]:
     """The start first, then one step per forward pass; closing it stops the model."""
     tokens = prompt_tokens(model, prompt)
@@ -72,6 +81,7 @@ def generate(
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         stop=request.stop_texts,
         capture=plan,
+        interventions=interventions,
     )
     for step in steps:
         yield Step(
@@ -80,6 +90,7 @@ def generate(
             text=step.text,
             finish_reason=step.finish_reason,
             captured={name: [_plain(one) for one in found] for name, found in step.activations.items()},
+            interventions=[receipt.to_dict() for receipt in step.interventions],
         )
 
 

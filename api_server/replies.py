@@ -36,6 +36,7 @@ class Reply:
         self._finish_reason: str | None = None
         # Records without their data: receipts need no more, and a long stream is not kept in memory.
         self._seen: dict[str, list[Record]] = {}
+        self._interventions: list[Record] = []
 
     def whole(self, results: Iterator[Start | Step]) -> dict[str, Any]:
         """One object with all text and all activations."""
@@ -69,6 +70,7 @@ class Reply:
                 self._tokens.append(result.token)
                 self._strings.append(result.string)
             self._finish_reason = result.finish_reason
+            self._interventions = result.interventions
             yield result
 
     def _take(self, step: Step) -> dict[str, list[Record]]:
@@ -104,7 +106,8 @@ class Reply:
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
         if self._capture is None:
             return {"usage": usage}
-        return {"usage": usage, "hooks": self._receipts(), "tokens": self._spelled()}
+        edited = {"interventions": self._interventions} if self._capture.interventions else {}
+        return {"usage": usage, "hooks": self._receipts(), **edited, "tokens": self._spelled()}
 
     def _receipts(self) -> dict[str, dict[str, Any]]:
         receipts = {hook_id: payload.receipt(self._seen.get(hook_id, [])) for hook_id in self._start.hook_ids}

@@ -16,6 +16,8 @@ MAX_TOKENS = 32768
 DEFAULT_MAX_TOKENS = 100
 MAX_MESSAGES = 1024
 MAX_HOOKS = 2048
+MAX_INTERVENTIONS = 256
+MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
 MAX_SEED = 2**63 - 1
@@ -120,6 +122,65 @@ class HookRequest(Request):
         return self
 
 
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_TOKEN_ID
+
+
+def _is_selection(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value) and not set(value) - {"start", "stop"} and all(_is_index(end) for end in value.values())
+    return _is_index(value) or (isinstance(value, list) and bool(value) and all(_is_index(index) for index in value))
+
+
+def _are_numbers(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_are_numbers(one) for one in value)
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _is_source(value: Any) -> bool:
+    records = value if isinstance(value, list) else [value]
+    return bool(records) and all(isinstance(record, dict) for record in records)
+
+
+_SELECTION = "an index from 0 up, a list of them, or an object with 'start', 'stop' or both"
+Selection = Annotated[Any, BeforeValidator(_must(_is_selection, _SELECTION))]
+Positions = Annotated[
+    Any, BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}"))
+]
+Numbers = Annotated[Any, BeforeValidator(_must(_are_numbers, "a number, or lists of numbers"))]
+
+
+class InterventionRequest(Request):
+    """One edit: ``{"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]}``; see ``Intervention``."""
+
+    type: Literal["zero", "mean", "set", "patch", "add", "scale", "clamp", "noise"]
+    hook_point: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    positions: Positions = None
+    heads: Selection = None
+    neurons: Selection = None
+    keys: Selection = None
+    phase: Literal["prefill", "decode"] | None = None
+    values: Numbers = None
+    source: Annotated[Any, BeforeValidator(_must(_is_source, "an activation record or a list of records"))] = None
+    over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    vector: Numbers = None
+    coefficient: float | None = None
+    norm_match: bool | None = None
+    factor: float | None = None
+    min: float | None = None
+    max: float | None = None
+    std: float | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+
+    @field_validator("positions", "heads", "neurons", "keys", "source", mode="wrap")
+    @classmethod
+    def _null_is_none(cls, value: Any, check: Callable[[Any], Any]) -> Any:
+        return None if value is None else check(value)
+
+
 class StreamOptions(Request):
     """OpenAI's; the last event has the usage in any case."""
 
@@ -199,6 +260,7 @@ class CaptureRequest(GenerationRequest):
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
+    interventions: list[InterventionRequest] | None = Field(None, max_length=MAX_INTERVENTIONS)
     activation_encoding: Literal["json", "base64", "none"] = "json"
     activation_dtype: Literal["float32", "float16"] = "float32"
 

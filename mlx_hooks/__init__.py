@@ -11,6 +11,7 @@ from .architectures import ModelConfig
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
+from .interventions import Intervention, InterventionReceipt
 from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
 from .selftest import Check, SelfTest
@@ -28,6 +29,8 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedModel",
+    "Intervention",
+    "InterventionReceipt",
     "LogitLens",
     "ModelConfig",
     "ModelLoadError",

@@ -3,13 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import numpy as np
 
 from .errors import HookError, UnknownHookError
 from .hook_points import HookPoint, NamesFilter, canonical_name, select, short_name, unknown_point
+
+if TYPE_CHECKING:
+    from .interventions import InterventionReceipt
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ class ActivationCache(Mapping[str, mx.array]):
 
     def __init__(self, records: dict[str, list[CapturedActivation]] | None = None) -> None:
         self.records: dict[str, list[CapturedActivation]] = records if records is not None else {}
+        self.interventions: tuple[InterventionReceipt, ...] = ()
+        """What each intervention of the run did."""
 
     def __getitem__(self, key: str | tuple[str, int]) -> mx.array:
         return join(self._records(key)).value

@@ -4,6 +4,9 @@
 class HookError(Exception):
     """A hook, capture or edit that cannot be done as asked."""
 
+    intervention: int | None = None
+    """Index of the intervention that is at fault, where one is."""
+
 
 class UnknownHookError(HookError):
     """A hook point, layer, component or hook id that the model does not have; the message lists what it has."""

@@ -7,7 +7,7 @@ pass for token n+1 is started before token n is handed out. Captured arrays join
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -17,6 +17,7 @@ from .activations import ActivationCache, CapturedActivation, join, scalar
 from .errors import HookError
 from .hooks import Hook
 from .instrument import Instrument
+from .interventions import Firing, InterventionPlan, InterventionReceipt, InterventionSession, Reach
 from .manager import CapturePlan
 
 Activations = dict[str, list[CapturedActivation]]
@@ -72,6 +73,7 @@ class GenerationStep:
         logprob: natural log of the token's probability, after logit processors, before temperature.
         finish_reason: None while generation goes on; "stop" (end token or stop string) or "length".
         activations: records of this pass by hook id.
+        interventions: with the last step, a receipt per intervention.
     """
 
     index: int
@@ -80,6 +82,7 @@ class GenerationStep:
     logprob: float | None
     finish_reason: str | None
     activations: Activations = field(default_factory=dict)
+    interventions: tuple[InterventionReceipt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class GenerationResult:
         activations: records by hook id: one per forward pass and hook point, prefill first. The last generated token
             was never fed to the model, so it has none.
         cache: the same activations by hook-point name, prompt and generated tokens as one sequence.
+        interventions: what each intervention did.
     """
 
     text: str
@@ -102,6 +106,7 @@ class GenerationResult:
     finish_reason: str
     activations: Activations
     cache: ActivationCache
+    interventions: tuple[InterventionReceipt, ...] = ()
 
 
 def generate_steps(
@@ -113,21 +118,28 @@ def generate_steps(
     sampling: Sampling,
     stop: Sequence[str],
     plan: CapturePlan,
+    interventions: InterventionPlan | None = None,
     hooks: Sequence[Hook] = (),
     prefill_step_size: int = 2048,
 ) -> Iterator[GenerationStep]:
     """Generate token by token. Hooks are attached during forward passes only, never while the caller holds the step.
 
     Raises:
-        HookError: for an empty prompt, a token outside the vocabulary, or a number out of range.
+        HookError: for an empty prompt, a token outside the vocabulary, or a number out of range; before the first step
+            for an intervention that cannot be done, and in place of the last for one that never fired.
     """
     _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, sampling)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    forward = _Forward(instrument, plan, hooks, prompt_tokens, sampling)
-    token, logprob, activations = forward.prefill(prefill_step_size, sample=max_tokens > 0)
+    # The last token is handed out but never fed.
+    reach = Reach(0, len(prompt_tokens), len(prompt_tokens) + max(0, max_tokens - 1))
+    interventions = interventions or InterventionPlan([], instrument.architecture.cfg)
+    session = interventions.session(instrument.run, reach)
+    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampling)
+    token, logprob, activations, firings = forward.prefill(prefill_step_size, sample=max_tokens > 0)
+    session.keep(firings)
     if max_tokens == 0:
-        yield GenerationStep(0, None, "", None, "length", activations)
+        yield GenerationStep(0, None, "", None, "length", activations, session.close())
         return
     text = _Text(tokenizer, stop)
     end_tokens = set(getattr(tokenizer, "eos_token_ids", None) or ())
@@ -141,10 +153,12 @@ def generate_steps(
         reason = "stop" if stopped else "length" if last else None
         if reason:
             new_text += text.finish()
-        yield GenerationStep(index, token_id, new_text, scalar(logprob), reason, activations)
+        receipts = session.close() if reason else ()
+        yield GenerationStep(index, token_id, new_text, scalar(logprob), reason, activations, receipts)
         if stopped or ahead is None:
             return
-        token, logprob, activations = ahead
+        token, logprob, activations, firings = ahead
+        session.keep(firings)
 
 
 def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, sampling: Sampling) -> None:
@@ -158,6 +172,15 @@ def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, sampling: Sampl
         raise HookError(f"Token {outside[0]} is outside the vocabulary: ids are 0 to {d_vocab - 1}.")
 
 
+class _Pass(NamedTuple):
+    """A chosen token [1], the log of its probability, what was captured, and what interventions did."""
+
+    token: mx.array
+    logprob: mx.array
+    activations: Activations
+    firings: list[Firing]
+
+
 class _Forward:
     """The forward passes of one generation and their captures."""
 
@@ -166,6 +189,7 @@ class _Forward:
         instrument: Instrument,
         plan: CapturePlan,
         hooks: Sequence[Hook],
+        session: InterventionSession,
         prompt: Sequence[int],
         sampling: Sampling,
     ) -> None:
@@ -180,32 +204,34 @@ class _Forward:
         self.history: mx.array | None = None
         self.records: list[CapturedActivation] = []
         recorders = plan.hooks(instrument.run, self.records.append)
-        self.attached = instrument.plan([*hooks, *recorders])
+        self.session = session
+        self.attached = instrument.plan([*session.hooks, *hooks, *recorders])
         self.hook_ids = plan.hook_ids
 
-    def prefill(self, chunk: int, *, sample: bool) -> tuple[mx.array, mx.array, Activations]:
+    def prefill(self, chunk: int, *, sample: bool) -> _Pass:
         """Run the prompt; its chunks' records are joined, so each hook has one record per hook point."""
         records: list[CapturedActivation] = []
+        firings: list[Firing] = []
         head = self.prompt[:-1]
         for begin in range(0, head.size, chunk):
             self._forward(head[begin : begin + chunk], "prefill", 0)
-            mx.eval([entry.state for entry in self.kv_cache], *[record.value for record in self.records])
+            mx.eval([entry.state for entry in self.kv_cache], *self._arrays())
             records += self._take()
+            firings += self.session.take()
         token, logprob = self._sample(self._forward(self.prompt[-1:], "prefill", 0))
         joined = self._by_id(records + self._take(), joining=True)
-        arrays = [record.value for group in joined.values() for record in group]
+        arrays = [record.value for group in joined.values() for record in group] + self.session.arrays()
         mx.async_eval(*([token, logprob] if sample else []), *arrays)
         if not sample:
             # Without a token to wait for, nothing else would say that the pass is done.
             mx.eval(*arrays)
-        return token, logprob, joined
+        return _Pass(token, logprob, joined, firings + self.session.take())
 
-    def decode(self, token: mx.array, step: int) -> tuple[mx.array, mx.array, Activations]:
+    def decode(self, token: mx.array, step: int) -> _Pass:
         """Run one generated token."""
         next_token, logprob = self._sample(self._forward(token, "decode", step))
-        records = self._take()
-        mx.async_eval(next_token, logprob, *[record.value for record in records])
-        return next_token, logprob, self._by_id(records)
+        mx.async_eval(next_token, logprob, *self._arrays())
+        return _Pass(next_token, logprob, self._by_id(self._take()), self.session.take())
 
     def _forward(self, tokens: mx.array, phase: str, step: int) -> mx.array:
         """Logits [1, d_vocab] after the last of the tokens."""
@@ -221,6 +247,10 @@ class _Forward:
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token = self.sampler(logprobs)
         return token, logprobs[0, token[0]]
+
+    def _arrays(self) -> list[mx.array]:
+        """What is evaluated together with the pass: captures and norms."""
+        return [record.value for record in self.records] + self.session.arrays()
 
     def _take(self) -> list[CapturedActivation]:
         taken, self.records[:] = list(self.records), []
@@ -292,11 +322,12 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order
     records: dict[str, list[CapturedActivation]] = {}
     reason = "length"
     owner: dict[str, tuple[str, bool]] = {}
+    receipts: tuple[InterventionReceipt, ...] = ()
     for step in steps:
         text += step.text
         if step.token is not None:
             tokens.append(step.token)
-        reason = step.finish_reason or reason
+        reason, receipts = step.finish_reason or reason, step.interventions
         for hook_id, group in step.activations.items():
             activations.setdefault(hook_id, []).extend(group)
             for record in group:
@@ -306,4 +337,4 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order
                     records.setdefault(name, []).append(record)
     in_order = [name for name in order if name in records]
     cache = ActivationCache({name: records[name] for name in [*in_order, *(n for n in records if n not in in_order)]})
-    return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache)
+    return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache, receipts)

@@ -1,7 +1,7 @@
 """``HookedModel``: the one class a user starts with."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -20,12 +20,14 @@ from .errors import HookError, ModelLoadError
 from .generation import GenerationResult, GenerationStep, Sampling
 from .hook_points import HookPoint, NamesFilter
 from .hooks import Hook, HookFunction, Positions, Recorder
-from .instrument import Instrument
+from .instrument import Instrument, kv_offset
+from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
 from .selftest import SelfTest, quick_selftest, selftest, warn_of
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array
 ForwardHooks = Iterable[tuple[NamesFilter, HookFunction]]
+Interventions = Iterable[Intervention | Mapping[str, Any]] | InterventionPlan
 
 BUNDLED = "neuroscope-tiny"
 
@@ -161,6 +163,7 @@ class HookedModel:
         names_filter: NamesFilter = None,
         positions: Positions = None,
         kv_cache: list | None = None,
+        interventions: Interventions = (),
     ) -> tuple[mx.array, ActivationCache]:
         """One forward pass, and the activations of it.
 
@@ -170,20 +173,34 @@ class HookedModel:
                 text take much memory: ``"blocks.*.hook_resid_post"`` is often enough.
             positions: absolute positions to keep: None (all), "last", an int, a list or a slice.
             kv_cache: mlx-lm's prompt cache; with it, the call continues the sequence of the calls before.
+            interventions: edits, in the order in which they are made; captures show the edited values. See
+                :class:`Intervention`.
 
         Returns:
-            logits [batch, pos, d_vocab] and the activation cache, both evaluated.
+            logits [batch, pos, d_vocab] and the activation cache, both evaluated; ``cache.interventions`` holds a
+            receipt per intervention.
         """
         points = self._points(names_filter)
-        return self._capture(tokens, points, positions, kv_cache)
+        return self._capture(tokens, points, positions, kv_cache, interventions=interventions)
 
     def _capture(
-        self, tokens: Tokens, points: list[HookPoint], positions: Positions, kv_cache: list | None, alone: bool = False
+        self,
+        tokens: Tokens,
+        points: list[HookPoint],
+        positions: Positions,
+        kv_cache: list | None,
+        alone: bool = False,
+        interventions: Interventions = (),
     ) -> tuple[mx.array, ActivationCache]:
         cache = ActivationCache()
+        tokens = self.to_tokens(tokens)
+        start = kv_offset(kv_cache)
+        reach = Reach(start, start + tokens.shape[1], start + tokens.shape[1], batch=tokens.shape[0])
+        session = self._prepared(interventions).session(self.instrument.run, reach)
         recorder = Recorder(self.instrument.run, cache.add, positions)
-        logits = self._run(tokens, [recorder.hook(point) for point in points], kv_cache, alone)
-        mx.eval(logits, *[record.value for records in cache.records.values() for record in records])
+        logits = self._run(tokens, [*session.hooks, *(recorder.hook(point) for point in points)], kv_cache, alone)
+        mx.eval(logits, *session.arrays(), *[record.value for records in cache.records.values() for record in records])
+        cache.interventions = session.close()
         # Hooks fire in the order of computation: names in forward order read better.
         cache.records = {point.name: cache.records[point.name] for point in points}
         return logits, cache
@@ -197,6 +214,67 @@ class HookedModel:
         """Keep hooks attached for a block: every run of the model inside it meets them, mlx-lm's own calls too."""
         with self.instrument.attached(self.instrument.plan(self._forward_hooks(fwd_hooks))):
             yield self
+
+    @contextmanager
+    def intervening(self, interventions: Interventions) -> Iterator[InterventionSession]:
+        """Keep interventions in force for a block: every run of the model inside it meets them.
+
+            with model.intervening([{"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": 1}]) as session:
+                logits = model("The capital of France is")
+            session.receipts[0].norm_before
+
+        How far a run will come is not known here, so what needs that is checked when it is met, "last" is the last
+        token of each call, and every call is prefill, save those that ``generate`` makes.
+
+        Raises:
+            HookError: when the block ends and one of them never fired although the model ran.
+        """
+        session = self._prepared(interventions).session(self.instrument.run, reach=None)
+        with self.instrument.attached(self.instrument.plan(session.hooks)):
+            yield session
+        session.close()
+
+    def resolve_interventions(self, interventions: Interventions) -> InterventionPlan:
+        """Check interventions, or mappings with their keys, against this model without running it.
+
+        Raises:
+            HookError, UnknownHookError: say which one is wrong and what there is; ``error.intervention`` is its index.
+        """
+        if isinstance(interventions, InterventionPlan):
+            return interventions
+        if isinstance(interventions, str | Mapping | Intervention) or not isinstance(interventions, Iterable):
+            raise HookError(f"interventions is a list of interventions or mappings, got {interventions!r}.")
+        asked = []
+        for i, spec in enumerate(interventions):
+            with blame(i, spec):
+                intervention = Intervention.of(spec)
+            with blame(i, intervention):
+                asked.append((intervention, self._intervention_points(intervention)))
+        return InterventionPlan(asked, self.cfg)
+
+    def _intervention_points(self, intervention: Intervention) -> list[HookPoint]:
+        if intervention.hook_point:
+            return self._points(intervention.hook_point)
+        spec = HookSpec(intervention.layer_name, intervention.component)
+        return [point for point, _ in spec.points(self.architecture)]
+
+    def _prepared(self, interventions: Interventions) -> InterventionPlan:
+        """The plan, with the means that it needs."""
+        plan = self.resolve_interventions(interventions)
+        plan.prepare(self._plain_capture)
+        return plan
+
+    def _plain_capture(self, prompt: Tokens, points: list[HookPoint]) -> ActivationCache:
+        """What the model itself computes for one prompt, without anybody's hooks."""
+        tokens, cache = self.to_tokens(prompt), ActivationCache()
+        limit = self.cfg.max_positions
+        if limit is not None and tokens.shape[1] > limit:
+            raise HookError(f"a prompt of over has {tokens.shape[1]} tokens; the model reads at most {limit}.")
+        recorder = Recorder(self.instrument.run, cache.add)
+        plan = self.instrument.plan([recorder.hook(point) for point in points])
+        with self.instrument.attached(plan, alone=True):
+            self.model(tokens)
+        return cache
 
     def _run(self, tokens: Tokens, hooks: list[Hook], kv_cache: list | None, alone: bool = False) -> mx.array:
         inputs = self.to_tokens(tokens)
@@ -247,9 +325,12 @@ class HookedModel:
         stop: Sequence[str] = (),
         capture: Iterable[Capture] | CapturePlan | None = None,
         fwd_hooks: ForwardHooks = (),
+        interventions: Interventions = (),
         **sampling: Any,
     ) -> Iterator[GenerationStep]:
         """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
+
+        The last step holds the receipts of the interventions.
 
         Between steps the model is as if no hook existed; closing the iterator ends the generation.
         """
@@ -270,6 +351,7 @@ class HookedModel:
             sampling=_sampling(sampling),
             stop=[stop] if isinstance(stop, str) else list(stop),
             plan=plan,
+            interventions=self._prepared(interventions),
             hooks=hooks,
         )
         return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
@@ -285,7 +367,9 @@ class HookedModel:
             max_tokens: most tokens to generate; 0 only reads the prompt.
             stop: strings that end the text; they are not part of it.
             capture: hook specs and hook-point names; None for the registered hooks, which record in any case.
-            fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass.
+            fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass; they run after the interventions.
+            interventions: edits, in the order in which they are made; the result holds their receipts. See
+                :class:`Intervention`.
             temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`generation.Sampling`;
                 the default takes the most probable token.
         """
@@ -367,7 +451,7 @@ def load_model(name_or_path: str | Path) -> HookedModel:
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:
-        allowed = ["max_tokens", "stop", "capture", "fwd_hooks", *Sampling.__dataclass_fields__]
+        allowed = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", *Sampling.__dataclass_fields__]
         raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
     return Sampling(**options)
 

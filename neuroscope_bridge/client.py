@@ -16,7 +16,7 @@ from urllib3 import exceptions as transport
 
 from .errors import NeuroScopeError, ResponseFormatError, ServerUnreachableError
 from .events import EventStream
-from .payload import dumps
+from .payload import dumps, encode_intervention
 from .replies import Reply, api_error, caused_by, expect, innermost, parse, quoted, timed_out, undecodable, with_arrays
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8080"
@@ -26,6 +26,7 @@ MAX_TIMEOUT = 1_000_000.0  # eleven days; from some point on a socket refuses a 
 
 Messages = Sequence[Mapping[str, str]]
 Hooks = Sequence[Mapping[str, Any]]
+Interventions = Sequence[Mapping[str, Any]]
 
 
 class LMStudioNeuroScopeClient:
@@ -245,6 +246,7 @@ class LMStudioNeuroScopeClient:
         temperature: float = 0.7,
         stream: bool = False,
         activation_encoding: str = "base64",
+        interventions: Interventions | None = None,
         **options: Any,
     ) -> Reply | EventStream:
         """Answer a chat and bring back what the hooks captured.
@@ -261,16 +263,20 @@ class LMStudioNeuroScopeClient:
             temperature: 0 takes the likeliest token each time.
             stream: Return an `EventStream`; each event has the activations of its step.
             activation_encoding: How arrays travel: `base64`, `json`, or `none` (records without data).
+            interventions: Edits, made in this order before anything is captured. `values` and `vector` may be numpy
+                arrays, `source` a record of an earlier reply or a list of them.
             options: Further fields: activation_dtype (`float32`, `float16`) and those of `chat`.
 
         Returns:
-            The reply, or the events, as sent, save that `data` of every record is a numpy array.
+            The reply, or the events, as sent, save that `data` of every record is a numpy array. With interventions
+            the reply, or the last event, has a receipt for each: `result["interventions"][0]["norm_before"]`.
             `stack_records` joins the records of a hook.
         """
         body = {
             "messages": messages,
             "activation_hooks": activation_hooks,
             "activation_encoding": activation_encoding,
+            "interventions": [encode_intervention(one) for one in interventions] if interventions else None,
             "max_tokens": max_tokens,
             "temperature": temperature,
             **options,
@@ -303,6 +309,7 @@ class LMStudioNeuroScopeClient:
         temperature: float = 0.7,
         stream: bool = False,
         activation_encoding: str = "base64",
+        interventions: Interventions | None = None,
         **options: Any,
     ) -> Reply | EventStream:
         """Continue a text and bring back what the hooks captured.
@@ -315,6 +322,7 @@ class LMStudioNeuroScopeClient:
             "prompt": prompt,
             "activation_hooks": activation_hooks,
             "activation_encoding": activation_encoding,
+            "interventions": [encode_intervention(one) for one in interventions] if interventions else None,
             "max_tokens": max_tokens,
             "temperature": temperature,
             **options,

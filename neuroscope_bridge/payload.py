@@ -39,6 +39,7 @@ __all__ = [
     "decode_activation",
     "dumps",
     "encode_activation",
+    "encode_intervention",
     "receipt",
     "stack_records",
 ]
@@ -163,6 +164,44 @@ def decode_activation(record: Mapping[str, Any]) -> np.ndarray:
     if encoding == "json" and array.dtype.kind == "f" and _is_scores(record):
         array[np.isnan(array)] = -np.inf
     return array.reshape(shape)
+
+
+def encode_intervention(intervention: Mapping[str, Any]) -> dict[str, Any]:
+    """An intervention as the server reads it, from one with arrays in `values` or `vector`, or decoded in `source`.
+
+        encode_intervention({"hook_point": "blocks.1.hook_resid_post", "type": "add", "vector": np.ones(768)})
+
+    Raises:
+        PayloadError: nan or inf, or -inf anywhere but in ``values``, where it masks a key of attention scores.
+    """
+    wire = dict(intervention)
+    for name in ("values", "vector"):
+        array = wire.get(name)
+        if not isinstance(array, (np.ndarray, np.generic)):
+            continue
+        numbers = np.asarray(array)
+        if numbers.dtype.kind not in "iuf":
+            raise PayloadError(f"{name} of an intervention must be numbers, got {numbers.dtype}.")
+        fine = np.isfinite(numbers) | (np.isneginf(numbers) if name == "values" else False)
+        if not fine.all():
+            raise PayloadError(f"{name} of an intervention must be finite, got {numbers[~fine].flat[0]}.")
+        # A number alone is null as a field, which means that it is not given; a list of one is the same number.
+        wire[name] = np.atleast_1d(numbers)
+    source = wire.get("source")
+    if isinstance(source, (list, tuple)):
+        wire["source"] = [_encoded(record) for record in source]
+    elif source is not None:
+        wire["source"] = _encoded(source)
+    return wire
+
+
+def _encoded(record: Any) -> Any:
+    """A record whose data was decoded, in base64 again, which keeps every number."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("data"), np.ndarray):
+        return record
+    data = record["data"]
+    little_endian = data.astype(data.dtype.newbyteorder("<"), copy=False)
+    return {**record, "encoding": "base64", "data": base64.b64encode(little_endian.tobytes()).decode("ascii")}
 
 
 def dumps(obj: Any) -> bytes:

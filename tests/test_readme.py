@@ -28,6 +28,16 @@ def test_the_engines_block_runs_with_the_shapes_that_it_names() -> None:
     assert names["result"].cache["resid_post", 0].shape == (1, n_positions, 128)
 
 
+def test_the_block_of_interventions_runs() -> None:
+    block = next(block for block in blocks("python") if "interventions=[" in block)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].text.strip() == "Rome"
+    assert "# Rome" in block
+    assert names["result"].interventions[0].positions == (4,)
+    assert [names["model"].to_str_tokens("The capital of France is")[4].strip()] == ["France"]
+
+
 def test_the_clients_block_runs(live_server: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
     block = next(block for block in blocks("python") if "LMStudioNeuroScopeClient" in block)
     assert DEFAULT in block
@@ -35,6 +45,7 @@ def test_the_clients_block_runs(live_server: SimpleNamespace, capsys: pytest.Cap
     exec(compile(block.replace(DEFAULT, live_server.base_url), "README.md", "exec"), names)
     data = names["result"]["activations"]["layer_2_attention"][0]["data"]
     assert data.shape == (1, names["result"]["tokens"]["prompt_length"], 128)
+    assert names["result"]["interventions"][0]["norm_after"] * 2 == names["result"]["interventions"][0]["norm_before"]
     assert capsys.readouterr().out.strip()
     names["client"].close()
 

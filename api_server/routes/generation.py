@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from flask import Response
 
 from mlx_hooks import HookError, HookSpec, UnknownHookError
+from neuroscope_bridge import payload
 
 from .. import inference
 from ..errors import ApiError, json_reply
@@ -20,7 +22,8 @@ def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response
     loaded = worker().get(asked.model)
     with blame("activation_hooks"):
         plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
-    job = worker().submit(lambda: inference.generate(loaded.model, asked, prompt, plan))
+    edits = loaded.model.resolve_interventions(_interventions(asked) if isinstance(asked, CaptureRequest) else [])
+    job = worker().submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits))
     reply, results = Reply(asked, loaded.model_id), job.results(reader_gone())
     if asked.stream:
         return event_stream(reply.events(results), job)
@@ -45,10 +48,27 @@ def blame(param: str) -> Iterator[None]:
         raise ApiError(400, str(error), code=code, param=param) from error
 
 
+def _interventions(asked: CaptureRequest) -> list[dict[str, Any]]:
+    """The request's interventions as the engine takes them: the data of their sources as arrays."""
+    specs = []
+    for i, wanted in enumerate(asked.interventions or []):
+        # Not model_dump: it would copy and check each number of a long list.
+        spec = {name: value for name, value in wanted if value is not None}
+        if wanted.source is not None:
+            records = wanted.source if isinstance(wanted.source, list) else [wanted.source]
+            try:
+                spec["source"] = [{**record, "data": payload.decode_activation(record)} for record in records]
+            except payload.PayloadError as error:
+                param = f"interventions[{i}].source"
+                raise ApiError(400, str(error), code="invalid_intervention", param=param) from error
+        specs.append(spec)
+    return specs
+
+
 def _hooks(asked: CaptureRequest, loaded: LoadedModel) -> list[HookSpec]:
     """The request's own hooks, or those registered for its model."""
     hooks = [spec_of(hook) for hook in asked.activation_hooks or []] or list(loaded.hooks.values())
-    if not hooks:
+    if not hooks and not asked.interventions:
         others = [other.model_id for other in worker().models() if other.hooks]
         elsewhere = f" Hooks are registered for {', '.join(others)}, not for {loaded.model_id}." if others else ""
         raise ApiError(
