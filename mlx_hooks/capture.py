@@ -222,26 +222,38 @@ class CaptureRun:
     def _forward(self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool) -> mx.array:
         model = self.instrument.architecture.model
         if self.stop_at_layer is not None:
-            hooks = [*hooks, self._stop()]
+            hooks = [*hooks, *self._stop(self.stop_at_layer)]
         try:
             with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
-                return model(tokens) if kv_cache is None else model(tokens, cache=kv_cache)
+                output = model(tokens) if kv_cache is None else model(tokens, cache=kv_cache)
         except _Stopped as stopped:
             if stopped.capture is not self:
                 raise
             return stopped.residual
+        if self.stop_at_layer is not None:
+            raise HookError(f"The run did not stop at layer {self.stop_at_layer}: a hook broke off a pass of its own.")
+        return output
 
-    def _stop(self) -> Hook:
-        """The hook that leaves the pass; it reads, so it comes after every edit, and it is the last to read."""
-        assert self.stop_at_layer is not None
+    def _stop(self, layer: int) -> list[Hook]:
+        """The hook that leaves the pass, and one that tells it from passes that other hooks run in between.
+
+        It reads, so it comes after every edit, and it is the last to read.
+        """
+        passes = 0
+
+        def enter(tokens: mx.array, point: HookPoint) -> None:
+            nonlocal passes
+            passes += 1
 
         def leave(residual: mx.array, point: HookPoint) -> None:
-            raise _Stopped(self, residual)
+            nonlocal passes
+            if passes == 1:
+                raise _Stopped(self, residual)
+            passes -= 1
 
-        n_layers = self.instrument.architecture.cfg.n_layers
-        whole = self.stop_at_layer == n_layers
-        point = outer_point("ln_final_in") if whole else block_point("resid_pre", self.stop_at_layer)
-        return Hook(point, leave, reads=True)
+        after_blocks = layer == self.instrument.architecture.cfg.n_layers
+        point = outer_point("ln_final_in") if after_blocks else block_point("resid_pre", layer)
+        return [Hook(outer_point("embed_in"), enter, reads=True), Hook(point, leave, reads=True)]
 
 
 def resolve_stop(stop_at_layer: int, n_layers: int) -> int:

@@ -169,6 +169,22 @@ def test_a_stopped_run_meets_edits_and_the_hooks_of_a_block(llama: HookedModel) 
     assert seen == ["hook_embed", "hook_embed", "blocks.2.hook_mlp_out"]
 
 
+def test_a_hook_that_runs_the_model_itself_does_not_stop_the_run_with_its_own_pass(llama: HookedModel) -> None:
+    inner: list[mx.array] = []
+    expected, _ = llama.run_with_cache(TOKENS, "hook_embed", stop_at_layer=2)
+    plain = llama([[1, 2]])
+
+    def look_aside(value: mx.array, point: HookPoint) -> None:
+        if not inner:
+            inner.append(value)
+            inner.append(llama([[1, 2]]))
+
+    with llama.hooks([("blocks.0.hook_resid_post", look_aside)]):
+        residual, _ = llama.run_with_cache(TOKENS, "blocks.1.hook_mlp_out", stop_at_layer=2)
+    assert equal(residual, expected)
+    assert equal(inner[1], plain)
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
