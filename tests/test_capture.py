@@ -507,6 +507,12 @@ def test_chunks_continue_a_kv_cache(llama: HookedModel) -> None:
     assert list(cache.positions(("resid_post", 2))) == [3, 4, 5, 6, 7]
     assert kv_cache[0].offset == 8
     np.testing.assert_allclose(cache.numpy(("resid_post", 2)), whole.numpy(("resid_post", 2))[:, 3:], atol=2e-5)
+    kv_cache = make_prompt_cache(llama.model)
+    llama.run_with_cache([row[:3] for row in TOKENS], "hook_embed", kv_cache=kv_cache)
+    rest = [row[3:] for row in TOKENS]
+    _, cache = llama.run_with_cache(rest, RESIDUAL, positions=[-1, 4], kv_cache=kv_cache, chunk=2)
+    assert list(cache.positions(("resid_post", 2))) == [4, 7]
+    np.testing.assert_allclose(cache.numpy(("resid_post", 2)), whole.numpy(("resid_post", 2))[:, [4, 7]], atol=2e-5)
 
 
 def test_chunks_stop_at_a_layer(llama: HookedModel) -> None:
