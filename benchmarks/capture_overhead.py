@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-from page import PAGE, environment, write_section
+from page import PAGE, busy, environment, write_section
 from peers import NONE, PATTERNS, RESIDUAL, TEN, VOCABULARY, peers
 from tqdm import tqdm
 
@@ -140,6 +140,7 @@ def main() -> None:
     if options.rounds < 9 and not options.print_only:
         parser.error("--rounds is at least 9 where the figures are written; for fewer, give --print-only")
 
+    load = busy()
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, options.tokens))
     model = HookedModel(make_llama(options.layers, options.width))
     results = {"NeuroScope": measure(captures(model, mx.array(ids)), options.rounds, "NeuroScope")}
@@ -158,7 +159,8 @@ def main() -> None:
 --rounds {options.rounds}`
 
 {environment("mlx", "mlx-lm", *(["torch", "transformers"] if found else []))}
-A llama of {shape}. Medians of {options.rounds} paired rounds, the middle half in brackets.
+A llama of {shape}. Medians of {options.rounds} paired rounds, the middle half in brackets;
+{load}.
 
 {table}
 """

@@ -1,6 +1,6 @@
 """Captures 100,000 tokens of one sequence to files, and prints the memory that it takes on the way.
 
-    python benchmarks/long_capture.py           # --tokens 100000 --chunk 500; about five minutes on two cores
+    python benchmarks/long_capture.py           # --tokens 100000 --chunk 500; about six minutes on two cores
 
 The KV cache grows with the sequence, whatever is captured, and so do the scores that MLX's CPU kernel forms for a
 chunk (on a GPU it forms none). What a capture adds must not grow: that is the memory in use between chunks, without the
@@ -142,8 +142,8 @@ hook points per layer: {written / MB:.1f} MB written (estimated before: {estimat
 | --- | --- | --- | --- |
 {table}
 
-The plain peak grows with the KV cache and with the scores that MLX's CPU kernel forms for a chunk. What capturing adds
-to it does not.
+The plain peak grows with the KV cache and with the scores that MLX's CPU kernel forms for a chunk. The last row is what
+capturing adds to it.
 """
     print(f"\n{text}")
     if not options.print_only:

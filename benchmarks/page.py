@@ -22,6 +22,11 @@ def environment(*packages: str) -> str:
     return f"{datetime.date.today()}, {where}, {', '.join([python, *versions])}."
 
 
+def busy() -> str:
+    """How busy the machine was before a measurement, which should be near 0: "load 0.1 before"."""
+    return f"load {os.getloadavg()[0]:.1f} before"
+
+
 def installed_version(package: str) -> str | None:
     """The version of an installed package, or None."""
     try:
