@@ -56,7 +56,7 @@ smalltalk: $(STAMP)  ## write the chunk file that ships from the Tonel sources
 train-tiny: $(STAMP)  ## train the bundled model again, in about ten minutes; one BLAS thread is part of getting the same weights
 	$(RUN)OPENBLAS_NUM_THREADS=1 PYTHONPATH=scripts $(BIN)/python -m neuroscope_tiny.train
 
-benchmark: $(STAMP)  ## what capturing costs over the plain model
+benchmark: $(STAMP)  ## what capturing costs over the plain model; writes docs/benchmarks.md
 	$(RUN)$(BIN)/python benchmarks/capture_overhead.py $(ARGS)
 
 clean:

@@ -2,27 +2,45 @@
 
     make benchmark        # or: python benchmarks/capture_overhead.py --layers 12 --width 512 --tokens 128
 
-Every kind of capture is timed against a plain run right before it, in turn, so that a slow moment of the machine falls
-on all of them; the table shows medians of these ratios.
+Every kind of capture is timed next to a plain run, in turn, and who goes first changes from round to round, so that a
+slow moment of the machine falls on all of them. The table shows medians of these ratios, and the middle half of them.
+Peers (TransformerLens, nnsight, mlxterp) run on the same shape where they are installed, each over its own plain run.
+The figures go to docs/benchmarks.md.
 """
 
 import argparse
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-from tqdm import trange
+from page import PAGE, busy, environment, write_section
+from peers import NONE, PATTERNS, RESIDUAL, TEN, VOCABULARY, peers
+from tqdm import tqdm
 
 from mlx_hooks import HookedModel
 from mlx_hooks.hook_points import COMPONENTS, block_point
 
 DECODED = 32
+EVERY, DECODING = "every hook point", "decoding"
+LABELS = {
+    NONE: "hooks available, none attached",
+    RESIDUAL: "residual at all layers",
+    TEN: "the ten components at all layers",
+    PATTERNS: "patterns at all layers",
+    EVERY: "every hook point",
+    DECODING: f"decoding {DECODED} tokens, residual at all layers",
+}
+
+Run = Callable[[], object]
 
 
-def make_model(layers: int, width: int) -> HookedModel:
+def make_llama(layers: int, width: int) -> llama.Model:
     args = llama.ModelArgs(
         model_type="llama",
         hidden_size=width,
@@ -31,18 +49,43 @@ def make_model(layers: int, width: int) -> HookedModel:
         num_attention_heads=8,
         num_key_value_heads=8,
         rms_norm_eps=1e-5,
-        vocab_size=8192,
+        vocab_size=VOCABULARY,
     )
     mx.random.seed(0)
     model = llama.Model(args)
     mx.eval(model.parameters())
-    return HookedModel(model)
+    return model
 
 
-def decode(model: HookedModel, tokens: mx.array, capture: list[str]) -> None:
-    if capture:
-        model.generate(tokens, max_tokens=DECODED, capture=capture)
-        return
+def captures(model: HookedModel, tokens: mx.array) -> dict[str, tuple[Run, Run]]:
+    """The plain run and the run that captures, by kind of capture."""
+
+    def names(*components: str) -> list[str]:
+        return [block_point(c, layer).name for layer in range(model.cfg.n_layers) for c in components]
+
+    def plain() -> None:
+        mx.eval(model.model(tokens))
+
+    def capture(names_filter: list[str] | None) -> tuple[Run, Run]:
+        return plain, lambda: model.run_with_cache(tokens, names_filter)
+
+    residual = names("resid_post")
+    block_outputs = [c for name, row in COMPONENTS.items() if name != "embedding" for c in row.output]
+    return {
+        NONE: (plain, lambda: mx.eval(model(tokens))),
+        RESIDUAL: capture(residual),
+        TEN: capture(["hook_embed", *names(*block_outputs)]),
+        PATTERNS: capture(names("pattern")),
+        EVERY: capture(None),
+        DECODING: (
+            lambda: decode(model, tokens),
+            lambda: model.generate(tokens, max_tokens=DECODED, capture=residual),
+        ),
+    }
+
+
+def decode(model: HookedModel, tokens: mx.array) -> None:
+    """The shortest loop that decodes greedily: no sampler, no text, no log probabilities."""
     kv_cache = make_prompt_cache(model.model)
     token = mx.argmax(model.model(tokens, cache=kv_cache)[:, -1], axis=-1)
     for _ in range(DECODED - 1):
@@ -51,10 +94,38 @@ def decode(model: HookedModel, tokens: mx.array, capture: list[str]) -> None:
     mx.eval(token)
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Run) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def measure(pairs: dict[str, tuple[Run, Run]], rounds: int, label: str) -> tuple[dict[str, list[float]], float]:
+    """Time over plain of every pair in every round, and the median plain forward in milliseconds."""
+    for pair in pairs.values():
+        for run in pair:
+            run()
+    ratios: dict[str, list[float]] = {kind: [] for kind in pairs}
+    plain_ms: list[float] = []
+    for number in tqdm(range(rounds), desc=label, file=sys.stderr):
+        gc.collect()
+        for kind, (plain, capture) in pairs.items():
+            if number % 2:
+                with_capture, base = seconds(capture), seconds(plain)
+            else:
+                base, with_capture = seconds(plain), seconds(capture)
+            ratios[kind].append(with_capture / base)
+            if kind != DECODING:
+                plain_ms.append(1000 * base)
+    return ratios, statistics.median(plain_ms)
+
+
+def cell(ratios: list[float] | None) -> str:
+    """Median and middle half: "1.15 (1.12-1.18)"."""
+    if not ratios:
+        return "-"
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def main() -> None:
@@ -62,47 +133,49 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=11, help="at least 9 for figures that are written down")
+    parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
+    parser.add_argument("--print-only", action="store_true", help="leave docs/benchmarks.md as it is")
     options = parser.parse_args()
-    model = make_model(options.layers, options.width)
-    tokens = mx.random.randint(0, 8192, (1, options.tokens))
+    if options.rounds < 9 and not options.print_only:
+        parser.error("--rounds is at least 9 where the figures are written; for fewer, give --print-only")
 
-    def names(*components: str) -> list[str]:
-        return [block_point(c, layer).name for layer in range(options.layers) for c in components]
+    load = busy()
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, options.tokens))
+    model = HookedModel(make_llama(options.layers, options.width))
+    results = {"NeuroScope": measure(captures(model, mx.array(ids)), options.rounds, "NeuroScope")}
+    found, missing = ([], []) if options.no_peers else peers(options.layers, options.width, ids)
+    for peer in found:
+        pairs = {kind: (peer.plain, capture) for kind, capture in peer.captures.items()}
+        results[peer.name] = measure(pairs, options.rounds, peer.name)
 
-    block_outputs = [c for name, row in COMPONENTS.items() if name != "embedding" for c in row.output]
-    residual = names("resid_post")
+    header = ["time over plain", *results]
+    rows = [[label, *(cell(ratios.get(kind)) for ratios, _ in results.values())] for kind, label in LABELS.items()]
+    rows.append(["plain forward, ms", *(f"{plain_ms:.0f}" for _, plain_ms in results.values())])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    shape = f"{options.layers} layers, {options.width} wide, 8 heads, {options.tokens} tokens, float32"
+    text = f"""\
+`python benchmarks/capture_overhead.py --layers {options.layers} --width {options.width} --tokens {options.tokens} \
+--rounds {options.rounds}`
 
-    def plain() -> None:
-        mx.eval(model.model(tokens))
+{environment("mlx", "mlx-lm", *(["torch", "transformers"] if found else []))}
+A llama of {shape}. Medians of {options.rounds} paired rounds, the middle half in brackets;
+{load}.
 
-    forward: dict[str, Callable[[], object]] = {
-        "hooks available, none attached": lambda: mx.eval(model(tokens)),
-        "residual at all layers": lambda: model.run_with_cache(tokens, residual),
-        "the ten components at all layers": lambda: model.run_with_cache(
-            tokens, ["hook_embed", *names(*block_outputs)]
-        ),
-        "patterns at all layers": lambda: model.run_with_cache(tokens, names("pattern")),
-        "every hook point": lambda: model.run_with_cache(tokens),
-    }
-    ratios: dict[str, list[float]] = {name: [] for name in forward}
-    decoding: list[float] = []
-    plain_ms: list[float] = []
-    for run in (plain, *forward.values()):
-        run()
-    for _ in trange(options.rounds, desc="rounds"):
-        for name, run in forward.items():
-            base = seconds(plain)
-            plain_ms.append(1000 * base)
-            ratios[name].append(seconds(run) / base)
-        alone = seconds(lambda: decode(model, tokens, []))
-        decoding.append(seconds(lambda: decode(model, tokens, residual)) / alone)
-    shape = f"{options.layers} layers, {options.width} wide, {options.tokens} tokens"
-    print(f"\n{shape}; plain forward {statistics.median(plain_ms):.1f} ms; medians of {options.rounds} rounds\n")
-    print("| capture | time over plain |\n| --- | --- |")
-    for name, values in ratios.items():
-        print(f"| {name} | {statistics.median(values):.3f} |")
-    print(f"| decoding {DECODED} tokens, residual at all layers | {statistics.median(decoding):.3f} |")
+{table}
+"""
+    if found:
+        text += """
+Each library is compared with the plain forward of the same model in its own framework: times across frameworks are not
+compared. `-` is what a library was not asked for. In PyTorch the plain model runs its fused attention; TransformerLens
+runs the one that forms patterns.
+"""
+    if missing:
+        text += f"\n{' '.join(missing)}\n"
+    print(f"\n{text}")
+    if not options.print_only:
+        write_section("Capture overhead", text)
+        print(f"Written to {PAGE}.")
 
 
 if __name__ == "__main__":

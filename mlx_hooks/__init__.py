@@ -8,6 +8,7 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.logit_lens import LogitLens
 from .architectures import ModelConfig
+from .capture import CaptureEstimate
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "ActivationHookManager",
+    "CaptureEstimate",
     "CapturedActivation",
     "Check",
     "GenerationResult",

@@ -1,9 +1,9 @@
 """What a run captured: single records, and the cache that joins them into whole sequences."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +28,7 @@ class CapturedActivation:
         hook_id, layer_name, component: as the hook spec asked; empty for captures by name.
         is_input: captured at a module's input.
         pass_index: which pass, for a layer that runs several times in one forward pass.
+        heads: the heads that ``value`` holds along its head axis (key-value heads for k and v); None for all.
     """
 
     hook_point: HookPoint
@@ -40,6 +41,12 @@ class CapturedActivation:
     component: str = ""
     is_input: bool = False
     pass_index: int = 0
+    heads: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value."""
+        return self.value.nbytes
 
     @property
     def positions(self) -> tuple[int, int]:
@@ -77,7 +84,7 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
     one full forward pass shows there.
 
     Raises:
-        HookError: for records that overlap, or that no axis joins.
+        HookError: for records that overlap or hold different heads, or that no axis joins.
     """
     first = records[0]
     axis = first.hook_point.position_axis
@@ -93,6 +100,8 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
         raise HookError(
             f"{first.hook_point.name} has {len(records)} records and no axis that joins them: read cache.records[name]."
         )
+    if any(record.heads != first.heads for record in records):
+        raise HookError(f"Records of {first.hook_point.name} hold different heads: read cache.records[name].")
     values = [record.value for record in records]
     if first.hook_point.axes[-1] == "key":
         n_keys = max(value.shape[-1] for value in values)
@@ -112,7 +121,13 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
             raise HookError(f"Records of {first.hook_point.name} overlap: positions {spans}.")
     whole = all(isinstance(i, range) for i in ids) and all(a[-1] + 1 == b[0] for a, b in pairwise(ids))
     joined = range(ids[0][0], ids[-1][-1] + 1) if whole else tuple(p for part in ids for p in part)
-    return replace(first, value=mx.concatenate(values, axis=axis), position_ids=joined)
+    changed = {"value": mx.concatenate(values, axis=axis), "position_ids": joined}
+    return CapturedActivation(**labels(first) | changed)
+
+
+def labels(record: CapturedActivation) -> dict[str, Any]:
+    """All fields of a record but its value."""
+    return {f.name: getattr(record, f.name) for f in fields(CapturedActivation) if f.name != "value"}
 
 
 class ActivationCache(Mapping[str, mx.array]):
@@ -125,8 +140,9 @@ class ActivationCache(Mapping[str, mx.array]):
         cache["pattern", 3]                          # the same as cache["blocks.3.attn.hook_pattern"]
         cache.records["hook_embed"][0].positions     # (0, 6)
 
-    Values are MLX arrays. Everything captured stays in memory for as long as the activation cache does: give
-    ``names_filter`` or ``positions`` to keep less.
+    Values are MLX arrays. What was captured stays in memory for as long as the activation cache does: give
+    ``names_filter``, ``positions`` or ``heads`` to keep less. What was spilled to files is read at each access, the
+    whole hook point; ``cache.records[name]`` reads it pass by pass.
     """
 
     def __init__(self, records: dict[str, list[CapturedActivation]] | None = None) -> None:
@@ -161,12 +177,16 @@ class ActivationCache(Mapping[str, mx.array]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all captured values."""
-        return sum(record.value.nbytes for records in self.records.values() for record in records)
+        """Bytes of all captured values, in memory or in files."""
+        return sum(record.nbytes for records in self.records.values() for record in records)
 
     def positions(self, key: str | tuple[str, int]) -> Sequence[int]:
         """Absolute positions of the entries along the position axis of ``cache[key]``."""
         return join(self._records(key)).position_ids
+
+    def heads(self, key: str | tuple[str, int]) -> tuple[int, ...] | None:
+        """The heads that ``cache[key]`` holds along its head axis; None for all, or where it has no such axis."""
+        return self._records(key)[0].heads
 
     def numpy(self, key: str | tuple[str, int], dtype: str = "float32") -> np.ndarray:
         """``cache[key]`` as a NumPy array."""

@@ -16,6 +16,7 @@ from .hook_points import HookPoint
 
 HookFunction = Callable[[mx.array, HookPoint], mx.array | None]
 Positions = None | str | int | Sequence[int] | slice
+HeadIndices = None | int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,49 @@ class Hook:
     """A function at a hook point. A reading hook promises to return None; it runs after all editing ones.
 
     ``rows`` lets a reading hook ask for some rows of scores and pattern only: it maps the run to rows of the call,
-    counted from 0, and only these are computed.
+    counted from 0, and only these are computed. ``heads`` says which heads the hook keeps: scores and pattern may come
+    with these alone; every other value comes with all of its heads.
     """
 
     point: HookPoint
     fn: HookFunction
     reads: bool = False
     rows: "Callable[[Run], list[int]] | None" = None
+    heads: "HeadSelection | None" = None
+
+
+@dataclass(frozen=True)
+class HeadSelection:
+    """Which heads are kept of a model with ``n_heads`` query heads: ``heads``, ascending, each once."""
+
+    heads: tuple[int, ...]
+    n_heads: int
+
+    @classmethod
+    def of(cls, heads: HeadIndices, n_heads: int) -> "HeadSelection":
+        """Check a head index or several; negative ones count from the last head.
+
+        Raises:
+            HookError: for no heads, and for one that the model does not have.
+        """
+        try:
+            asked = [index(h) for h in (heads if isinstance(heads, Iterable) else [heads])]  # type: ignore[arg-type]
+        except TypeError:
+            asked = []
+        if isinstance(heads, bool | str) or not asked:
+            raise HookError(f"heads is None, a whole number or a list of them, got {heads!r}.")
+        outside = [h for h in asked if not -n_heads <= h < n_heads]
+        if outside:
+            raise HookError(f"Heads are 0 to {n_heads - 1}, got {', '.join(map(str, outside))}.")
+        return cls(tuple(sorted({h % n_heads for h in asked})), n_heads)
+
+    def at(self, n_heads: int) -> tuple[int, ...]:
+        """The heads kept of a value with ``n_heads``; of key-value heads, those that serve the selected query heads.
+
+        >>> HeadSelection((1, 4, 5), n_heads=8).at(4)
+        (0, 2)
+        """
+        return tuple(sorted({h * n_heads // self.n_heads for h in self.heads}))
 
 
 @dataclass
@@ -63,6 +100,7 @@ class Recorder:
         keep: called with each record.
         positions: absolute positions to keep: None (all), "last", an int, a list of ints or a slice; negative ones
             count from the end of the call. Scores and pattern are computed for these rows only.
+        heads: heads to keep where the value has a head axis; None for all.
         labels: fields of the record that the asker fills (hook_id, layer_name, component, is_input).
     """
 
@@ -71,11 +109,13 @@ class Recorder:
         run: Run,
         keep: Callable[[CapturedActivation], None],
         positions: Positions = None,
+        heads: HeadSelection | None = None,
         **labels: Any,
     ) -> None:
         self.run = run
         self.keep = keep
         self.positions = positions
+        self.heads = heads
         self.labels = labels
 
     def hook(self, point: HookPoint) -> Hook:
@@ -86,7 +126,8 @@ class Recorder:
         """
         if self.positions is not None and point.position_axis is None:
             raise HookError(f"{point.name} has no named position axis: capture it without positions.")
-        return Hook(point, self, reads=True, rows=self.rows if self.positions is not None else None)
+        rows = self.rows if self.positions is not None else None
+        return Hook(point, self, reads=True, rows=rows, heads=self.heads if "head" in point.axes else None)
 
     def rows(self, run: Run) -> list[int]:
         """Rows of the call, from 0, at the positions asked for."""
@@ -105,9 +146,23 @@ class Recorder:
             axis = point.position_axis
             if axis is not None and point.axes[axis] == "pos":
                 value = mx.take(value, mx.array(rows), axis=axis)
+        held: tuple[int, ...] | None = None
+        if "head" in point.axes:
+            value, held = self._select_heads(value, point)
         run = self.run
-        record = CapturedActivation(point, value, ids, run.phase, run.step, pass_index=run.pass_index, **self.labels)
-        self.keep(record)
+        place: dict[str, Any] = {"phase": run.phase, "step": run.step, "pass_index": run.pass_index}
+        self.keep(CapturedActivation(point, value, ids, heads=held, **place, **self.labels))
+
+    def _select_heads(self, value: mx.array, point: HookPoint) -> tuple[mx.array, tuple[int, ...] | None]:
+        """The value's heads that are kept, in memory of their own, and their indices (None: all)."""
+        if self.heads is None:
+            # A view into a fused projection would keep q, k and v alive for one of them.
+            return mx.contiguous(value), None
+        axis = point.axes.index("head")
+        if "query" in point.axes and value.shape[axis] != self.heads.n_heads:
+            return value, self.heads.heads
+        held = self.heads.at(value.shape[axis])
+        return mx.take(value, mx.array(held), axis=axis), held
 
 
 def select_positions(positions: Positions, start: int, length: int) -> list[int]:

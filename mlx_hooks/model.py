@@ -1,7 +1,7 @@
 """``HookedModel``: the one class a user starts with."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -16,14 +16,16 @@ from mlx_lm.models.cache import make_prompt_cache
 from . import generation, hook_points, manager
 from .activations import ActivationCache, CapturedActivation, id_list
 from .architectures import Architecture, ModelConfig
+from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
 from .errors import HookError, ModelLoadError
 from .generation import GenerationResult, GenerationStep, Sampling
 from .hook_points import HookPoint, NamesFilter
-from .hooks import Hook, HookFunction, Positions, Recorder
+from .hooks import HeadIndices, Hook, HookFunction, Positions, Recorder
 from .instrument import Instrument, kv_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
 from .selftest import SelfTest, quick_selftest, selftest, warn_of
+from .storage.spill import SpillFolder
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array
 ForwardHooks = Iterable[tuple[NamesFilter, HookFunction]]
@@ -164,8 +166,18 @@ class HookedModel:
         positions: Positions = None,
         kv_cache: list | None = None,
         interventions: Interventions = (),
+        *,
+        heads: HeadIndices = None,
+        stop_at_layer: int | None = None,
+        chunk: int | None = None,
+        logits: str | None = None,
+        max_bytes: int | None = None,
+        spill_to: str | Path | None = None,
     ) -> tuple[mx.array, ActivationCache]:
-        """One forward pass, and the activations of it.
+        """Run the tokens, and keep activations of it. Nothing outside the selection stays alive.
+
+            model.run_with_cache(tokens, "blocks.*.hook_resid_post", positions="last", stop_at_layer=8)
+            model.run_with_cache(long_text, "blocks.*.hook_resid_post", chunk=2048, spill_to="captured")
 
         Args:
             tokens: text, ids or rows of ids.
@@ -175,35 +187,129 @@ class HookedModel:
             kv_cache: mlx-lm's prompt cache; with it, the call continues the sequence of the calls before.
             interventions: edits, in the order in which they are made; captures show the edited values. See
                 :class:`Intervention`.
+            heads: query heads to keep where there is a head axis; of keys and values, the key-value heads that serve
+                them, each once. ``cache.heads(name)`` says which heads a value holds.
+            stop_at_layer: run the blocks before this one only, as in TransformerLens; negative numbers count from the
+                end. The residual stream that enters the block [batch, pos, d_model] takes the place of the logits.
+            chunk: tokens per forward pass, for long inputs: the passes share a KV cache, and each one's memory is
+                released before the next begins.
+            logits: which positions to answer: "all", "last" or "none"; by default all, in chunks the last.
+            max_bytes: most bytes of activations to hold in memory. A capture of more is refused before it runs.
+            spill_to: a new or empty folder: what exceeds ``max_bytes`` (without it, everything) is written to
+                safetensors files there as it is captured, and the activation cache reads it when asked.
 
         Returns:
             logits [batch, pos, d_vocab] and the activation cache, both evaluated; ``cache.interventions`` holds a
             receipt per intervention.
         """
+        which = check_logits(logits, chunk)
+        check_budget(max_bytes)
+        run = self._capture_run(tokens, names_filter, positions, heads, kv_cache, chunk, stop_at_layer)
+        session = self._session_of(run, interventions)
+        if spill_to is not None:
+            with SpillFolder(spill_to, max_bytes or 0) as spill:
+                return run.run(spill.keep, session, also=self._registered(run), logits=which)
+        if max_bytes is not None and (estimate := run.estimate()).nbytes > max_bytes:
+            raise HookError(
+                f"The capture takes {estimate.nbytes:,} bytes, max_bytes is {max_bytes:,}: select less with "
+                f"names_filter, positions or heads, or give spill_to, a folder for the rest. It would hold {estimate}"
+            )
+        return run.run(session=session, also=self._registered(run), logits=which)
+
+    def estimate_capture(
+        self,
+        tokens: Tokens | tuple[int, int],
+        names_filter: NamesFilter = None,
+        positions: Positions = None,
+        kv_cache: list | None = None,
+        *,
+        heads: HeadIndices = None,
+        stop_at_layer: int | None = None,
+        chunk: int | None = None,
+    ) -> CaptureEstimate:
+        """The bytes that ``run_with_cache`` with these arguments will hold, exactly, without computing anything.
+
+            print(model.estimate_capture((1, 100_000), "blocks.*.hook_resid_post"))     # a tuple is (batch, length)
+
+        Args:
+            tokens: what is to be run, or its shape as a tuple of two numbers.
+        """
+        if isinstance(tokens, tuple) and len(tokens) == 2:
+            batch, length = tokens
+            if isinstance(batch, int) and isinstance(length, int):
+                if batch < 1 or length < 1:
+                    raise HookError(f"A shape is (batch, length), two numbers from 1 up, got {tokens!r}.")
+                tokens = mx.zeros((batch, length), mx.int64)
+        return self._capture_run(tokens, names_filter, positions, heads, kv_cache, chunk, stop_at_layer).estimate()
+
+    def _capture_run(
+        self,
+        tokens: Tokens | tuple[int, int],
+        names_filter: NamesFilter,
+        positions: Positions,
+        heads: HeadIndices,
+        kv_cache: list | None,
+        chunk: int | None,
+        stop_at_layer: int | None,
+    ) -> CaptureRun:
+        stop = None if stop_at_layer is None else resolve_stop(stop_at_layer, self.cfg.n_layers)
+        self._check_kv_cache(kv_cache)
+        return CaptureRun(
+            self.instrument,
+            self.to_tokens(tokens),
+            self._points_before(names_filter, stop),
+            positions=positions,
+            heads=heads,
+            kv_cache=kv_cache,
+            chunk=chunk,
+            stop_at_layer=stop,
+        )
+
+    def _points_before(self, names_filter: NamesFilter, stop: int | None) -> list[HookPoint]:
+        """The points of a filter; of what a glob or a predicate selects, those that a run up to ``stop`` reaches.
+
+        Raises:
+            HookError: for a point that is named and lies beyond the stop, and when nothing lies before it.
+        """
+        if isinstance(names_filter, Iterable) and not isinstance(names_filter, str):
+            names_filter = list(names_filter)
         points = self._points(names_filter)
-        return self._capture(tokens, points, positions, kv_cache, interventions=interventions)
+        if stop is None:
+            return points
+        reached = before_stop(self.hook_points, stop)
+        # When a module outside the blocks is called is not known: one that stays silent is an error of the run.
+        kept = [p for p in points if p.name in reached or (not p.axes and (p.layer is None or p.layer < stop))]
+        asked = [names_filter] if isinstance(names_filter, str) else [] if callable(names_filter) else names_filter
+        named = {p for name in asked or [] if not set("*?") & set(name) for p in self._points(name)}
+        beyond = [p.name for p in points if p not in kept and (p in named or not kept)]
+        if beyond:
+            names = ", ".join(beyond[:3]) + (", ..." if len(beyond) > 3 else "")
+            runs = f"blocks 0 to {stop - 1} run" if stop else "no block runs"
+            raise HookError(f"stop_at_layer={stop} leaves out {names}: {runs}.")
+        return kept
+
+    def _session_of(self, run: CaptureRun, interventions: Interventions) -> InterventionSession:
+        """The interventions of a run, checked against how far it comes."""
+        plan = self._prepared(interventions)
+        if run.stop_at_layer is not None:
+            self._points_before([point.name for _, points in plan.asked for point in points], run.stop_at_layer)
+        start, (batch, length) = kv_offset(run.kv_cache), run.inputs.shape
+        return plan.session(self.instrument.run, Reach(start, start + length, start + length, batch=batch))
+
+    def _registered(self, run: CaptureRun) -> tuple[CapturePlan, Callable[[CapturedActivation], None]] | None:
+        """The registered hooks and where this run's records of them go."""
+        if not len(self.activation_hook_manager):
+            return None
+        plan = self.activation_hook_manager.plan()
+        if run.stop_at_layer is not None:
+            self._points_before([capture.point.name for capture in plan.captures], run.stop_at_layer)
+        return plan, self.activation_hook_manager.start()
 
     def _capture(
-        self,
-        tokens: Tokens,
-        points: list[HookPoint],
-        positions: Positions,
-        kv_cache: list | None,
-        alone: bool = False,
-        interventions: Interventions = (),
+        self, tokens: Tokens, points: list[HookPoint], positions: Positions, kv_cache: list | None, alone: bool = False
     ) -> tuple[mx.array, ActivationCache]:
-        cache = ActivationCache()
-        tokens = self.to_tokens(tokens)
-        start = kv_offset(kv_cache)
-        reach = Reach(start, start + tokens.shape[1], start + tokens.shape[1], batch=tokens.shape[0])
-        session = self._prepared(interventions).session(self.instrument.run, reach)
-        recorder = Recorder(self.instrument.run, cache.add, positions)
-        logits = self._run(tokens, [*session.hooks, *(recorder.hook(point) for point in points)], kv_cache, alone)
-        mx.eval(logits, *session.arrays(), *[record.value for records in cache.records.values() for record in records])
-        cache.interventions = session.close()
-        # Hooks fire in the order of computation: names in forward order read better.
-        cache.records = {point.name: cache.records[point.name] for point in points}
-        return logits, cache
+        run = CaptureRun(self.instrument, self.to_tokens(tokens), points, positions=positions, kv_cache=kv_cache)
+        return run.run(alone=alone)
 
     def run_with_hooks(self, tokens: Tokens, fwd_hooks: ForwardHooks, kv_cache: list | None = None) -> mx.array:
         """Logits [batch, pos, d_vocab] of one forward pass with hooks: ``[(name_or_filter, fn), ...]``."""
@@ -279,14 +385,18 @@ class HookedModel:
     def _run(self, tokens: Tokens, hooks: list[Hook], kv_cache: list | None, alone: bool = False) -> mx.array:
         inputs = self.to_tokens(tokens)
         run = self.instrument.run
-        if kv_cache is not None:
-            n_caches = len(make_prompt_cache(self.model))
-            if not isinstance(kv_cache, list) or len(kv_cache) != n_caches:
-                raise HookError(f"kv_cache is mlx-lm's list of {n_caches} caches: make_prompt_cache(model.model).")
+        self._check_kv_cache(kv_cache)
         if len(self.activation_hook_manager):
             hooks = hooks + self.activation_hook_manager.plan().hooks(run, self.activation_hook_manager.start())
         with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
             return self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
+
+    def _check_kv_cache(self, kv_cache: list | None) -> None:
+        if kv_cache is None:
+            return
+        n_caches = len(make_prompt_cache(self.model))
+        if not isinstance(kv_cache, list) or len(kv_cache) != n_caches:
+            raise HookError(f"kv_cache is mlx-lm's list of {n_caches} caches: make_prompt_cache(model.model).")
 
     def _forward_hooks(self, fwd_hooks: ForwardHooks) -> list[Hook]:
         hooks = []

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_hooks import HookedModel
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 DEFAULT = "http://127.0.0.1:8080"
 
@@ -36,6 +38,17 @@ def test_the_block_of_interventions_runs() -> None:
     assert "# Rome" in block
     assert names["result"].interventions[0].positions == (4,)
     assert [names["model"].to_str_tokens("The capital of France is")[4].strip()] == ["France"]
+
+
+def test_the_memory_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"model": HookedModel.from_pretrained("neuroscope-tiny")}
+    block = next(block for block in blocks("python") if "spill_to" in block)
+    exec(compile(block, "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("204.8 MB at 4 hook points")
+    assert "204.8 MB at 4 hook points" in block
+    assert names["residual"].shape == names["cache"]["resid_post", 1].shape == (1, 15, 128)
+    assert list((tmp_path / "captured").iterdir())
 
 
 def test_the_clients_block_runs(live_server: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
