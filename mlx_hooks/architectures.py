@@ -162,7 +162,7 @@ ROUTERS = ("gate", "router")
 # The module inside a wrapper around the experts that gives each chosen expert's output.
 EXPERTS_INSIDE = ("switch_glu", "switch_mlp", "experts")
 # Inside a router: the projection to one score per expert.
-ROUTER_PROJECTIONS = ("gate_proj", "layer", "proj", "classifier")
+ROUTER_PROJECTIONS = ("gate_proj", "gate", "wg", "layer", "proj", "classifier")
 # Experts whose input is weighted, not what they give.
 WEIGHTED_INPUT = ("llama4",)
 
