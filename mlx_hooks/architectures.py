@@ -559,6 +559,19 @@ class Architecture:
         """What the whole stream is multiplied with at the end of a block, or None."""
         return self.blocks[layer].get("layer_scalar")
 
+    def learn_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Note the sizes of the hook points' axes, from the shapes of their values in some run."""
+        for name, point in self.points.items():
+            if len(point.axes) == len(shapes.get(name, ())):
+                named = zip(point.axes, shapes[name], strict=True)
+                sizes = tuple(None if axis in hook_points.AXES_OF_THE_RUN else size for axis, size in named)
+                self.points[name] = replace(point, sizes=sizes)
+
+    def n_query_heads(self, layer: int | None) -> int:
+        """Query heads of a layer's attention; layers may differ."""
+        point = self.points.get(hook_points.block_point("z", layer).name) if layer is not None else None
+        return (point.size("head") if point is not None else None) or self.cfg.n_heads
+
     def is_parallel(self, layer: int) -> bool:
         """Whether attention and MLP of a block read the same stream, so that there is no stream between them."""
         block, sublayers = self.blocks[layer], self.sublayers[layer]

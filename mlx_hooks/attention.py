@@ -69,6 +69,18 @@ def weighted_values(pattern: mx.array, v: mx.array) -> mx.array:
     return pattern.astype(mx.float32) @ _repeat_heads(v.astype(mx.float32), pattern.shape[1])
 
 
+def pick_heads(
+    heads: list[int], q: mx.array, k: mx.array, mask: mx.array | str | None, sinks: mx.array | None
+) -> tuple[mx.array, mx.array, mx.array | str | None, mx.array | None]:
+    """What the kernel received, of some query heads only: each with the key-value head that it reads."""
+    n_heads, picked = q.shape[1], mx.array(heads)
+    group = n_heads // k.shape[1]
+    if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] == n_heads:
+        mask = mx.take(mask, picked, axis=1)
+    sinks = None if sinks is None else mx.take(sinks.reshape(-1), picked)
+    return mx.take(q, picked, axis=1), mx.take(k, mx.array([h // group for h in heads]), axis=1), mask, sinks
+
+
 def _repeat_heads(x: mx.array, n_heads: int) -> mx.array:
     """Give each query head its key-value head: head h reads kv_head h // (n_heads / kv_heads)."""
     return x if x.shape[1] == n_heads else mx.repeat(x, n_heads // x.shape[1], axis=1)

@@ -109,9 +109,12 @@ class CaptureRun:
         self.kv_cache = kv_cache
         self.stop_at_layer = stop_at_layer
         self.chunk = chunk
-        self.heads: HeadSelection | None = None
+        self.heads: dict[HookPoint, HeadSelection] = {}
         if heads is not None:
-            self.heads = HeadSelection.of(heads, instrument.architecture.cfg.n_heads)
+            for point in self.points:
+                if "head" in point.axes:
+                    n_heads = instrument.architecture.n_query_heads(point.layer)
+                    self.heads[point] = HeadSelection.of(heads, n_heads)
             if not any("head" in point.axes for point in self.points):
                 raise HookError(f"heads selects nothing: {_some(self.points)} have no head axis.")
         if stop_at_layer is not None and kv_cache is not None:
@@ -214,8 +217,8 @@ class CaptureRun:
                 positions = [p for p in wanted if start + begin <= p < start + begin + size]
             recorders: list[Hook] = []
             if positions is None or self.chunk is None or positions:
-                recorder = Recorder(self.instrument.run, keep, positions, self.heads)
-                recorders = [recorder.hook(point) for point in self.points]
+                run = self.instrument.run
+                recorders = [Recorder(run, keep, positions, self.heads.get(p)).hook(p) for p in self.points]
             output = self._forward(self.inputs[:, begin : begin + size], [*hooks, *recorders], kv_cache, alone)
             yield output, kv_cache, begin + size >= length
 

@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .errors import UnknownHookError
 
@@ -21,6 +21,8 @@ CHOICE = ("batch", "pos", "choice")
 
 POSITION_AXES = ("pos", "query")
 """The axes along which records of several calls continue one sequence."""
+AXES_OF_THE_RUN = ("batch", "pos", "query", "key")
+"""The axes whose sizes depend on what is run."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,18 @@ class HookPoint:
         layer: the block's index from 0, or None outside the blocks.
         component: the short name, unique within a layer (``cache["resid_post", 3]``).
         axes: one name per axis of the value; empty for a raw module.
+        sizes: one size per axis, as they were met when the model was wrapped; None where it depends on the run.
     """
 
     name: str
     layer: int | None
     component: str
     axes: tuple[str, ...]
+    sizes: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
+
+    def size(self, axis: str) -> int | None:
+        """The size of an axis, or None where there is none or it depends on the run."""
+        return dict(zip(self.axes, self.sizes, strict=False)).get(axis)
 
     @property
     def position_axis(self) -> int | None:

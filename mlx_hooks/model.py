@@ -66,7 +66,8 @@ class HookedModel:
         self.tokenizer = tokenizer
         self.instrument = Instrument.of(model)
         self.activation_hook_manager = ActivationHookManager(self.resolve_hooks)
-        report = quick_selftest(self)
+        report, shapes = quick_selftest(self)
+        self.architecture.learn_sizes(shapes)
         warn_of(report)
         self.untrusted = report.untrusted
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from packaging.version import Version
 
@@ -129,3 +130,59 @@ def test_the_selftest_reports_an_identity_that_does_not_hold() -> None:
     assert failed == ["z = pattern @ v", "an edit that puts back the pattern or scores changes nothing"]
     assert "blocks.0.attn.hook_pattern" in broken.untrusted
     assert broken.to_dict()["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["laguna", "gpt_oss", "deepseek_v3", "gemma2", "plamo", "llama"])
+def test_the_heads_that_are_kept_are_each_layers_own(name: str) -> None:
+    model = HookedModel(tiny_model(name))
+    names = [n for n, p in model.hook_points.items() if "head" in p.axes]
+    tokens = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    _, whole = model.run_with_cache(tokens, names)
+    _, some = model.run_with_cache(tokens, names, heads=[1, 3])
+    for point in names:
+        axes = model.hook_points[point].axes
+        held = some.heads(point)
+        assert held is not None
+        taken = mx.take(whole[point], mx.array(held), axis=axes.index("head"))
+        assert mx.allclose(some[point], taken, rtol=1e-5, atol=1e-6), point
+        assert some[point].shape == taken.shape
+    if name == "laguna":
+        # Its layers have 4 and 6 heads.
+        assert model.hook_points["blocks.1.attn.hook_z"].sizes == (None, None, 6, 32)
+        _, last = model.run_with_cache(tokens, "blocks.1.attn.hook_pattern", heads=5)
+        assert mx.allclose(last["pattern", 1][:, 0], whole["pattern", 1][:, 5], atol=1e-6)
+        with pytest.raises(HookError, match="Heads are 0 to 3, got 5"):
+            model.run_with_cache(tokens, "blocks.*.attn.hook_pattern", heads=5)
+
+
+def test_sizes_are_those_of_the_values() -> None:
+    for name in ("openelm", "gemma3n", "mixtral", "mamba"):
+        model = HookedModel(tiny_model(name))
+        _, cache = model.run_with_cache([[1, 2, 3]])
+        for point in model.hook_points.values():
+            shape = cache.records[point.name][0].value.shape
+            assert len(point.sizes) in (0, len(shape))
+            assert all(size in (None, real) for size, real in zip(point.sizes, shape, strict=False)), point
+        assert model.hook_points["blocks.0.hook_resid_post"].size("d_model") == model.cfg.d_model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gemma3", "qwen3_next", "mixtral", "deepseek_v3", "gpt_oss", "mamba2"]
+)
+def test_a_quantised_model_of_any_type_passes_the_selftest(name: str, dtype: mx.Dtype, bits: int) -> None:
+    raw = tiny_model(name, dtype=dtype)
+    nn.quantize(raw, group_size=32, bits=bits)
+    report = HookedModel(raw).selftest()
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "gemma3", "cohere", "granite", "mamba2", "qwen3_next/dense", "phi3small"]
+)
+def test_a_model_in_half_precision_passes_the_selftest(name: str, dtype: mx.Dtype) -> None:
+    changes = {"mlp_only_layers": [0, 1, 2, 3]} if name == "qwen3_next/dense" else {}
+    report = HookedModel(tiny_model(name.partition("/")[0], dtype=dtype, **changes)).selftest()
+    assert report.passed, str(report)

@@ -164,6 +164,7 @@ def test_hook_points_are_listed_with_their_axes(client: FlaskClient) -> None:
         "layer": 2,
         "component": "pattern",
         "axes": ["batch", "head", "query", "key"],
+        "sizes": [None, 4, None, None],
     }
 
 

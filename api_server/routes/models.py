@@ -54,7 +54,13 @@ def unload_model(model_id: str) -> Response:
 def hook_points(model_id: str) -> Response:
     loaded = worker().get(model_id)
     points = [
-        {"name": point.name, "layer": point.layer, "component": point.component, "axes": point.axes}
+        {
+            "name": point.name,
+            "layer": point.layer,
+            "component": point.component,
+            "axes": point.axes,
+            "sizes": point.sizes,
+        }
         for point in loaded.model.hook_points.values()
     ]
     return json_reply({"model": loaded.model_id, "hook_points": points})

@@ -7,7 +7,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..attention import KeyPositions, attention_pattern, attention_scores, show_masked, weighted_values
+from ..attention import (
+    KeyPositions,
+    attention_pattern,
+    attention_scores,
+    pick_heads,
+    show_masked,
+    weighted_values,
+)
 from ..errors import HookError
 from .sites import Part, Site
 from .taps import Tap, current, snapshot
@@ -107,8 +114,10 @@ class Attention(Part):
         sinks: mx.array | None = None,
         **options: Any,
     ) -> mx.array:
-        rows = self._rows_to_compute()
+        rows, heads = self._rows_to_compute(), self._heads_to_compute()
         where = self.key_positions(k)
+        if heads is not None:
+            q, k, mask, sinks = pick_heads(heads, q, k, mask, sinks)
         scores = attention_scores(q, k, scale=scale, mask=mask, rows=rows)
         scores, scores_edited = self._show_keys("scores", scores, rows, where, fill=-mx.inf)
         pattern, sink = attention_pattern(scores, sinks)
@@ -133,6 +142,15 @@ class Attention(Part):
         array, edited = tap.edit_value(array)
         tap.read_rows(array, rows)
         return array, edited
+
+    def _heads_to_compute(self) -> list[int] | None:
+        """Only the query heads that are kept; None for all: an edit needs them, or readers keep different ones."""
+        taps = [self.taps[place] for place in ("scores", "pattern", "sink") if place in self.taps]
+        wanted = {tap.heads_wanted() for tap in taps}
+        if len(wanted) != 1 or any(tap.edits for tap in taps):
+            return None
+        selection = wanted.pop()
+        return None if selection is None else list(selection.heads)
 
     def _rows_to_compute(self) -> list[int] | None:
         """Only the rows that are kept, unless an edit needs them all (None)."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 from ..architectures import Location
 from ..errors import HookError
 from ..hook_points import HookPoint
-from ..hooks import Hook, HookFunction, Run
+from ..hooks import HeadSelection, Hook, HookFunction, Run
 
 current = threading.local()
 """What runs in this thread: the attention module, block, experts or router that what happens belongs to."""
@@ -95,6 +95,11 @@ class Tap:
                 return None
             wanted.update(hook.rows(self.run))
         return wanted
+
+    def heads_wanted(self) -> HeadSelection | None:
+        """The query heads that all readers want, or None for all of them."""
+        wanted = {hook.heads for hook in self.reads}
+        return wanted.pop() if len(wanted) == 1 else None
 
     def read_rows(self, value: mx.array, computed: list[int] | None) -> None:
         """Show each reader its own query rows (axis 2), of which ``computed`` are there (None: all)."""

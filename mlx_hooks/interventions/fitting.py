@@ -4,21 +4,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..architectures import ModelConfig
 from ..errors import HookError
 from ..hook_points import POSITION_AXES, HookPoint
 from .reading import OPEN, Chosen, as_chosen, count, spell
 from .sources import Given, holds_tokens, is_scores
 from .spec import Intervention
 
-KEY_VALUE_COMPONENTS = ("k", "rot_k", "v")
-"""Their head axis has the key-value heads."""
 
-
-def check_point(asked: Intervention, point: HookPoint, cfg: ModelConfig) -> None:
+def check_point(asked: Intervention, point: HookPoint) -> None:
     """What the names and sizes of the axes already tell."""
     axes = point.axes
-    sizes = known_sizes(point, cfg)
+    sizes = known_sizes(point)
     if not axes and (asked.heads is not None or asked.keys is not None):
         raise HookError(f"{point.name} is a raw module, whose axes have no names: it can be limited by neurons only.")
     if axes:
@@ -41,11 +37,9 @@ def check_point(asked: Intervention, point: HookPoint, cfg: ModelConfig) -> None
             check_sizes(asked, Given(numbers), axes, sizes, numbers.shape)
 
 
-def known_sizes(point: HookPoint, cfg: ModelConfig) -> dict[int, int]:
-    """Sizes of the axes that the configuration knows."""
-    n_heads = cfg.n_key_value_heads if point.component in KEY_VALUE_COMPONENTS else cfg.n_heads
-    known = {"d_model": cfg.d_model, "d_head": cfg.d_head, "d_mlp": cfg.d_mlp, "d_vocab": cfg.d_vocab, "head": n_heads}
-    return {i: known[name] for i, name in enumerate(point.axes) if name in known}
+def known_sizes(point: HookPoint) -> dict[int, int]:
+    """Sizes of the axes that do not depend on the run."""
+    return {axis: size for axis, size in enumerate(point.sizes) if size is not None}
 
 
 def check_selection(asked: Intervention, axes: tuple[str, ...], sizes: Mapping[int, int]) -> None:

@@ -39,7 +39,7 @@ class InterventionPlan:
         for i, (intervention, points) in enumerate(self.asked):
             with blame(i, intervention):
                 for point in points:
-                    check_point(intervention, point, cfg)
+                    check_point(intervention, point)
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -80,6 +80,6 @@ class InterventionPlan:
                         )
                     edit = Edit(session, i, intervention, given)
                     if reach is not None and due is not None:
-                        edit.check_reach(point, due, reach, known_sizes(point, self.cfg))
+                        edit.check_reach(point, due, reach, known_sizes(point))
                     session.hooks.append(Hook(point, edit))
         return session
