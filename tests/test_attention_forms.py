@@ -533,6 +533,65 @@ def test_a_second_loop_attends_to_the_first_ones_keys_and_to_its_own(way: str) -
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Keys gathered for each query: queries, sink and z are shown, and no pattern
+
+
+@pytest.mark.parametrize("lengths", [[8], [6, 1, 1, 1, 1, 1, 1], [7, 6, 3]])
+def test_gathered_attention_shows_queries_sink_and_z(lengths: list[int]) -> None:
+    model, shown, first = hooked("deepseek_v41"), [], 0
+    caches = make_prompt_cache(model.model)
+    weights = oracle.weights_of(model.architecture.blocks[0]["self_attn"])
+    rotary = oracle.Rotary(oracle.plain_wavelengths(16, 10000.0), interleaved=True)
+    rows = np.zeros((1, 0, 32))
+    for length in lengths:
+        tokens = [[(7 * p + 3) % 96 for p in range(first, first + length)]]
+        shown.append(Shown(model.run_with_cache(tokens, ["*.attn.*"], kv_cache=caches)[1]))
+        one = shown[-1]
+        assert ("pattern", 0, 0) not in one
+        # The last columns are rotated.
+        turned = rotary(one["q", 0][..., 16:], np.arange(first, first + length))
+        close(one["rot_q", 0], np.concatenate([one["q", 0][..., :16], turned], axis=-1))
+        # In the first layer one row per position is key and value: what mlx-lm's cache holds of the last 8.
+        rows = np.concatenate([rows, float64(caches[0].window)[:, -length:]], axis=1)
+        first += length
+        visible = oracle.window(np.arange(first - length, first), first, WINDOW)
+        scores = oracle.scores_of(one["rot_q", 0], rows[:, :, None], scale=HEAD_OF_32, visible=visible)
+        pattern, sink = oracle.pattern_of(scores, weights["sinks"])
+        close(one["sink", 0], sink)
+        close(one["z", 0], oracle.z_of(pattern, rows[:, :, None]))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v41", "gpt_oss"])
+def test_a_sinks_mass_is_read_only(name: str) -> None:
+    with pytest.raises(HookError, match="hook_sink can be read but not replaced: .* edit the pattern"):
+        run(hooked(name), [3], None, {"blocks.0.attn.hook_sink": lambda value: value * 0})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edited keys and values stay in the KV cache
+
+
+@pytest.mark.parametrize("part", ["rot_k", "v"])
+@pytest.mark.parametrize(
+    "name", ["llama", "plamo", "gemma3_text", "gpt_oss", "llama4", "gemma2", "gear", "gemma4_text"]
+)
+def test_later_calls_attend_to_edited_keys_and_values(name: str, part: str) -> None:
+    model = hooked(name)
+    caches, plain_caches = make_prompt_cache(model.model), make_prompt_cache(model.model)
+    layer = FORMS[name][0].layer
+    edits = {f"blocks.{layer}.attn.hook_{part}": lambda value: np.roll(value, 3, axis=-1) * 1.3}
+    plain = [run(model, [6], plain_caches)[0]]
+    shown = [run(model, [6], caches, edits)[0]]
+    np.testing.assert_allclose(
+        shown[0][part, layer], np.roll(plain[0][part, layer], 3, axis=-1) * 1.3, rtol=1e-6, atol=1e-6
+    )
+    for tokens in ([[5]], [[8]], [[1, 4, 2]], [[7]]):
+        shown.append(Shown(model.run_with_cache(tokens, ["*.attn.*"], kv_cache=caches)[1]))
+    for rule in FORMS[name]:
+        check_calls(model, shown, rule)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A quantised KV cache
 
 GROUP = 32
