@@ -360,6 +360,22 @@ class Transposed:
 
 
 @dataclass(frozen=True)
+class Tiled:
+    """The kernel's [batch, head, pos, d_head], seen as [batch, pos, kv_head, d_head].
+
+    There the key-value heads may have been repeated one after the other, 0 1 0 1, or not yet.
+    """
+
+    n_key_value_heads: int
+
+    def read(self, array: mx.array) -> mx.array:
+        return array[:, : self.n_key_value_heads].transpose(0, 2, 1, 3)
+
+    def write(self, array: mx.array, value: mx.array) -> mx.array:
+        return mx.tile(value.transpose(0, 2, 1, 3), (1, array.shape[1] // self.n_key_value_heads, 1, 1))
+
+
+@dataclass(frozen=True)
 class Location:
     """Where a hook point is met: a module, the place in its call, and how its value lies there.
 
@@ -844,7 +860,8 @@ def _attention_locations(attn: nn.Module) -> Iterator[tuple[str, Location]]:
             if latent and place != "z"
             else ""
         )
-        yield component, Location(attn, place, Transposed(), why_not=why)
+        tiled = _source(attn) in TILED_VALUES and place in ("k", "v")
+        yield component, Location(attn, place, Tiled(n_kv) if tiled else Transposed(), why_not=why)
 
 
 def _projection_locations(attn: nn.Module, n_heads: int, n_kv: int, d_head: int) -> Iterator[tuple[str, Location]]:

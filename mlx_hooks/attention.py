@@ -2,6 +2,10 @@
 
 The fused kernel never forms the pattern, so it is computed beside it, in float32: the kernel itself accumulates in
 float32, and rounding a pattern to half precision would make its rows miss 1 by more than the kernel's own error.
+
+A query whose keys are all masked has scores of -inf. Where a causal or boolean mask does it, or the lowest number there
+is in an additive one, the kernel attends to every key alike, and so does the pattern; where an additive -inf does it,
+the kernel's output is NaN, and so is the pattern. With sinks, the sink takes the whole mass. (MLX's CPU build.)
 """
 
 from typing import Any
@@ -51,14 +55,20 @@ def show_masked(scores: mx.array, mask: mx.array | None = None) -> mx.array:
     return mx.where(sign <= mx.finfo(sign.dtype).min, -mx.inf, scores.astype(mx.float32))
 
 
-def attention_pattern(scores: mx.array, sinks: mx.array | None = None) -> tuple[mx.array, mx.array | None]:
+def attention_pattern(
+    scores: mx.array, sinks: mx.array | None = None, *, mask: mx.array | str | None = None
+) -> tuple[mx.array, mx.array | None]:
     """Softmax over keys, [batch, head, query, key], and the mass of the sinks, [batch, head, query]; float32.
 
     Rows sum to 1, with the sink's mass where there are sinks (a score per head that stands for no key). Masked entries
-    are exactly 0. A row with every key masked gives each key the same weight, as softmax over equal scores does.
+    are exactly 0, except in a row with every key masked: the module's docstring says what ``mask`` then makes of it.
     """
     if sinks is None:
-        return mx.softmax(scores, axis=-1, precise=True), None
+        lowest = mx.array(mx.finfo(mx.float32).min)
+        if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+            lowest = mx.where(mx.any(mask == -mx.inf), -mx.inf, lowest)
+        # Equal finite scores share the mass; beside any other score the lowest number weighs exactly 0.
+        return mx.softmax(mx.maximum(scores, lowest), axis=-1, precise=True), None
     column = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, -1, 1, 1), (*scores.shape[:-1], 1))
     whole = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)
     return whole[..., 1:], whole[..., 0]

@@ -61,13 +61,15 @@ class Attention(Part):
             )
         return output
 
-    def show(self, place: str, array: mx.array) -> mx.array:
-        return self.taps[place].show(array, self.nth) if place in self.taps else array
+    def show(self, place: str, array: mx.array, reading: bool = True) -> mx.array:
+        return self.taps[place].show(array, self.nth, reading) if place in self.taps else array
 
     def show_new_keys(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Show keys and values of the call's own positions, before they are joined to older ones."""
         self._new_keys_seen = True
-        return self.show("k", keys), self.show("v", values)
+        # What a quantised cache holds of them is read when it gives them back.
+        reading = not hasattr(self._cache, "bits")
+        return self.show("k", keys, reading), self.show("v", values, reading)
 
     def key_positions(self, keys: Any) -> KeyPositions:
         """Where the kernel's keys [..., key, d_head] stand; a layer without a KV cache may read another layer's."""
@@ -76,6 +78,9 @@ class Attention(Part):
 
     def on_kernel(self, kernel: Callable, q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         """The fused attention: show what it gets and makes."""
+        if not isinstance(k, mx.array):
+            # A quantised KV cache where the model does not take one: MLX says so.
+            return kernel(q, k, v, **options)
         self._kernel_calls += 1
         q = self.show("q", q)
         if not self._new_keys_seen:
@@ -91,16 +96,18 @@ class Attention(Part):
             return k, v
         where = self.key_positions(k)
         length = self.run.length
-        own_k, own_v = self.show("k", where.own(k, length)), self.show("v", where.own(v, length))
+        own_k, own_v = where.own(k, length), where.own(v, length)
+        shown_k, shown_v = self.show("k", own_k), self.show("v", own_v)
         if k.shape[-2] == length:
-            return own_k, own_v
-        for place in ("k", "v"):
-            if place in self.taps and self.taps[place].edits:
-                name = self.taps[place].point.name
-                raise HookError(
-                    f"{name} belongs to another layer, whose keys and values this one reads: edit them there."
-                )
+            return shown_k, shown_v
+        for place, edited in (("k", shown_k is not own_k), ("v", shown_v is not own_v)):
+            if edited:
+                raise self._of_another_layer(place)
         return k, v
+
+    def _of_another_layer(self, place: str) -> HookError:
+        name = self.taps[place].point.name
+        return HookError(f"{name} belongs to another layer, whose keys and values this one reads: edit them there.")
 
     def _show_pattern(
         self,
@@ -120,7 +127,7 @@ class Attention(Part):
             q, k, mask, sinks = pick_heads(heads, q, k, mask, sinks)
         scores = attention_scores(q, k, scale=scale, mask=mask, rows=rows)
         scores, scores_edited = self._show_keys("scores", scores, rows, where, fill=-mx.inf)
-        pattern, sink = attention_pattern(scores, sinks)
+        pattern, sink = attention_pattern(scores, sinks, mask=mask)
         pattern, pattern_edited = self._show_keys("pattern", pattern, rows, where, fill=0.0)
         if "sink" in self.taps and sink is not None:
             self._show_rows("sink", sink, rows)
@@ -169,11 +176,14 @@ class Attention(Part):
         q = self.show("q", q)
         sizes = {name: options[name] for name in ("group_size", "bits") if name in options}
         for place, packed in (("k", k), ("v", v)):
-            if place in self.taps and self.taps[place].reads:
+            if place in self.taps:
                 # Edits were made on the way into the cache; what is read is what the cache gave back.
-                own = [part[..., -self.run.length :, :] for part in packed]
-                self.taps[place].at_call(self.nth)
-                self.taps[place].read_value(self.taps[place].location.view.read(mx.dequantize(*own, **sizes)))
+                own = mx.dequantize(*(part[..., -self.run.length :, :] for part in packed), **sizes)
+                if not self._new_keys_seen and self.show(place, own) is not own:
+                    raise self._of_another_layer(place)
+                if self._new_keys_seen:
+                    self.taps[place].at_call(self.nth)
+                    self.taps[place].read_value(self.taps[place].location.view.read(own))
         self._in_softmax = True
         try:
             # The kernel scales its queries in place.
@@ -196,10 +206,14 @@ class Attention(Part):
             shown = _pick_rows(show_masked(scores).reshape(heads), rows)
             shown, edited = self._show_keys("scores", shown, rows, where, fill=-mx.inf)
             if edited:
+                # The lowest number, as models write "masked": a row of -inf has no softmax.
+                shown = mx.maximum(shown, mx.finfo(scores.dtype).min)
                 scores = shown.reshape(shape).astype(scores.dtype)
         pattern = softmax(scores, *args, **kwargs)
         if "pattern" in self.taps:
-            shown = _pick_rows(pattern.astype(mx.float32).reshape(heads), rows)
+            # In float32, as beside the fused kernel; the model rounds it to its own type.
+            exact = pattern if pattern.dtype == mx.float32 else softmax(scores.astype(mx.float32), axis=-1)
+            shown = _pick_rows(exact.reshape(heads), rows)
             shown, edited = self._show_keys("pattern", shown, rows, where, fill=0.0)
             if edited:
                 pattern = shown.reshape(shape).astype(pattern.dtype)

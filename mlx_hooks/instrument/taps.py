@@ -25,10 +25,10 @@ class Tap:
     reads: list[Hook] = field(default_factory=list)
     fired: bool = False
 
-    def show(self, array: mx.array, call: int = 0) -> mx.array:
+    def show(self, array: mx.array, call: int = 0, reading: bool = True) -> mx.array:
         """Run all hooks on the value inside ``array``; answer ``array`` with the value that they leave.
 
-        ``call`` counts the calls of the module in this forward pass.
+        ``call`` counts the calls of the module in this forward pass; without ``reading`` only edits are made.
         """
         if call % self.location.every != self.location.nth:
             return array
@@ -37,7 +37,8 @@ class Tap:
             value, edited = self.edit_value(self._value(array))
             if edited:
                 array = self.location.view.write(array, value.reshape(self.location.view.read(array).shape))
-        self.read_value(self._value(array))
+        if reading:
+            self.read_value(self._value(array))
         return array
 
     def at_call(self, call: int) -> None:
