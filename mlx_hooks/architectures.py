@@ -211,6 +211,11 @@ STREAM_AXES = {
 }
 # Query head h reads key-value head h % n_key_value_heads.
 TILED_VALUES = ("plamo",)
+# Why logits are not a function of the stream that leaves the last block.
+NOT_FROM_STREAM = {
+    "deepseek_v41": "the last block's streams are weighed by what it says beside them",
+    "kimi_k3": "the unembedding reads a learned mixture of all blocks' sums",
+}
 # Attention that gathers keys for each query, which becomes an entry of the batch.
 GATHERED = ("deepseek_v41",)
 # Functions that add to the stream in the place of an operator.
@@ -561,6 +566,12 @@ class Architecture:
         """The norm that makes the stream anew inside a block, or None."""
         return self.blocks[layer].get(NORM_OF_THE_STREAM)
 
+    def check_unembeds(self) -> None:
+        """Raise UnsupportedModelError where logits are not a function of the last stream."""
+        reason = NOT_FROM_STREAM.get(_source(self.blocks[-1]))
+        if reason is not None:
+            raise UnsupportedModelError(f"{self.cfg.model_type} has no unembedding of a stream: {reason}.")
+
     def adding_function(self, layer: int) -> tuple[Any, str] | None:
         """The function that adds to the stream of a block, as its module and name; None where an operator does."""
         block = type(self.blocks[layer])
@@ -582,6 +593,15 @@ class Architecture:
                 named = zip(point.axes, shapes[name], strict=True)
                 sizes = tuple(None if axis in hook_points.AXES_OF_THE_RUN else size for axis, size in named)
                 self.points[name] = replace(point, sizes=sizes)
+
+    def norm_called(self, layer: int, name: str) -> str | None:
+        """The component of the norm that a block has as a child of this name: "post_attention_layernorm" -> "ln2"."""
+        norm = self.blocks[layer].get(name)
+        for component in ("ln1", "ln1_post", "ln2", "ln2_post"):
+            places = self.locations.get(hook_points.block_point(component, layer), [])
+            if any(place.module is norm for place in places):
+                return component
+        return None
 
     def n_query_heads(self, layer: int | None) -> int:
         """Query heads of a layer's attention; layers may differ."""
@@ -674,6 +694,8 @@ class Architecture:
         Raises:
             UnknownHookError: a raw module that the model no longer has.
         """
+        # Streams of some architectures have axes of their own: the name counts.
+        point = self.points.get(point.name, point)
         if point not in self.locations:
             self.locate(point.name)
         if point not in self.locations:

@@ -274,7 +274,7 @@ COMPONENTS = {
     "attention": Component(("attn_out",), ("attn_in",)),
     "mlp": Component(("mlp_out",), ("mlp_in",)),
     "embedding": Component(("embed",), ("embed_in",)),
-    "layernorm": Component(("ln1", "ln2"), ("ln1_in", "ln2_in")),
+    "layernorm": Component(("ln1", "ln1_post", "ln2", "ln2_post"), ("ln1_in", "ln2_in")),
     "query": Component(("rot_q",), None),
     "key": Component(("rot_k",), None),
     "value": Component(("v",), None),
@@ -299,7 +299,12 @@ NORM_NAMES = {
     "ln2": "ln2",
     "ln_2": "ln2",
     "post_attention_layernorm": "ln2",
+    "ln1_post": "ln1_post",
+    "pre_feedforward_layernorm": "ln2",
+    "ln2_post": "ln2_post",
+    "post_feedforward_layernorm": "ln2_post",
 }
+"""What a norm is called where the architecture itself calls none by that name."""
 
 _BLOCK_NAME = re.compile(r"(?:(?:transformer\.h|model\.layers|model\.h|layers|blocks|h)\.)?(0|[1-9][0-9]*)(?:\.(\w+))?")
 
@@ -339,8 +344,18 @@ def parse_layer_name(name: str, n_layers: int) -> LayerName:
     )
 
 
-def component_points(layer_name: str, component: str, *, is_input: bool, n_layers: int) -> list[HookPoint]:
+def component_points(
+    layer_name: str,
+    component: str,
+    *,
+    is_input: bool,
+    n_layers: int,
+    own_norm: Callable[[int, str], str | None] | None = None,
+) -> list[HookPoint]:
     """The hook points that ``layer_name`` + ``component`` mean at a module's output or input.
+
+    Args:
+        own_norm: says which norm the architecture itself calls so: (layer, name of a block's child) -> "ln1_post".
 
     Raises:
         UnknownHookError: for an unknown layer or component, or a component that this layer does not have.
@@ -360,7 +375,8 @@ def component_points(layer_name: str, component: str, *, is_input: bool, n_layer
     if layer.place == "final_norm" and component == "layernorm":
         return [outer_point("ln_final_in" if is_input else "ln_final")]
     if layer.place == "block" and component == "layernorm":
-        chosen = [name for name in side if layer.norm in (None, name.removesuffix("_in"))]
+        norm = layer.norm if own_norm is None else own_norm(_index(layer), layer_name.rpartition(".")[2]) or layer.norm
+        chosen = [name for name in side if layer.norm is None or norm == name.removesuffix("_in")]
         return [block_point(name, _index(layer)) for name in chosen]
     if layer.place == "block" and layer.norm is None and component != "embedding":
         return [block_point(name, _index(layer)) for name in side]

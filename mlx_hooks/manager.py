@@ -83,16 +83,24 @@ class HookSpec:
         for is_input, wanted in [(True, self.capture_input), (False, self.capture_output)]:
             if not wanted:
                 continue
-            for point in component_points(
-                self.layer_name, self.component, is_input=is_input, n_layers=len(architecture.blocks)
-            ):
+            points = component_points(
+                self.layer_name,
+                self.component,
+                is_input=is_input,
+                n_layers=len(architecture.blocks),
+                own_norm=architecture.norm_called,
+            )
+            if self.component == "layernorm":
+                # A block has some of the norms that blocks may have.
+                points = [point for point in points if point.name in architecture.points] or points
+            for point in points:
                 architecture.check_supported(point.name)
                 if point.name not in architecture.points:
                     raise UnknownHookError(
                         f"{architecture.cfg.model_type} has no {point.name}, which {self.layer_name!r} + "
                         f"{self.component!r} mean. Its hook points: print(model)."
                     )
-                found.append((point, is_input))
+                found.append((architecture.points[point.name], is_input))
         return found
 
 

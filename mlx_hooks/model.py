@@ -141,7 +141,11 @@ class HookedModel:
 
         The model's own end makes them, whatever it has (last norm, multipliers, unembedding, soft cap): the model runs
         with the stream replaced, and what lies before is never computed.
+
+        Raises:
+            UnsupportedModelError: for the few architectures whose logits are not a function of that stream.
         """
+        self.architecture.check_unembeds()
         last = self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
         if last.axes == hook_points.RESID:
             rows = residual if residual.ndim == 3 else residual.reshape(1, -1, residual.shape[-1])

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from .activations import ActivationCache, CapturedActivation, join, scalar
 from .architectures import Architecture
 from .attention import weighted_values
-from .errors import HookError, UntrustedHookWarning
+from .errors import HookError, UnsupportedModelError, UntrustedHookWarning
 from .hooks import Hook, Recorder
 
 # Prompt length of the full self-test, and how it is cut into a prefill and single tokens, and into chunks.
@@ -204,6 +204,7 @@ class _Tester:
         unchanged.note(_deviation(_plain(self.model, self.tokens), plain), ["hook_logits"])
         yield unchanged
         yield from self._stream_checks()
+        yield from self._unembed_check()
         yield from self._attention_checks()
 
     def _capture_what_fires(self, tokens: list[list[int]], fires: Check) -> tuple[mx.array, ActivationCache]:
@@ -270,6 +271,16 @@ class _Tester:
                 deviation = min(_deviation(post[i], candidate) for candidate in total)
                 sums.note(deviation, self._names_of(layer, "resid_post", *added))
         yield from (check for check in (chain, mids, sums) if check.compared)
+
+    def _unembed_check(self) -> Iterator[Check]:
+        last = self._values(self.model.cfg.n_layers - 1, "resid_post")
+        check = Check("logits = unembedding of the stream that leaves the last block", 0.0, "the model's own end")
+        try:
+            self.architecture.check_unembeds()
+        except UnsupportedModelError:
+            return
+        check.note(_deviation(self.model.unembed(last[-1]), self.logits), ["hook_logits"])
+        yield check
 
     def _sum(self, layer: int, i: int, n_passes: int, stream: mx.array) -> tuple[mx.array | None, list[mx.array]]:
         """The stream after mixing, and at the block's end, from what the block added in pass ``i``.

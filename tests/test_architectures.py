@@ -186,3 +186,36 @@ def test_a_model_in_half_precision_passes_the_selftest(name: str, dtype: mx.Dtyp
     changes = {"mlp_only_layers": [0, 1, 2, 3]} if name == "qwen3_next/dense" else {}
     report = HookedModel(tiny_model(name.partition("/")[0], dtype=dtype, **changes)).selftest()
     assert report.passed, str(report)
+
+
+def test_layernorm_means_the_norms_that_a_block_has() -> None:
+    def captured(name: str, layer_name: str) -> list[str]:
+        model = HookedModel(tiny_model(name))
+        plan = model.resolve_hooks([{"layer_name": layer_name, "component": "layernorm"}])
+        return [capture.point.name.split(".")[2] for capture in plan.captures]
+
+    assert captured("gemma2", "transformer.h.1") == ["ln1", "ln1_post", "ln2", "ln2_post"]
+    assert captured("olmo2", "1") == ["ln1_post", "ln2_post"]
+    assert captured("cohere", "1") == ["ln1"]
+    # The architecture's own name for a norm counts; llama's stands for the norm before the MLP elsewhere.
+    assert captured("gemma2", "model.layers.1.post_attention_layernorm") == ["ln1_post"]
+    assert captured("gemma2", "model.layers.1.pre_feedforward_layernorm") == ["ln2"]
+    assert captured("glm4", "model.layers.1.post_attention_layernorm") == ["ln2"]
+    assert captured("gpt2", "model.layers.1.post_attention_layernorm") == ["ln2"]
+    with pytest.raises(HookError, match="nanochat has no blocks.0.ln1.hook_normalized"):
+        captured("nanochat", "0")
+
+
+def test_streams_of_several_are_found_by_layer_and_component() -> None:
+    for name, shape in (("gemma3n", (3, 1, 2, 64)), ("deepseek_v41", (1, 2, 3, 64))):
+        model = HookedModel(tiny_model(name))
+        result = model.generate([1, 2], max_tokens=0, capture=[{"layer_name": "0", "component": "residual"}])
+        (record,) = result.activations["0_residual"]
+        assert record.value.shape == shape
+        assert record.hook_point.axes[record.value.shape.index(2)] == "pos"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v41", "kimi_k3"])
+def test_logits_that_are_no_function_of_one_stream_are_not_unembedded(name: str) -> None:
+    with pytest.raises(HookError, match="has no unembedding of a stream"):
+        HookedModel(tiny_model(name)).unembed(mx.zeros((1, 2, 64)))
