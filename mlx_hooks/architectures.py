@@ -182,7 +182,7 @@ STREAM_ARGUMENT = {"talkie": 1}
 # Fused projections that group each key-value head with its query heads: [kv_head, queries + 2, d_head].
 GROUPED_PROJECTIONS = ("gpt_neox", "phi3small", "internlm2")
 # Fused gate and up projections: where the gate begins and the step between its columns, as parts of the width.
-GATE_SECOND = ("olmo", "openelm")
+GATE_SECOND = ("olmo",)
 INTERLEAVED_GATE = ("phi3small",)
 # The first norm of all makes the stream anew, inside the first block.
 NORM_OF_THE_STREAM = "pre_norm"

@@ -1,0 +1,563 @@
+"""Blocks, experts, mixers and weights by name: that a value IS what its hook point says, on every architecture.
+
+The self-test proves identities with the engine's own code. Here each value is compared with the formula that its name
+stands for, in NumPy float64 from the model's weights (``oracle_blocks``), and edits with what it makes of them.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import oracle_blocks as oracle
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+from oracle_blocks import Array, Weights, f64, gated, gelu, gelu_tanh, layer_norm, relu2, rms_norm, silu
+
+from mlx_hooks import ActivationCache, HookedModel, HookError
+from mlx_hooks.coverage.configurations import CONFIGURATIONS
+from mlx_hooks.coverage.models import tiny_model
+from mlx_hooks.hook_points import short_name
+
+METAL_ONLY = ("bitnet", "muse_spark")
+# 2 rows of 20 tokens. Of top-2 experts 80 are called: from 64 on mlx-lm sorts tokens by expert.
+TOKENS = [[(7 * i + 3 * i * i) % 96 for i in range(1, 21)], [(11 * i + i * i + 5) % 96 for i in range(1, 21)]]
+RUNNING = [name for name in CONFIGURATIONS if name not in METAL_ONLY]
+
+
+@cache
+def hooked(name: str) -> HookedModel:
+    return HookedModel(tiny_model(name))
+
+
+@cache
+def weights_of(name: str) -> Weights:
+    return Weights(hooked(name).model)
+
+
+def tokens_of(name: str) -> list[list[int]]:
+    """olmo reads one token at a time only."""
+    return [row[:1] for row in TOKENS] if name == "olmo" else TOKENS
+
+
+def close(got: Any, expected: Array, what: str = "", factor: float = 1.0) -> None:
+    """Equal up to float32 rounding, relative to the largest value."""
+    got = f64(got) if isinstance(got, mx.array) else got
+    assert got.shape == expected.shape, what
+    finite = np.abs(expected[np.isfinite(expected)])
+    np.testing.assert_allclose(got, expected, rtol=0, atol=factor * 2e-5 * max(finite.max(), 1e-3), err_msg=what)
+
+
+def captured(
+    name: str, names: list[str], hooks: list[tuple[str, Any]] | None = None, lengths: tuple[int, ...] = ()
+) -> list[ActivationCache]:
+    """What is recorded at ``names``, call by call: one pass, or calls of ``lengths`` tokens with a KV cache."""
+    model = hooked(name)
+    if name == "olmo":
+        lengths = (1, 1, 1) if lengths else ()
+    with model.hooks(hooks or []):
+        if not lengths:
+            return [model.run_with_cache(tokens_of(name), names)[1]]
+        kv_cache, start, runs = make_prompt_cache(model.model), 0, []
+        for length in lengths:
+            part = [row[start : start + length] for row in TOKENS]
+            runs.append(model.run_with_cache(part, names, kv_cache=kv_cache)[1])
+            start += length
+        return runs
+
+
+CALLS = (11, 7, 1, 1)
+"""Two chunks of the prompt, then two single tokens."""
+
+
+def values(run: ActivationCache, name: str) -> list[Array]:
+    """What one call recorded at a point, pass by pass."""
+    return [f64(record.value) for record in run.records[name]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLPs
+
+# Gate, up and down projection inside the MLP. A whole number: that part of a projection's output, split in two;
+# "even", "odd": every second column. No gate: not gated.
+_FUSED = (("gate_up_proj", 0), ("gate_up_proj", 1), "down_proj")
+_W123 = ("w1", "w3", "w2")
+PARTS: dict[str, tuple[Any, Any, str]] = {
+    "exaone": ("c_fc_0", "c_fc_1", "c_proj"),
+    "internlm2": _W123,
+    "lfm2": _W123,
+    "lfm2-vl": _W123,
+    "qwen": ("w2", "w1", "c_proj"),
+    "talkie": ("mlp_gate", "mlp_linear", "mlp_resid"),
+    **dict.fromkeys(("glm", "glm4", "phi3", "plamo2", "plamo3"), _FUSED),
+    "openelm": (("proj_1", 0), ("proj_1", 1), "proj_2"),
+    "olmo": (("ff_proj", 1), ("ff_proj", 0), "ff_out"),
+    "phi3small": (("up_proj", "even"), ("up_proj", "odd"), "down_proj"),
+    **dict.fromkeys(("apertus", "nemotron", "nemotron_h"), (None, "up_proj", "down_proj")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "starcoder2", "nanochat"), (None, "c_fc", "c_proj")),
+    "phi": (None, "fc1", "fc2"),
+    "gptj": (None, "fc_in", "fc_out"),
+    "gpt_neox": (None, "dense_h_to_4h", "dense_4h_to_h"),
+    "rwkv7": (None, "key", "value"),
+}
+LLAMA_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def xielu(name: str, mlp: str) -> Callable[[Array], Array]:
+    """Huang and Schlag 2024: quadratic above 0, exponential below."""
+    weights = weights_of(name)
+    alpha_p, alpha_n, beta = (weights[f"{mlp}.act_fn.{part}"] for part in ("alpha_p", "alpha_n", "beta"))
+    p, n = oracle.softplus(alpha_p), beta + oracle.softplus(alpha_n)
+    eps = weights[f"{mlp}.act_fn.eps"]
+    return lambda x: np.where(x > 0, p * x**2, (np.expm1(np.minimum(x, eps)) - x) * n) + beta * x
+
+
+def sparse_gelu(layer: int) -> Callable[[Array], Array]:
+    """gemma3n: what exceeds mean + 0.52 standard deviations (the 70th percentile), in even layers."""
+    if layer % 2:
+        return gelu_tanh
+    return lambda x: gelu_tanh(np.maximum(0, x - x.mean(-1, keepdims=True) - 0.5244005 * x.std(-1, keepdims=True)))
+
+
+ACTIVATIONS: dict[str, Any] = {
+    **dict.fromkeys(("gemma", "spark2_5"), gated(gelu)),
+    **dict.fromkeys(
+        ("gear", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "recurrent_gemma"), gated(gelu_tanh)
+    ),
+    **dict.fromkeys(("gpt_bigcode", "starcoder2"), gelu),
+    **dict.fromkeys(("gpt2", "gpt_neox", "gptj", "phi"), gelu_tanh),
+    **dict.fromkeys(("nanochat", "nemotron", "nemotron_h", "rwkv7"), relu2),
+    "kimi_k3": oracle.situ(1.3, 0.7),
+    "minimax_m3_vl": oracle.swiglu_oai(1.3, 0.7),
+    "phi3small": oracle.swiglu_oai(1.702, 2.0),
+}
+
+
+def activation(name: str, layer: int, mlp: str) -> Callable[..., Array]:
+    if name == "apertus":
+        return xielu(name, mlp)
+    if name == "gemma3n":
+        return gated(sparse_gelu(layer))
+    return ACTIVATIONS.get(name, gated(silu))
+
+
+def mlps(name: str) -> list[tuple[int, int, str]]:
+    """Layer, number within the layer, and path of every dense MLP that stands in a block for itself."""
+    weights = weights_of(name)
+    down = PARTS.get(name, LLAMA_PARTS)[2]
+    found = []
+    for layer, block in enumerate(weights.blocks):
+        paths = [p.removesuffix(f".{down}.weight") for p in weights.arrays if p.endswith(f".{down}.weight")]
+        mine = [p for p in paths if p.startswith(f"{block}.") or p == block]
+        mine = [p for p in mine if not re.search("expert|switch|attn|attention|shared", p)]
+        found += [(layer, number, path) for number, path in enumerate(mine)]
+    return found
+
+
+def projected(x: Array, weights: Weights, path: str, part: Any) -> Array:
+    """What a projection, or the named half of its columns, makes of its input."""
+    if isinstance(part, str):
+        return weights.linear(f"{path}.{part}", x)
+    y = weights.linear(f"{path}.{part[0]}", x)
+    return y[..., part[1] == "odd" :: 2] if isinstance(part[1], str) else np.split(y, 2, axis=-1)[part[1]]
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_mlp_hook_points_are_gate_up_and_what_goes_down(name: str) -> None:
+    """hook_pre and hook_pre_linear are the columns that the formula takes for gate and up; hook_post is its value.
+
+    Both are edited in every layer, so the projections show that edits land in the right columns, hook_post that it is
+    linear in hook_pre_linear and follows the activation function in hook_pre, and the MLP's output that it counts.
+    """
+    model, weights, places = hooked(name), weights_of(name), mlps(name)
+    inside = [point for point in model.hook_points.values() if point.component.startswith("mlp_p")]
+    assert sorted({layer for layer, _, _ in places}) == sorted({p.layer for p in inside})
+    if not places:
+        return
+    gate, up, down = PARTS.get(name, LLAMA_PARTS)
+    first = up if isinstance(up, str) else up[0]
+    names = [f"{path}.{suffix}" for _, _, path in places for suffix in (f"{first}.input", f"{down}.output")]
+    names += [p.name for p in inside]
+    edits = {"mlp_pre": lambda x: 0.5 * x + 0.1, "mlp_pre_linear": lambda x: 2 * x, "mlp_post": lambda x: 1.5 * x - 0.1}
+    hooks = [(p.name, lambda value, point: edits[point.component](value)) for p in inside]
+    for run in captured(name, names, hooks, CALLS):
+        for layer, number, path in places:
+            per_pass = sum(layer == other for other, _, _ in places)
+            pre, linear, post = (
+                values(run, f"blocks.{layer}.mlp.{hook}")[number::per_pass] if has else []
+                for hook, has in (("hook_pre", True), ("hook_pre_linear", gate), ("hook_post", True))
+            )
+            formula = activation(name, layer, path)
+            for i, x in enumerate(values(run, f"{path}.{first}.input")):
+                what, y = f"layer {layer}, pass {i}", values(run, f"{path}.{down}.output")[i]
+                if name != "prism_hadamard_qwen35":  # its weights are packed in a way of its own
+                    close(pre[i], edits["mlp_pre"](projected(x, weights, path, gate or up)), what)
+                    close(y, weights.linear(f"{path}.{down}", post[i]), what)
+                    if gate:
+                        close(linear[i], edits["mlp_pre_linear"](projected(x, weights, path, up)), what)
+                close(post[i], edits["mlp_post"](formula(pre[i], linear[i]) if gate else formula(pre[i])), what)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a block adds to the stream
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "attn_out": lambda x: 1.5 * x - 0.1,
+    "mixer_out": lambda x: 0.7 * x + 0.1,
+    "resid_mid": lambda x: 0.5 * x + 0.2,
+    "mlp_out": lambda x: 1.2 * x + 0.1,
+    "side_out": lambda x: 0.1 - x,
+}
+EPSILONS = {"qwen3_next": 1e-6, "plamo": 1e-6, "plamo2": 1e-6, "plamo3": 1e-6, "deepseek_v41": 1e-20}
+SUBLAYERS = (
+    r"(self_attn|linear_attn|attn|attention|conv|local_mixer|mamba|mixer|temporal_block|mlp|mlps|feed_forward|moe|"
+    r"block_sparse_moe|mlp_block|router|experts)(\.([01]|o_proj|o_b_proj|out_proj|dense|down_proj|fc2|fc_out|dense_4h_to_h))?"
+)
+# Experts whose sum is the output of the module that edits change: nothing shows it unedited.
+NOT_EDITED = {"phixtral": "mlp_out", "kimi_k3": "mlp_out", "deepseek_v41": "mlp_out"}
+# hook_resid_mid can be read but not replaced: the sum is not made where it could be met.
+READ_ONLY_MID = ("gemma3", "gemma3_text", "gemma3n", "deepseek_v41", "iquestloopcoder")
+
+
+class Block:
+    """One pass through one block: what was recorded in it, compared step by step with what should have been.
+
+    ``put`` compares a value with the recorded one and answers what goes on: the value, edited.
+    """
+
+    def __init__(self, name: str, layer: int, run: ActivationCache, edits: dict[str, Any], turn: int = 0) -> None:
+        self.name, self.layer, self.run, self.edits, self.turn = name, layer, run, edits, turn
+        self.weights = weights_of(name)
+        self.path = self.weights.blocks[layer]
+
+    def value(self, component: str) -> Array:
+        return self._of_turn(short_name(component, self.layer))
+
+    def raw(self, path: str, place: str = "output") -> Array:
+        """What the module at a path in the block got or gave."""
+        return self._of_turn(f"{self.path}.{path}.{place}")
+
+    def _of_turn(self, name: str) -> Array:
+        found = values(self.run, name)
+        return found[min(self.turn, len(found) - 1)]
+
+    def has(self, component: str) -> bool:
+        return short_name(component, self.layer) in self.run.records
+
+    def put(self, component: str, value: Array) -> Array:
+        value = self.edits.get(component, lambda x: x)(value)
+        close(self.value(component), value, f"{component} of layer {self.layer}, pass {self.turn}")
+        return value
+
+    def gets(self, path: str, value: Array) -> None:
+        close(self.raw(path, "input"), value, f"input of {path} in layer {self.layer}, pass {self.turn}")
+
+    def made_by(self, path: str) -> Array:
+        """What the projection at a path makes of what it got: unedited, where its output is what edits change."""
+        return self.linear(path, self.raw(path, "input")) if "." in path else self.raw(path)
+
+    def linear(self, path: str, x: Array) -> Array:
+        return self.weights.linear(f"{self.path}.{path}", x)
+
+    def weight(self, path: str) -> Array:
+        return self.weights[f"{self.path}.{path}"]
+
+    def norm(self, path: str, x: Array, offset: float = 0.0) -> Array:
+        """Root mean square norm, or layer norm where ``path`` begins with "layer:"; "-" leaves x as it is."""
+        if path == "-":
+            return x
+        kind, _, path = path.rpartition(":")
+        full = f"{self.path}.{path}"
+        after = self.name == "muse_glimmer" and path.startswith("post")
+        y = (layer_norm if kind else rms_norm)(x, 1e-8 if after else EPSILONS.get(self.name, 1e-5))
+        y = y * (self.weights[f"{full}.weight"] + offset)
+        return y + self.weights[f"{full}.bias"] if f"{full}.bias" in self.weights else y
+
+
+Form = Callable[[Block], None]
+
+
+def sequential(parts: str, offsets: tuple[float, ...] = (0, 0, 0, 0), multiplier: float = 1.0) -> Form:
+    """Mixing, then MLP, with the norms around them: "before mixing after | before mlp after"."""
+    mixing, mlp = (half.split() for half in parts.split("|"))
+
+    def form(block: Block) -> None:
+        x = block.value("resid_pre")
+        ln1, attn, ln1_post = mixing
+        attn = next(path for path in attn.split("/") if f"{block.path}.{path}" in block.weights.modules)
+        if not attn.endswith("o_proj"):  # there the module itself is never called
+            block.gets(attn, block.norm(ln1, x, offsets[0]))
+        out = multiplier * block.norm(ln1_post, block.made_by(attn), offsets[1])
+        mid = block.put("resid_mid", x + block.put("attn_out" if block.has("attn_out") else "mixer_out", out))
+        ln2, ffn, ln2_post = mlp
+        block.gets(ffn.partition(".")[0], block.norm(ln2, mid, offsets[2]))
+        out = multiplier * block.norm(ln2_post, block.made_by(ffn), offsets[3])
+        block.put("resid_post", mid + block.put("mlp_out", out))
+
+    return form
+
+
+def parallel(norm: str, attn: str, mlp: str, second_norm: str = "") -> Form:
+    """Attention and MLP, given by their last projection, read the same stream; there is none between them."""
+
+    def form(block: Block) -> None:
+        assert not block.has("resid_mid")
+        x = block.value("resid_pre")
+        block.gets(attn.partition(".")[0], block.norm(norm, x))
+        block.gets(mlp.partition(".")[0], block.norm(second_norm or norm, x))
+        attn_out = block.put("attn_out", block.made_by(attn))
+        block.put("resid_post", x + attn_out + block.put("mlp_out", block.made_by(mlp)))
+
+    return form
+
+
+def gemma4(block: Block) -> None:
+    """Sandwich norms; experts beside the MLP or per-layer inputs; at the end the whole stream is multiplied."""
+    x = block.value("resid_pre")
+    attn_out = block.put("attn_out", block.norm("post_attention_layernorm", block.raw("self_attn")))
+    mid = block.put("resid_mid", x + attn_out)
+    block.gets("mlp", block.norm("pre_feedforward_layernorm", mid))
+    out = block.raw("mlp")
+    if "experts" in block.weights.modules[block.path]:
+        block.gets("router", mid)
+        block.gets("experts", block.norm("pre_feedforward_layernorm_2", mid))
+        out = block.norm("post_feedforward_layernorm_1", out)
+        out = out + block.norm("post_feedforward_layernorm_2", block.raw("experts"))
+    h = mid + block.put("mlp_out", block.norm("post_feedforward_layernorm", out))
+    if block.has("side_out"):
+        gate = gelu_tanh(block.linear("per_layer_input_gate", h)) * per_layer_inputs(block)
+        side = block.norm("post_per_layer_input_norm", block.linear("per_layer_projection", gate))
+        h = h + block.put("side_out", side)
+    block.put("resid_post", h * block.weight("layer_scalar"))
+
+
+def per_layer_inputs(block: Block) -> Array:
+    """What gemma4 gives each layer besides the stream: from the token, and from its embedding (width 32 each)."""
+    weights, trunk = block.weights, block.path.rpartition(".layers.")[0]
+    tokens = values(block.run, "embed.hook_in")[0].astype(int)
+    own = np.s_[..., 32 * block.layer : 32 * block.layer + 32]
+    looked_up = weights[f"{trunk}.embed_tokens_per_layer.weight"][tokens][own] * np.sqrt(32)
+    start = weights[f"{trunk}.embed_tokens.weight"][tokens] * 8
+    made = weights.linear(f"{trunk}.per_layer_model_projection", start)[own] / 8
+    made = rms_norm(made, 1e-5) * weights[f"{trunk}.per_layer_projection_norm.weight"]
+    return (looked_up + made) / np.sqrt(2)
+
+
+def talkie(block: Block) -> None:
+    """Gains on both branches, and the normed embedding added to the stream again in every block."""
+    x, tokens = block.value("resid_pre"), values(block.run, "embed.hook_in")[0].astype(int)
+    block.gets("attn", rms_norm(x, 1.2e-7))
+    mid = block.put("resid_mid", x + block.put("attn_out", block.weight("attn_gain.a_g") * block.raw("attn")))
+    block.gets("mlp", rms_norm(mid, 1.2e-7))
+    h = mid + block.put("mlp_out", block.weight("mlp_gain.a_g") * block.raw("mlp"))
+    embedded = rms_norm(block.weights["model.embed.weight"][tokens], 1.2e-7)
+    block.put("resid_post", h + block.put("side_out", block.weight("embed_skip.a_g") * embedded))
+
+
+def longcat(block: Block) -> None:
+    """Attention and MLP twice; experts read the first MLP's input and are added at the end."""
+    h = block.value("resid_pre")
+    for turn in range(2):
+        block.turn = turn
+        block.gets(f"self_attn.{turn}", block.norm(f"input_layernorm.{turn}", h))
+        h = block.put("resid_mid", h + block.put("attn_out", block.raw(f"self_attn.{turn}")))
+        normed = block.norm(f"post_attention_layernorm.{turn}", h)
+        block.gets(f"mlps.{turn}", normed)
+        if turn == 0:
+            block.gets("mlp", normed)
+        h = h + block.put("mlp_out", block.raw(f"mlps.{turn}"))
+    block.turn = 0
+    block.put("resid_post", h + block.put("side_out", block.raw("mlp")))
+
+
+def falcon_h1(block: Block) -> None:
+    """A mixer beside attention: both read the same normed stream and are added before the MLP."""
+    x = block.value("resid_pre")
+    for path in ("mamba", "self_attn"):
+        block.gets(path, block.norm("input_layernorm", x))
+    mid = x + block.put("mixer_out", block.raw("mamba")) + block.put("attn_out", block.raw("self_attn"))
+    mid = block.put("resid_mid", mid)
+    block.gets("feed_forward", block.norm("pre_ff_layernorm", mid))
+    block.put("resid_post", mid + block.put("mlp_out", block.raw("feed_forward")))
+
+
+def nemotron_h(block: Block) -> None:
+    """One sublayer per block: state space, MLP, attention, experts, state space."""
+    component = ("mixer_out", "mlp_out", "attn_out", "mlp_out", "mixer_out")[block.layer]
+    assert not block.has("resid_mid")
+    x = block.value("resid_pre")
+    block.gets("mixer", block.norm("norm", x))
+    block.put("resid_post", x + block.put(component, block.raw("mixer")))
+
+
+def nemotron_nas(block: Block) -> None:
+    """Blocks without attention, without MLP, without both, and with a linear layer in place of one."""
+    first, second = (("attn_out", "mlp_out"), ("", "mlp_out"), ("mixer_out", ""), ("attn_out", "mlp_out"), ("", ""))[
+        block.layer
+    ]
+    x = block.value("resid_pre")
+    assert block.has("resid_mid") == bool(first and second)
+    if first:
+        block.gets("self_attn", block.norm("input_layernorm", x))
+        x = x + block.put(first, block.raw("self_attn"))
+    if first and second:
+        x = block.put("resid_mid", x)
+    if second:
+        block.gets("mlp", block.norm("post_attention_layernorm", x))
+        x = x + block.put(second, block.raw("mlp"))
+    block.put("resid_post", x)
+
+
+def gemma3n(block: Block) -> None:
+    """Several streams: one is predicted from all, goes through the block, and corrects all (AltUp, LAuReL)."""
+    streams = block.value("resid_pre")
+    n = len(streams)
+
+    def coefficients(x: Array, which: str) -> Array:
+        routed = np.tanh(block.linear("altup.modality_router", block.norm("altup.router_norm", x) / x.shape[-1]))
+        return routed @ np.clip(block.weight(f"altup.{which}.weight"), -0.5, 0.5).T
+
+    mix = coefficients(streams[0], "prediction_coefs").reshape(*streams.shape[1:3], n, n)
+    predicted = streams + np.einsum("sbpd,bpts->tbpd", streams, mix)
+    normed = block.norm("input_layernorm", predicted[0])
+    block.gets("self_attn", normed)
+    low_rank = block.linear("laurel.linear_right", block.linear("laurel.linear_left", normed))
+    side = block.put("side_out", normed + block.norm("laurel.post_laurel_norm", low_rank))
+    attn = block.put("attn_out", block.norm("post_attention_layernorm", block.raw("self_attn")))
+    mid = block.put("resid_mid", (predicted[0] + attn + side) / np.sqrt(2))
+    block.gets("mlp", block.norm("pre_feedforward_layernorm", mid))
+    active = mid + block.put("mlp_out", block.norm("post_feedforward_layernorm", block.raw("mlp")))
+    corrected = predicted[0] + (active - predicted[0]) * (1 + coefficients(active, "correction_coefs"))[..., :1]
+    close(block.value("resid_post")[0], corrected, f"first stream after layer {block.layer}")
+
+
+def deepseek_v41(block: Block) -> None:
+    """Several streams: each sublayer reads a weighted sum of them and is added to all, which are mixed among themselves
+    by a matrix whose rows and columns sum to 1 (hyper-connections)."""
+    streams, weights = block.value("resid_pre"), np.empty(0)
+    for component, after, path, connection in (
+        ("attn_out", "resid_mid", "self_attn.o_b_proj", "attn_hc"),
+        ("mlp_out", "resid_post", "mlp", "ffn_hc"),
+    ):
+        n = streams.shape[2]
+        flat = rms_norm(streams.reshape(*streams.shape[:2], -1), 1e-20)
+        scale = block.weight(f"{connection}.scale")[[0] * n + [1] * n + [2] * n**2]
+        mix = flat @ block.weight(f"{connection}.fn").T * scale + block.weight(f"{connection}.base")
+        pre, post = oracle.sigmoid(mix[..., :n]) + 1e-6, 2 * oracle.sigmoid(mix[..., n : 2 * n])
+        comb = oracle.softmax(mix[..., 2 * n :].reshape(*mix.shape[:2], n, n)) + 1e-6
+        for axis in (-2, -1) * 3 + (-2,):
+            comb = comb / (comb.sum(axis, keepdims=True) + 1e-6)
+        if component == "mlp_out":
+            block.gets("mlp", block.norm("post_attention_layernorm", np.einsum("bps,bpsd->bpd", weights, streams)))
+        weights = pre  # the MLP reads with the weights that attention's connection made
+        added = block.put(component, block.made_by(path))
+        streams = post[..., None] * added[..., None, :] + np.einsum("bpst,bpsd->bptd", comb, streams)
+        streams = block.put(after, streams)
+
+
+def kimi_k3(block: Block) -> None:
+    """The stream is a sum within two layers; sublayers read a softmax mixture of it and of the sums before."""
+    starts = [Block(block.name, layer, block.run, {}).value("resid_pre") for layer in range(0, block.layer + 1, 2)]
+
+    def mixture(sums: list[Array], which: str) -> Array:
+        w = block.weight(f"{which}_res_norm.weight") * block.weight(f"{which}_res_proj.weight")[0]
+        stacked = np.stack(sums, axis=-2)
+        return (oracle.softmax(rms_norm(stacked, 1e-5) @ w)[..., None] * stacked).sum(-2)
+
+    x, starting = block.value("resid_pre"), block.layer % 2 == 0
+    sums = starts if starting else [*starts, x]
+    block.gets("self_attn", block.norm("input_layernorm", x if block.layer == 0 else mixture(sums, "self_attention")))
+    total = block.put("attn_out" if block.has("attn_out") else "mixer_out", block.made_by("self_attn.o_proj"))
+    total = total if starting else x + total
+    block.gets("mlp", block.norm("post_attention_layernorm", mixture([*starts, total], "mlp")))
+    block.put("resid_post", total + block.put("mlp_out", block.raw("mlp")))
+
+
+_SANDWICH = (
+    "input_layernorm self_attn/local_mixer post_attention_layernorm"
+    " | pre_feedforward_layernorm mlp post_feedforward_layernorm"
+)
+_PLAMO = "pre_mixer_norm mixer post_mixer_norm | pre_mlp_norm mlp post_mlp_norm"
+_POST = "- self_attn post_attention_layernorm | - mlp post_feedforward_layernorm"
+_LLAMA = "input_layernorm self_attn/linear_attn/mamba - | post_attention_layernorm mlp -"
+FORMS: dict[str, Form] = {
+    "llama": sequential(_LLAMA),
+    "qwen3_next": sequential(_LLAMA),
+    "gpt2": sequential("layer:ln_1 attn - | layer:ln_2 mlp -"),
+    "nemotron": sequential(
+        "layer:input_layernorm self_attn - | layer:post_attention_layernorm mlp -", offsets=(1, 0, 1, 0)
+    ),
+    "lfm2": sequential("operator_norm self_attn/conv - | ffn_norm feed_forward -"),
+    "lille-130m": sequential("- attention - | - feed_forward -"),
+    "recurrent_gemma": sequential(
+        "temporal_pre_norm temporal_block - | channel_pre_norm mlp_block -", offsets=(1, 0, 1, 0)
+    ),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gear", "muse_glimmer"), sequential(_SANDWICH, (1, 1, 1, 1))),
+    "glm4": sequential(
+        "input_layernorm self_attn post_self_attn_layernorm | post_attention_layernorm mlp post_mlp_layernorm"
+    ),
+    "afmoe": sequential(
+        "input_layernorm self_attn post_attention_layernorm | pre_mlp_layernorm mlp post_mlp_layernorm"
+    ),
+    **dict.fromkeys(("plamo2", "plamo3"), sequential(_PLAMO, (1, 1 / 5, 1, 1 / 5**1.5))),
+    **dict.fromkeys(("olmo2", "exaone4"), sequential(_POST)),
+    "granite": sequential(_LLAMA, multiplier=0.7),
+    "granitemoe": sequential(_LLAMA.replace(" mlp", " block_sparse_moe"), multiplier=0.7),
+    "granitemoehybrid/dense": sequential(_LLAMA, multiplier=0.7),
+    "minicpm": sequential(_LLAMA, multiplier=1.3 / 2**0.5),
+    "minicpm3": sequential(_LLAMA, multiplier=1.3 / 2**0.5),
+    "gpt_neox/sequential": sequential("layer:input_layernorm attention - | layer:post_attention_layernorm mlp -"),
+    "stablelm/sequential": sequential("layer:input_layernorm self_attn - | layer:post_attention_layernorm mlp -"),
+    **dict.fromkeys(
+        ("cohere", "cohere2", "stablelm"), parallel("layer:input_layernorm", "self_attn.o_proj", "mlp.down_proj")
+    ),
+    "phi": parallel("layer:input_layernorm", "self_attn.dense", "mlp.fc2"),
+    "gptj": parallel("layer:ln_1", "attn.out_proj", "mlp.fc_out"),
+    "phixtral": parallel("layer:ln", "mixer.out_proj", "moe"),
+    "plamo": parallel("norm", "self_attn.o_proj", "mlp.down_proj"),
+    "gpt_neox": parallel(
+        "layer:input_layernorm", "attention.dense", "mlp.dense_4h_to_h", "layer:post_attention_layernorm"
+    ),
+    **dict.fromkeys(("gemma4_text", "gemma4", "gemma4/per_layer_inputs"), gemma4),
+    "talkie": talkie,
+    **dict.fromkeys(("longcat_flash", "longcat_flash_ngram"), longcat),
+    "falcon_h1": falcon_h1,
+    "nemotron_h": nemotron_h,
+    "nemotron-nas": nemotron_nas,
+    "nanbeige": sequential(_LLAMA),
+    "iquestloopcoder": sequential("input_layernorm self_attn.o_proj - | post_attention_layernorm mlp.down_proj -"),
+    "gemma3n": gemma3n,
+    "deepseek_v41": deepseek_v41,
+    "kimi_k3": kimi_k3,
+}
+
+
+@pytest.mark.parametrize("lengths", [(), CALLS], ids=["read", "edited in chunks and decode"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_block_adds_to_the_stream_what_its_form_says(name: str, lengths: tuple[int, ...]) -> None:
+    """What is added, and the stream between and after, from what the modules got and gave; edits go on from there."""
+    model, weights = hooked(name), weights_of(name)
+    points = [p for p in model.hook_points.values() if p.component in (*EDITS, "resid_pre", "resid_post", "embed_in")]
+    edits = dict(EDITS) if lengths else {}
+    if name in READ_ONLY_MID:
+        edits.pop("resid_mid", None)
+    edits.pop(NOT_EDITED.get(name, ""), None)
+    hooks = [(p.name, lambda x, point: edits[point.component](x)) for p in points if p.component in edits]
+    places = "|".join(map(re.escape, weights.blocks))
+    paths = [path for path in weights.modules if re.fullmatch(rf"({places})\.{SUBLAYERS}", path)]
+    if name == "iquestloopcoder":
+        paths = [path for path in paths if not path.endswith("self_attn")]  # never called itself
+    raw = [f"{path}.{place}" for path in paths for place in ("input", "output")]
+    for run in captured(name, [p.name for p in points] + raw, hooks, lengths):
+        for layer in range(len(weights.blocks)):
+            n_passes = len(run.records[short_name("resid_pre", layer)])
+            for turn in range(n_passes):
+                FORMS[name](Block(name, layer, run, edits, turn))
+
+
+@pytest.mark.parametrize("name", READ_ONLY_MID)
+def test_a_stream_that_is_not_made_where_it_is_met_is_read_only_and_says_so(name: str) -> None:
+    with pytest.raises(HookError, match="can be read but not replaced: it is not formed where it could be replaced"):
+        hooked(name).run_with_hooks(TOKENS, [("blocks.0.hook_resid_mid", lambda value, point: value)])
