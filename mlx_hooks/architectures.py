@@ -163,6 +163,8 @@ ROUTERS = ("gate", "router")
 EXPERTS_INSIDE = ("switch_glu", "switch_mlp", "experts")
 # Inside a router: the projection to one score per expert.
 ROUTER_PROJECTIONS = ("gate_proj", "gate", "wg", "layer", "proj", "classifier")
+# Routers that are a module around the projection and give its scores alone; the choice is made outside.
+SCORES_ONLY = ("afmoe", "dbrx", "hunyuan")
 # Experts whose input is weighted, not what they give.
 WEIGHTED_INPUT = ("llama4",)
 
@@ -195,6 +197,8 @@ OTHER_SUMS = {
     "muse_spark": "branches are normed and weighed as they are added, in a fused kernel",
     "iquestloopcoder": "",  # plain sums, made outside of any module
 }
+# Where a configuration makes their blocks add up in sight all the same.
+PLAIN_SUMS = {"kimi_k3": lambda block: not block.use_attn_res}
 # The submodule that reads the stream between attention and MLP, where no sum shows it.
 READERS_OF_MID = {
     "gemma3n": "pre_feedforward_layernorm",
@@ -445,7 +449,7 @@ class Architecture:
         self.locations: dict[HookPoint, list[Location]] = {}
         self.unsupported: dict[str, str] = {}
         for layer, block in enumerate(self.blocks):
-            reasons = UNSUPPORTED.get(_source(block), {})
+            reasons = UNSUPPORTED.get(_form(block), {})
             for component, location in self._block_locations(layer):
                 point = hook_points.block_point(component, layer)
                 if component in reasons:
@@ -506,7 +510,7 @@ class Architecture:
     def _block_locations(self, layer: int) -> Iterator[tuple[str, Location]]:
         block, sublayers = self.blocks[layer], self.sublayers[layer]
         kinds = [sublayer.kind for sublayer in sublayers if sublayer.kind != "side"]
-        observed = not self.is_parallel(layer) and _source(block) not in OTHER_SUMS
+        observed = not self.is_parallel(layer) and _form(block) not in OTHER_SUMS
         yield from self._ends(layer)
         if not self.is_parallel(layer) and "mlp" in kinds and len(set(kinds)) > 1:
             yield from self._mid(block)
@@ -550,7 +554,7 @@ class Architecture:
         yield "resid_post", Location(block, "output")
 
     def _mid(self, block: nn.Module) -> Iterator[tuple[str, Location]]:
-        source = _source(block)
+        source = _form(block)
         if source not in OTHER_SUMS or "resid_mid" in UNSUPPORTED.get(source, {}):
             yield "resid_mid", Location(block, "mid")
         elif source in READERS_OF_MID:
@@ -569,7 +573,7 @@ class Architecture:
 
     def other_sum(self, layer: int) -> str:
         """Why ``resid_post`` of a layer is not the sum of what is added to ``resid_pre``; empty where it is."""
-        return OTHER_SUMS.get(_source(self.blocks[layer]), "")
+        return OTHER_SUMS.get(_form(self.blocks[layer]), "")
 
     def stream_scale(self, layer: int) -> mx.array | None:
         """What the whole stream is multiplied with at the end of a block, or None."""
@@ -724,6 +728,12 @@ def _first(*modules: Any) -> Any:
 def _source(module: nn.Module) -> str:
     """The mlx-lm module that defines a class: ``"gemma2"``."""
     return type(module).__module__.rpartition(".")[2]
+
+
+def _form(block: nn.Module) -> str:
+    """The name of a block in the tables of unusual sums; empty where its configuration leaves them out."""
+    source = _source(block)
+    return "" if PLAIN_SUMS.get(source, lambda block: False)(block) else source
 
 
 def _sublayers(block: nn.Module) -> list[Sublayer]:
@@ -934,7 +944,7 @@ def _expert_locations(moe: nn.Module) -> Iterator[tuple[str, Location]]:
     experts, router = moe.get("switch_mlp", moe.get("experts")), _child(moe, ROUTERS)
     if router is None:
         return
-    plain = isinstance(router, nn.Linear | nn.QuantizedLinear)
+    plain = isinstance(router, nn.Linear | nn.QuantizedLinear) or _source(router) in SCORES_ONLY
     projection = router if plain else _child(router, ROUTER_PROJECTIONS)
     yield "router_scores", Location(projection, "output") if projection is not None else Location(router, "logits")
     if not isinstance(experts, nn.Module):

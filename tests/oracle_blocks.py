@@ -6,6 +6,7 @@ dequantised bit by bit.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -124,3 +125,98 @@ def swiglu_oai(alpha: float, limit: float) -> Gated:
 def situ(beta: float, linear_beta: float) -> Gated:
     """Both parts bent towards a limit by tanh (Kimi K3)."""
     return lambda gate, up: beta * np.tanh(gate / beta) * sigmoid(gate) * linear_beta * np.tanh(up / linear_beta)
+
+
+def clamped_swiglu(limit: float, after: bool) -> Gated:
+    """Both parts clipped; the gate before its activation function (DeepSeek V4.1) or after it (Step 3.5)."""
+    return lambda gate, up: (
+        (np.minimum(silu(gate), limit) if after else silu(np.minimum(gate, limit))) * np.clip(up, -limit, limit)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters below a path."""
+
+    weights: Weights
+    path: str
+
+    def __getitem__(self, name: str) -> Array:
+        return self.weights[f"{self.path}.{name}"]
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.path}.{name}" in self.weights
+
+    def linear(self, path: str, x: Array) -> Array:
+        return self.weights.linear(f"{self.path}.{path}", x)
+
+    def glu(self, path: str, x: Array, activation: Gated) -> Array:
+        gate, up = self.linear(f"{path}.gate_proj", x), self.linear(f"{path}.up_proj", x)
+        return self.linear(f"{path}.down_proj", activation(gate, up))
+
+    def every(self, path: str, x: Array) -> Array:
+        """What each expert's projection makes of x [..., (expert,) in]: [..., expert, out]."""
+        y = np.einsum("...ei,eoi->...eo", x, self[f"{path}.weight"])
+        return y + self[f"{path}.bias"] if f"{path}.bias" in self else y
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a router makes a choice and its weights of one logit per expert.
+
+    Args:
+        score: of the logits.
+        bias: added to the scores for the choice only.
+        groups: experts are in two groups, of which the better one is kept, by "sum" or "max" of its scores.
+        dropped: score of the other group; where it is 0, an expert with a score below 0 is not preferred to it.
+        weigh: what the chosen scores become: "sum" (divided by it), "softmax" or "" (as they are).
+        scale: multiplies the weights.
+    """
+
+    score: Callable[[Array], Array] = lambda x: x
+    bias: str = ""
+    groups: str = ""
+    dropped: float = 0.0
+    weigh: str = ""
+    scale: float = 1.0
+
+    def preference(self, part: Part, logits: Array) -> Array:
+        """What the choice goes by: the experts for which it is highest are chosen."""
+        scores = self.score(logits)
+        scores = scores + part[self.bias] if self.bias else scores
+        if self.groups:
+            halves = scores.reshape(*scores.shape[:-1], 2, -1)
+            worth = halves.sum(-1) if self.groups == "sum" else halves.max(-1)
+            kept = worth == worth.max(-1, keepdims=True)
+            scores = np.where(kept[..., None], halves, self.dropped).reshape(scores.shape)
+        return scores
+
+    def weights(self, part: Part, logits: Array, indices: Array) -> Array:
+        chosen = np.take_along_axis(self.score(logits), indices, axis=-1)
+        if self.weigh == "softmax":
+            chosen = softmax(chosen)
+        if self.weigh == "sum":
+            chosen = chosen / chosen.sum(-1, keepdims=True)
+        return chosen * self.scale
+
+
+@dataclass(frozen=True)
+class SparseMixer(Rule):
+    """PhiMoE (Liu et al. 2023): each of two picks is weighed against the logits that come near it."""
+
+    noise: float = 0.1
+
+    def weights(self, part: Part, logits: Array, indices: Array) -> Array:
+        left, found = logits, []
+        for k in range(2):
+            pick = indices[..., k : k + 1]
+            best = np.take_along_axis(logits, pick, axis=-1)
+            far = (best - logits) / np.maximum(np.abs(logits), best) > 2 * self.noise
+            found.append(np.take_along_axis(softmax(np.where(far, -np.inf, left)), pick, axis=-1))
+            left = left.copy()
+            np.put_along_axis(left, pick, -np.inf, axis=-1)
+        return np.concatenate(found, axis=-1)

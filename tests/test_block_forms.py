@@ -6,6 +6,7 @@ stands for, in NumPy float64 from the model's weights (``oracle_blocks``), and e
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,17 +15,33 @@ import numpy as np
 import oracle_blocks as oracle
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from oracle_blocks import Array, Weights, f64, gated, gelu, gelu_tanh, layer_norm, relu2, rms_norm, silu
+from oracle_blocks import (
+    Array,
+    Gated,
+    Part,
+    Rule,
+    Weights,
+    f64,
+    gated,
+    gelu,
+    gelu_tanh,
+    layer_norm,
+    relu2,
+    rms_norm,
+    silu,
+)
 
 from mlx_hooks import ActivationCache, HookedModel, HookError
 from mlx_hooks.coverage.configurations import CONFIGURATIONS
-from mlx_hooks.coverage.models import tiny_model
+from mlx_hooks.coverage.models import architectures, tiny_model
 from mlx_hooks.hook_points import short_name
 
 METAL_ONLY = ("bitnet", "muse_spark")
 # 2 rows of 20 tokens. Of top-2 experts 80 are called: from 64 on mlx-lm sorts tokens by expert.
 TOKENS = [[(7 * i + 3 * i * i) % 96 for i in range(1, 21)], [(11 * i + i * i + 5) % 96 for i in range(1, 21)]]
-RUNNING = [name for name in CONFIGURATIONS if name not in METAL_ONLY]
+# An older mlx-lm lacks some architectures.
+HERE = set(architectures())
+RUNNING = [name for name in CONFIGURATIONS if name in HERE and name not in METAL_ONLY]
 
 
 @cache
@@ -38,8 +55,10 @@ def weights_of(name: str) -> Weights:
 
 
 def tokens_of(name: str) -> list[list[int]]:
-    """olmo reads one token at a time only."""
-    return [row[:1] for row in TOKENS] if name == "olmo" else TOKENS
+    """olmo reads one token at a time only; llama4 has one expert for each token."""
+    return (
+        [row[:1] for row in TOKENS] if name == "olmo" else [row * 2 for row in TOKENS] if name == "llama4" else TOKENS
+    )
 
 
 def close(got: Any, expected: Array, what: str = "", factor: float = 1.0) -> None:
@@ -80,6 +99,7 @@ def values(run: ActivationCache, name: str) -> list[Array]:
 # ---------------------------------------------------------------------------------------------------------------------
 # MLPs
 
+SWIGLU = gated(silu)
 # Gate, up and down projection inside the MLP. A whole number: that part of a projection's output, split in two;
 # "even", "odd": every second column. No gate: not gated.
 _FUSED = (("gate_up_proj", 0), ("gate_up_proj", 1), "down_proj")
@@ -140,7 +160,7 @@ def activation(name: str, layer: int, mlp: str) -> Callable[..., Array]:
         return xielu(name, mlp)
     if name == "gemma3n":
         return gated(sparse_gelu(layer))
-    return ACTIVATIONS.get(name, gated(silu))
+    return ACTIVATIONS.get(name, SWIGLU)
 
 
 def mlps(name: str) -> list[tuple[int, int, str]]:
@@ -218,7 +238,7 @@ SUBLAYERS = (
 # Experts whose sum is the output of the module that edits change: nothing shows it unedited.
 NOT_EDITED = {"phixtral": "mlp_out", "kimi_k3": "mlp_out", "deepseek_v41": "mlp_out"}
 # hook_resid_mid can be read but not replaced: the sum is not made where it could be met.
-READ_ONLY_MID = ("gemma3", "gemma3_text", "gemma3n", "deepseek_v41", "iquestloopcoder")
+READ_ONLY_MID = ("gemma3n", "deepseek_v41", "iquestloopcoder")
 
 
 class Block:
@@ -531,6 +551,7 @@ FORMS: dict[str, Form] = {
     "gemma3n": gemma3n,
     "deepseek_v41": deepseek_v41,
     "kimi_k3": kimi_k3,
+    "kimi_k3/no_residual_blocks": sequential(_LLAMA),
 }
 
 
@@ -561,3 +582,267 @@ def test_a_block_adds_to_the_stream_what_its_form_says(name: str, lengths: tuple
 def test_a_stream_that_is_not_made_where_it_is_met_is_read_only_and_says_so(name: str) -> None:
     with pytest.raises(HookError, match="can be read but not replaced: it is not formed where it could be replaced"):
         hooked(name).run_with_hooks(TOKENS, [("blocks.0.hook_resid_mid", lambda value, point: value)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts in a block: paths of the layer in the block, of router and experts in the layer, and the formulas.
+
+    ``shared`` is added to the weighted sum: the path of an MLP, multiplied by the sigmoid of ``shared_gate``'s output.
+    """
+
+    path: str
+    rule: Rule
+    router: str = "gate"
+    experts: str = "switch_mlp"
+    activation: Gated = SWIGLU
+    shared: str = ""
+    shared_gate: str = ""
+    combine: Callable[[Part, Array, Array], Array] | None = None
+    inside: Callable[[Part, Array], Array] = lambda part, x: x
+    weighted_input: bool = False
+
+    def logits(self, part: Part, x: Array) -> Array:
+        y = x @ part[f"{self.router}.weight"].T
+        return y + part[f"{self.router}.bias"] if f"{self.router}.bias" in part else y
+
+    def outputs(self, part: Part, x: Array, layer: int) -> Array:
+        """What every expert makes of the layer's input x [..., d_model]: [..., expert, d_model]."""
+        x, act = self.inside(part, x)[..., None, :], activation_of(self, layer)
+        if f"{self.experts}.fc1.weight" in part:
+            return part.every(f"{self.experts}.fc2", act(part.every(f"{self.experts}.fc1", x)))
+        gate, up = part.every(f"{self.experts}.gate_proj", x), part.every(f"{self.experts}.up_proj", x)
+        return part.every(f"{self.experts}.down_proj", act(gate, up))
+
+    def result(self, part: Part, x: Array, total: Array, layer: int) -> Array:
+        """The layer's output, given the weighted sum of what the chosen experts gave."""
+        if self.combine is not None:
+            return self.combine(part, x, total)
+        if not self.shared:
+            return total
+        shared = part.glu(self.shared, x, activation_of(self, layer, shared=True))
+        return total + (oracle.sigmoid(part.linear(self.shared_gate, x)) * shared if self.shared_gate else shared)
+
+
+def activation_of(experts: Experts, layer: int, shared: bool = False) -> Any:
+    """Step 3.5 clips in its layer 2 only, with other limits for the shared expert."""
+    if experts.shared == "share_expert" and layer == 2:
+        return oracle.clamped_swiglu(0.6 if shared else 0.4, after=True)
+    return experts.activation
+
+
+def klear_result(part: Part, x: Array, total: Array) -> Array:
+    """Experts and shared experts in proportions that are computed for each token."""
+    share = oracle.softmax(part.linear("coefficient", x))
+    return total * share[..., :1] + part.glu("shared_experts", x, SWIGLU) * share[..., 1:]
+
+
+def nemotron_result(part: Part, x: Array, total: Array) -> Array:
+    """Experts work in a latent space."""
+    shared = part.linear("shared_experts.down_proj", relu2(part.linear("shared_experts.up_proj", x)))
+    return part.linear("fc2_latent_proj", total) + shared
+
+
+def kimi_k3_result(part: Part, x: Array, total: Array) -> Array:
+    normed = rms_norm(total, 1e-5) * part["routed_expert_norm.weight"]
+    return part.linear("routed_expert_up_proj", normed) + part.glu("shared_experts", x, oracle.situ(1.3, 0.7))
+
+
+_SIGMOID, _SOFTMAX = oracle.sigmoid, oracle.softmax
+_V3 = Rule(_SIGMOID, bias="gate.e_score_correction_bias", weigh="sum", scale=1.3)
+_BAILING = Rule(_SIGMOID, bias="gate.expert_bias", groups="sum", weigh="sum", scale=1.3)
+_CHOSEN_SOFTMAX = Rule(weigh="softmax")
+_BELOW_0_7 = oracle.clamped_swiglu(0.7, after=False)
+EXPERTS: dict[str, Experts] = {
+    "mixtral": Experts("block_sparse_moe", _CHOSEN_SOFTMAX),
+    "jamba": Experts("feed_forward", _CHOSEN_SOFTMAX, "router"),
+    "phixtral": Experts("moe", _CHOSEN_SOFTMAX, activation=gelu_tanh),
+    "granitemoe": Experts("block_sparse_moe", _CHOSEN_SOFTMAX, "router.layer"),
+    "granitemoehybrid": Experts("block_sparse_moe", _CHOSEN_SOFTMAX, "router.layer"),
+    "gpt_oss": Experts("mlp", _CHOSEN_SOFTMAX, "router", "experts", oracle.swiglu_oai(1.702, 7.0)),
+    "phimoe": Experts("block_sparse_moe", oracle.SparseMixer()),
+    **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe", "mellum"), Experts("mlp", Rule(_SOFTMAX, weigh="sum"))),
+    "olmoe": Experts("mlp", Rule(_SOFTMAX)),
+    "qwen2_moe": Experts("mlp", Rule(_SOFTMAX), shared="shared_expert", shared_gate="shared_expert_gate"),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5_moe"),
+        Experts("mlp", Rule(_SOFTMAX, weigh="sum"), shared="shared_expert", shared_gate="shared_expert_gate"),
+    ),
+    "ernie4_5_moe": Experts("mlp", Rule(_SOFTMAX, weigh="sum"), shared="shared_experts"),
+    "hunyuan": Experts("mlp", Rule(_SOFTMAX), "gate.wg", shared="shared_mlp"),
+    "deepseek": Experts("mlp", Rule(_SOFTMAX), shared="shared_experts"),
+    "deepseek_v2": Experts("mlp", Rule(_SOFTMAX, groups="max", scale=1.3), shared="shared_experts"),
+    "mistral4": Experts("mlp", Rule(_SOFTMAX, weigh="sum", scale=1.3), shared="shared_experts"),
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32"),
+        Experts("mlp", replace(_V3, groups="sum"), shared="shared_experts"),
+    ),
+    **dict.fromkeys(
+        ("exaone_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "kimi_k25", "kimi_vl", "solar_open"),
+        Experts("mlp", _V3, shared="shared_experts"),
+    ),
+    "dots1": Experts("mlp", _V3, experts="experts", shared="shared_experts"),
+    "mimo_v2_flash": Experts("mlp", _V3),
+    "deepseek_v41": Experts(
+        "mlp",
+        replace(_V3, score=lambda x: np.sqrt(oracle.softplus(x / 1.3))),
+        experts="experts.switch_mlp",
+        activation=_BELOW_0_7,
+        shared="shared_experts",
+    ),
+    "kimi_linear": Experts("mlp", replace(_V3, bias="e_score_correction_bias"), shared="shared_experts"),
+    "kimi_k3": Experts(
+        "mlp",
+        replace(_V3, bias="e_score_correction_bias"),
+        activation=oracle.situ(1.3, 0.7),
+        combine=kimi_k3_result,
+        inside=lambda part, x: part.linear("routed_expert_down_proj", x),
+    ),
+    "nemotron_h": Experts(
+        "mixer",
+        _V3,
+        activation=relu2,
+        combine=nemotron_result,
+        inside=lambda part, x: part.linear("fc1_latent_proj", x),
+    ),
+    **dict.fromkeys(
+        ("bailing_moe", "bailing_moe_linear"),
+        Experts("mlp", _BAILING, "gate.gate_proj", shared="shared_experts"),
+    ),
+    "bailing_hybrid": Experts("mlp", replace(_BAILING, dropped=-np.inf), "gate.gate_proj", shared="shared_experts"),
+    "bailing_moe_v3": Experts("mlp", replace(_BAILING, dropped=-np.inf), shared="shared_experts"),
+    "lfm2_moe": Experts("feed_forward", Rule(_SIGMOID, bias="expert_bias", weigh="sum", scale=1.3)),
+    "minimax": Experts("block_sparse_moe", Rule(_SIGMOID, bias="e_score_correction_bias", weigh="sum")),
+    "minimax_m3_vl": Experts(
+        "block_sparse_moe",
+        replace(_V3, bias="e_score_correction_bias"),
+        activation=oracle.swiglu_oai(1.3, 0.7),
+        shared="shared_experts",
+    ),
+    "afmoe": Experts("mlp", replace(_V3, bias="expert_bias"), "router.gate", "experts", shared="shared_experts"),
+    "Klear": Experts("mlp", replace(_V3, bias="expert_bias", scale=1), experts="experts", combine=klear_result),
+    "laguna": Experts(
+        "mlp",
+        replace(_V3, score=lambda x: _SIGMOID(0.7 * np.tanh(x / 0.7)), scale=1),
+        "gate.proj",
+        combine=lambda part, x, total: 1.3 * total + part.glu("shared_expert", x, SWIGLU),
+    ),
+    "step3p5": Experts("mlp", replace(_V3, bias="gate.router_bias"), "gate.gate", shared="share_expert"),
+    "llama4": Experts("feed_forward", Rule(_SIGMOID), "router", "experts", shared="shared_expert", weighted_input=True),
+    # Two experts more than there are give their input back.
+    **dict.fromkeys(
+        ("longcat_flash", "longcat_flash_ngram"),
+        Experts("mlp", Rule(_SOFTMAX, bias="router.e_score_correction_bias", scale=1.3), "router.classifier"),
+    ),
+}
+_EXPERT_EDITS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "read": {},
+    "edited": {
+        "router_scores": lambda x: 0.9 * x[..., ::-1] + 0.05,
+        "expert_weights": lambda x: 0.5 * x + 0.1,
+        "expert_out": lambda x: 0.7 * x + 0.01,
+    },
+    "other experts": {"expert_indices": lambda x: x ^ 1},
+    "no experts": {"expert_weights": lambda x: 0 * x},
+}
+
+
+@pytest.mark.parametrize("edits", _EXPERT_EDITS.values(), ids=list(_EXPERT_EDITS))
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_chosen_weighed_and_summed_as_their_rule_says(name: str, edits: dict[str, Any]) -> None:
+    """Scores from the layer's input, the choice and weights from the scores, what each expert gives, and the sum."""
+    model, weights, experts = hooked(name), weights_of(name), EXPERTS[name]
+    components = ("router_scores", "expert_indices", "expert_weights", "expert_out")
+    points = [p for p in model.hook_points.values() if p.component in components]
+    layers = sorted({p.layer for p in points})
+    paths = {layer: f"{weights.blocks[layer]}.{experts.path}" for layer in layers}
+    raw = [f"{path}.{place}" for path in paths.values() for place in ("input", "output")]
+    hooks = [(p.name, lambda x, point: edits[point.component](x)) for p in points if p.component in edits]
+
+    def edited(component: str, value: Array) -> Array:
+        return edits.get(component, lambda x: x)(value)
+
+    for run in captured(name, [p.name for p in points] + raw, hooks, CALLS if len(edits) > 1 else ()):
+        for layer in layers:
+            part = Part(weights, paths[layer])
+            scores, indices, chosen_weights, outputs = (
+                values(run, short_name(component, layer))[0] for component in components
+            )
+            x, y = (values(run, f"{paths[layer]}.{place}")[0] for place in ("input", "output"))
+            logits = edited("router_scores", experts.logits(part, x))
+            close(scores, logits, f"scores of layer {layer}")
+            assert run.records[short_name("expert_indices", layer)][0].value.dtype in (mx.uint32, mx.int32)
+            indices = indices.astype(int)
+            before = indices ^ 1 if "expert_indices" in edits else indices
+            assert (np.diff(np.sort(before, axis=-1), axis=-1) > 0).all()
+            # Compared by how much they are preferred: experts that tie are as good as one another.
+            preference = experts.rule.preference(part, logits)
+            preferred = np.sort(np.take_along_axis(preference, before, axis=-1), axis=-1)
+            close(preferred, np.sort(preference, axis=-1)[..., -before.shape[-1] :], f"choice in layer {layer}")
+            close(chosen_weights, edited("expert_weights", experts.rule.weights(part, logits, before)), "weights")
+            x_in = x * chosen_weights if experts.weighted_input else x
+            every = experts.outputs(part, x_in, layer)
+            real = (indices < every.shape[-2])[..., None]  # the others give their input back
+            picked = np.take_along_axis(every, np.where(real, indices[..., None], 0), axis=-2)
+            close(outputs, edited("expert_out", picked), f"what experts give in layer {layer}", factor=2)
+            outputs = outputs if real.all() else np.where(real, outputs, x[..., None, :])
+            weighted = outputs if experts.weighted_input else outputs * chosen_weights[..., None]
+            close(y, experts.result(part, x, weighted.sum(-2), layer), f"sum in layer {layer}", factor=2)
+
+
+def test_every_architecture_with_experts_has_a_rule_here() -> None:
+    with_experts = {
+        name for name in RUNNING if any(p.component == "expert_out" for p in hooked(name).hook_points.values())
+    }
+    assert with_experts == {*EXPERTS, "gemma4"}
+
+
+@pytest.mark.parametrize("name", ["gemma4", "gemma4/per_layer_inputs"])
+def test_experts_of_gemma4_stand_in_the_block(name: str) -> None:
+    """The router norms its input for itself; weights are a softmax of the chosen, times a number per expert."""
+    model, weights = hooked(name), weights_of(name)
+    edits = {"router_scores": lambda x: -x, "expert_weights": lambda x: 0.5 * x, "expert_out": lambda x: x + 0.1}
+    points = [p for p in model.hook_points.values() if p.component in (*edits, "expert_indices")]
+    hooks = [(p.name, lambda x, point: edits[point.component](x)) for p in points if p.component in edits]
+    raw = [f"{path}.{end}" for path in weights.blocks for end in ("router.input", "experts.input", "experts.output")]
+    experts = Experts("", Rule(weigh="softmax"), experts="experts.switch_glu", activation=gated(gelu_tanh))
+    for run in captured(name, [p.name for p in points] + raw, hooks, CALLS):
+        for layer, path in enumerate(weights.blocks):
+            part, x = Part(weights, path), values(run, f"{path}.router.input")[0]
+            scores, indices, chosen_weights, outputs = (
+                values(run, short_name(c, layer))[0]
+                for c in ("router_scores", "expert_indices", "expert_weights", "expert_out")
+            )
+            close(scores, -part.linear("router.proj", rms_norm(x, 1e-5) * part["router.scale"] / 8))
+            indices = indices.astype(int)
+            assert (np.sort(indices, axis=-1) == np.sort(np.argsort(-scores, axis=-1)[..., :2], axis=-1)).all()
+            expected = experts.rule.weights(part, scores, indices) * part["router.per_expert_scale"][indices]
+            close(chosen_weights, 0.5 * expected)
+            every = experts.outputs(part, values(run, f"{path}.experts.input")[0], layer)
+            close(outputs, np.take_along_axis(every, indices[..., None], axis=-2) + 0.1, factor=2)
+            close(values(run, f"{path}.experts.output")[0], (outputs * chosen_weights[..., None]).sum(-2), factor=2)
+
+
+def test_scores_of_experts_that_are_called_one_by_one() -> None:
+    name = "blocks.0.mlp.hook_router_scores"
+    (run,) = captured("dbrx", [name, "transformer.blocks.0.ffn.input"])
+    x = values(run, "transformer.blocks.0.ffn.input")[0]
+    close(values(run, name)[0], weights_of("dbrx").linear("transformer.blocks.0.ffn.router.layer", x))
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "reason"),
+    [
+        ("dbrx", "blocks.1.mlp.hook_expert_out", "experts are called one by one for each token"),
+        ("dbrx", "blocks.0.mlp.hook_expert_indices", "experts are called one by one for each token"),
+        ("deepseek_v41", "blocks.2.attn.hook_pattern", "each query attends to rows gathered for it"),
+        ("kimi_k3", "blocks.0.hook_resid_mid", "Unknown hook point"),
+    ],
+)
+def test_what_cannot_be_shown_says_why(name: str, point: str, reason: str) -> None:
+    with pytest.raises(HookError, match=reason):
+        hooked(name).run_with_cache(TOKENS, point)
