@@ -220,3 +220,68 @@ class SparseMixer(Rule):
             left = left.copy()
             np.put_along_axis(left, pick, -np.inf, axis=-1)
         return np.concatenate(found, axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixers: what a call gives for x [batch, pos, d_model], and the two things that it keeps for the next call. ``window``:
+# the last inputs of the convolution, [batch, width - 1, channels]; ``state``: what the recurrence carries.
+
+Kept = tuple[Array, Array]
+
+
+def convolution(part: Part, path: str, window: Array, x: Array) -> tuple[Array, Array]:
+    """A causal convolution of each channel for itself, and the window after it."""
+    kernel, full = part[f"{path}.weight"][..., 0], np.concatenate([window, x], axis=1)
+    y = np.stack([(full[:, t : t + kernel.shape[1]] * kernel.T).sum(1) for t in range(x.shape[1])], axis=1)
+    return y + part[f"{path}.bias"] if f"{path}.bias" in part else y, full[:, x.shape[1] :]
+
+
+def mamba(part: Part, x: Array, kept: Kept | None) -> tuple[Array, Kept]:
+    """Gu and Dao 2023, with FalconMamba's norms of time step, B and C. ``state``: [batch, channel, state]."""
+    a = -np.exp(part["A_log"])
+    inner, gate = np.split(part.linear("in_proj", x), 2, axis=-1)
+    window, state = kept or (np.zeros((len(x), 3, inner.shape[-1])), np.zeros((len(x), *a.shape)))
+    inner, window = convolution(part, "conv1d", window, inner)
+    inner, outputs = silu(inner), []
+    for u in inner.swapaxes(0, 1):
+        step, b, c = (rms_norm(y, 1e-6) for y in np.split(part.linear("x_proj", u), [32, 48], axis=-1))
+        step = softplus(part.linear("dt_proj", step))
+        state = np.exp(step[..., None] * a) * state + (step * u)[..., None] * b[:, None]
+        outputs.append((state * c[:, None]).sum(-1) + part["D"] * u)
+    return part.linear("out_proj", silu(gate) * np.stack(outputs, axis=1)), (window, state)
+
+
+def gated_delta(part: Part, x: Array, kept: Kept | None) -> tuple[Array, Kept]:
+    """Yang et al. 2024: what the state says of a key decays, and is moved towards the value.
+
+    2 key heads of 32, 4 value heads of 64; ``state``: [batch, value head, d_value, d_key].
+    """
+    batch, length, _ = x.shape
+    q, k, v, z = np.split(part.linear("in_proj_qkvz", x).reshape(batch, length, 2, 320), [32, 64, 192], axis=-1)
+    b, a = np.split(part.linear("in_proj_ba", x).reshape(batch, length, 2, 4), 2, axis=-1)
+    mixed = np.concatenate([y.reshape(batch, length, -1) for y in (q, k, v)], axis=-1)
+    window, state = kept or (np.zeros((batch, 3, mixed.shape[-1])), np.zeros((batch, 4, 64, 32)))
+    mixed, window = convolution(part, "conv1d", window, mixed)
+    q, k, v = np.split(silu(mixed), [64, 128], axis=-1)
+    q, k = (
+        (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6)).repeat(2, axis=2)
+        for y in (q.reshape(batch, length, 2, 32), k.reshape(batch, length, 2, 32))
+    )
+    v, a, b = v.reshape(batch, length, 4, 64), a.reshape(batch, length, 4), b.reshape(batch, length, 4)
+    decay, rate, outputs = np.exp(-np.exp(part["A_log"]) * softplus(a + part["dt_bias"])), sigmoid(b), []
+    for t in range(length):
+        state = state * decay[:, t, :, None, None]
+        wrong = v[:, t] - np.einsum("bhvk,bhk->bhv", state, k[:, t])
+        state = state + np.einsum("bhv,bhk->bhvk", wrong * rate[:, t, :, None], k[:, t])
+        outputs.append(np.einsum("bhvk,bhk->bhv", state, q[:, t]) / np.sqrt(32))
+    y = rms_norm(np.stack(outputs, axis=1), 1e-6) * part["norm.weight"]
+    y = y * silu(z.reshape(batch, length, 4, 64))
+    return part.linear("out_proj", y.reshape(batch, length, -1)), (window, state)
+
+
+def short_convolution(part: Part, x: Array, kept: Kept | None) -> tuple[Array, Kept]:
+    """LFM2: a gated convolution; its window is all that is kept."""
+    b, c, inner = np.split(part.linear("in_proj", x), 3, axis=-1)
+    window = kept[1] if kept else np.zeros((len(x), 2, inner.shape[-1]))
+    y, window = convolution(part, "conv", window, b * inner)
+    return part.linear("out_proj", c * y), (window, window)

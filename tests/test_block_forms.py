@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import oracle_blocks as oracle
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from oracle_blocks import (
     Array,
     Gated,
@@ -846,3 +846,75 @@ def test_scores_of_experts_that_are_called_one_by_one() -> None:
 def test_what_cannot_be_shown_says_why(name: str, point: str, reason: str) -> None:
     with pytest.raises(HookError, match=reason):
         hooked(name).run_with_cache(TOKENS, point)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixers
+
+MIXERS = {
+    "mamba": ("mixer", oracle.mamba),
+    "qwen3_next": ("linear_attn", oracle.gated_delta),
+    "lfm2": ("conv", oracle.short_convolution),
+}
+
+
+@pytest.mark.parametrize("edit", [lambda state: state, lambda state: 0.5 * state + 0.1], ids=["read", "edited"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_follows_its_recurrence(name: str, edit: Callable[[Any], Any]) -> None:
+    """Input, output and state of every call; an edited state is what the next call begins with."""
+    model, weights = hooked(name), weights_of(name)
+    path, recurrence = MIXERS[name]
+    layers = [p.layer for p in model.hook_points.values() if p.component == "mixer_state"]
+    names = [short_name(c, layer) for layer in layers for c in ("ln1", "mixer_in", "mixer_state", "mixer_out")]
+    hooks = [(short_name("mixer_state", layer), lambda value, point: edit(value)) for layer in layers]
+    for lengths in (CALLS, ()):  # without a KV cache the state is shown as well
+        kept: dict[int, oracle.Kept | None] = dict.fromkeys(layers)
+        for run in captured(name, names, hooks, lengths):
+            for layer in layers:
+                normed, x, state, out = (
+                    values(run, short_name(c, layer))[0] for c in ("ln1", "mixer_in", "mixer_state", "mixer_out")
+                )
+                assert (x == normed).all()
+                expected, (window, last) = recurrence(Part(weights, f"{weights.blocks[layer]}.{path}"), x, kept[layer])
+                kept[layer] = (window, edit(last))
+                close(out, expected, f"output of layer {layer}", factor=2)
+                close(state, edit(last), f"state of layer {layer}", factor=2)
+
+
+WITH_STATE = [
+    *("bailing_hybrid", "bailing_moe_linear", "bailing_moe_v3", "falcon_h1", "gear", "granitemoehybrid", "jamba"),
+    *(
+        "kimi_k3",
+        "kimi_linear",
+        "lfm2",
+        "lfm2-vl",
+        "lfm2_moe",
+        "mamba",
+        "mamba2",
+        "nemotron_h",
+        "olmo_hybrid",
+        "plamo2",
+    ),
+    *("prism_hadamard_qwen35", "qwen3_5", "qwen3_5_moe", "qwen3_next", "recurrent_gemma", "rwkv7"),
+]
+
+
+def test_every_mixer_with_a_state_is_tested_here() -> None:
+    shown = {n for n in RUNNING if any(p.component == "mixer_state" for p in hooked(n).hook_points.values())}
+    assert shown == {name for name in WITH_STATE if name in HERE}
+
+
+@pytest.mark.parametrize("name", WITH_STATE)
+def test_a_state_is_what_the_plain_model_keeps(name: str) -> None:
+    """The last entry of a mixer's cache (rwkv7's third is its MLP's), after chunks and single tokens, and one pass."""
+    model = hooked(name)
+    names = [p.name for p in model.hook_points.values() if p.component == "mixer_state"]
+    plain = make_prompt_cache(model.model)
+    model.model(mx.array(TOKENS), cache=plain)
+    entries = [c for cache in plain for c in (cache.caches if isinstance(cache, CacheList) else [cache])]
+    kept = [f64(c.cache[1 if name == "rwkv7" else -1]) for c in entries if isinstance(c, ArraysCache)]
+    assert len(kept) == len(names)
+    for lengths in (CALLS, (20,), ()):
+        last = captured(name, names, lengths=lengths)[-1]
+        for point, expected in zip(names, kept, strict=True):
+            close(values(last, point)[0], expected, point, factor=10)
