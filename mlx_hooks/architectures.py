@@ -199,6 +199,11 @@ OTHER_SUMS = {
 }
 # Where a configuration makes their blocks add up in sight all the same.
 PLAIN_SUMS = {"kimi_k3": lambda block: not block.use_attn_res}
+# Models whose logits are made of more than the stream that leaves the last block.
+MORE_THAN_THE_LAST_STREAM = {
+    "deepseek_v41": "the last block also gives the weights that mix its streams",
+    "kimi_k3": "the last norm reads a mixture of it and of the sums of earlier blocks",
+}
 # The submodule that reads the stream between attention and MLP, where no sum shows it.
 READERS_OF_MID = {
     "gemma3n": "pre_feedforward_layernorm",
@@ -574,6 +579,11 @@ class Architecture:
     def other_sum(self, layer: int) -> str:
         """Why ``resid_post`` of a layer is not the sum of what is added to ``resid_pre``; empty where it is."""
         return OTHER_SUMS.get(_form(self.blocks[layer]), "")
+
+    @property
+    def more_than_last_stream(self) -> str:
+        """What makes the logits besides the stream that leaves the last block; empty where nothing does."""
+        return MORE_THAN_THE_LAST_STREAM.get(_form(self.blocks[-1]), "")
 
     def stream_scale(self, layer: int) -> mx.array | None:
         """What the whole stream is multiplied with at the end of a block, or None."""

@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import oracle_blocks as oracle
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+from mlx_lm.utils import quantize_model
 from oracle_blocks import (
     Array,
     Gated,
@@ -30,23 +33,41 @@ from oracle_blocks import (
     rms_norm,
     silu,
 )
+from packaging.version import Version
 
 from mlx_hooks import ActivationCache, HookedModel, HookError
-from mlx_hooks.coverage.configurations import CONFIGURATIONS
-from mlx_hooks.coverage.models import architectures, tiny_model
+from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
+from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.hook_points import short_name
 
 METAL_ONLY = ("bitnet", "muse_spark")
 # 2 rows of 20 tokens. Of top-2 experts 80 are called: from 64 on mlx-lm sorts tokens by expert.
 TOKENS = [[(7 * i + 3 * i * i) % 96 for i in range(1, 21)], [(11 * i + i * i + 5) % 96 for i in range(1, 21)]]
-# An older mlx-lm lacks some architectures.
-HERE = set(architectures())
-RUNNING = [name for name in CONFIGURATIONS if name in HERE and name not in METAL_ONLY]
+RUNNING = [name for name in CONFIGURATIONS if name not in METAL_ONLY]
+# ":" and a number format: the same model with quantised weights.
+QUANTIZED = ["llama:4bit", "llama/untied:8bit", "llama:mixed", "qwen2_moe:4bit", "deepseek_v3:8bit", "lfm2:mixed"]
+
+pytestmark = pytest.mark.skipif(
+    Version(version("mlx-lm")) < Version("0.32.2"), reason="an older mlx-lm lacks some and computes some differently"
+)
 
 
 @cache
 def hooked(name: str) -> HookedModel:
-    return HookedModel(tiny_model(name))
+    name, _, bits = name.partition(":")
+    model = tiny_model(name)
+    if bits == "mixed":
+        model, _ = quantize_model(model, {}, group_size=32, bits=4, quant_predicate=mixed_bits)
+    elif bits:
+        nn.quantize(model, group_size=32, bits=int(bits[0]))
+    return HookedModel(model)
+
+
+def mixed_bits(path: str, module: nn.Module) -> bool | dict[str, int]:
+    """Eight bits for what ends a sublayer, none for queries, four for the rest."""
+    if path.endswith(("q_proj", "out_proj")):
+        return False
+    return {"bits": 8, "group_size": 32} if path.endswith(("down_proj", "w2")) else {"bits": 4, "group_size": 32}
 
 
 @cache
@@ -166,7 +187,7 @@ def activation(name: str, layer: int, mlp: str) -> Callable[..., Array]:
 def mlps(name: str) -> list[tuple[int, int, str]]:
     """Layer, number within the layer, and path of every dense MLP that stands in a block for itself."""
     weights = weights_of(name)
-    down = PARTS.get(name, LLAMA_PARTS)[2]
+    down = PARTS.get(name.partition(":")[0], LLAMA_PARTS)[2]
     found = []
     for layer, block in enumerate(weights.blocks):
         paths = [p.removesuffix(f".{down}.weight") for p in weights.arrays if p.endswith(f".{down}.weight")]
@@ -184,7 +205,7 @@ def projected(x: Array, weights: Weights, path: str, part: Any) -> Array:
     return y[..., part[1] == "odd" :: 2] if isinstance(part[1], str) else np.split(y, 2, axis=-1)[part[1]]
 
 
-@pytest.mark.parametrize("name", RUNNING)
+@pytest.mark.parametrize("name", RUNNING + QUANTIZED)
 def test_mlp_hook_points_are_gate_up_and_what_goes_down(name: str) -> None:
     """hook_pre and hook_pre_linear are the columns that the formula takes for gate and up; hook_post is its value.
 
@@ -196,7 +217,7 @@ def test_mlp_hook_points_are_gate_up_and_what_goes_down(name: str) -> None:
     assert sorted({layer for layer, _, _ in places}) == sorted({p.layer for p in inside})
     if not places:
         return
-    gate, up, down = PARTS.get(name, LLAMA_PARTS)
+    gate, up, down = PARTS.get(name.partition(":")[0], LLAMA_PARTS)
     first = up if isinstance(up, str) else up[0]
     names = [f"{path}.{suffix}" for _, _, path in places for suffix in (f"{first}.input", f"{down}.output")]
     names += [p.name for p in inside]
@@ -230,7 +251,7 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "mlp_out": lambda x: 1.2 * x + 0.1,
     "side_out": lambda x: 0.1 - x,
 }
-EPSILONS = {"qwen3_next": 1e-6, "plamo": 1e-6, "plamo2": 1e-6, "plamo3": 1e-6, "deepseek_v41": 1e-20}
+EPSILONS = {"qwen2_moe": 1e-6, "qwen3_next": 1e-6, "plamo": 1e-6, "plamo2": 1e-6, "plamo3": 1e-6, "deepseek_v41": 1e-20}
 SUBLAYERS = (
     r"(self_attn|linear_attn|attn|attention|conv|local_mixer|mamba|mixer|temporal_block|mlp|mlps|feed_forward|moe|"
     r"block_sparse_moe|mlp_block|router|experts)(\.([01]|o_proj|o_b_proj|out_proj|dense|down_proj|fc2|fc_out|dense_4h_to_h))?"
@@ -291,7 +312,7 @@ class Block:
         kind, _, path = path.rpartition(":")
         full = f"{self.path}.{path}"
         after = self.name == "muse_glimmer" and path.startswith("post")
-        y = (layer_norm if kind else rms_norm)(x, 1e-8 if after else EPSILONS.get(self.name, 1e-5))
+        y = (layer_norm if kind else rms_norm)(x, 1e-8 if after else EPSILONS.get(self.name.partition(":")[0], 1e-5))
         y = y * (self.weights[f"{full}.weight"] + offset)
         return y + self.weights[f"{full}.bias"] if f"{full}.bias" in self.weights else y
 
@@ -555,8 +576,12 @@ FORMS: dict[str, Form] = {
 }
 
 
+def form_of(name: str) -> Form:
+    return FORMS.get(name) or FORMS.get(re.split("[/:]", name)[0], sequential(_LLAMA))
+
+
 @pytest.mark.parametrize("lengths", [(), CALLS], ids=["read", "edited in chunks and decode"])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [*FORMS, *QUANTIZED])
 def test_a_block_adds_to_the_stream_what_its_form_says(name: str, lengths: tuple[int, ...]) -> None:
     """What is added, and the stream between and after, from what the modules got and gave; edits go on from there."""
     model, weights = hooked(name), weights_of(name)
@@ -575,7 +600,7 @@ def test_a_block_adds_to_the_stream_what_its_form_says(name: str, lengths: tuple
         for layer in range(len(weights.blocks)):
             n_passes = len(run.records[short_name("resid_pre", layer)])
             for turn in range(n_passes):
-                FORMS[name](Block(name, layer, run, edits, turn))
+                form_of(name)(Block(name, layer, run, edits, turn))
 
 
 @pytest.mark.parametrize("name", READ_ONLY_MID)
@@ -752,10 +777,10 @@ _EXPERT_EDITS: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 
 @pytest.mark.parametrize("edits", _EXPERT_EDITS.values(), ids=list(_EXPERT_EDITS))
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [*EXPERTS, *(name for name in QUANTIZED if name.partition(":")[0] in EXPERTS)])
 def test_experts_are_chosen_weighed_and_summed_as_their_rule_says(name: str, edits: dict[str, Any]) -> None:
     """Scores from the layer's input, the choice and weights from the scores, what each expert gives, and the sum."""
-    model, weights, experts = hooked(name), weights_of(name), EXPERTS[name]
+    model, weights, experts = hooked(name), weights_of(name), EXPERTS[name.partition(":")[0]]
     components = ("router_scores", "expert_indices", "expert_weights", "expert_out")
     points = [p for p in model.hook_points.values() if p.component in components]
     layers = sorted({p.layer for p in points})
@@ -859,11 +884,11 @@ MIXERS = {
 
 
 @pytest.mark.parametrize("edit", [lambda state: state, lambda state: 0.5 * state + 0.1], ids=["read", "edited"])
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize("name", [*MIXERS, "lfm2:mixed"])
 def test_a_mixer_follows_its_recurrence(name: str, edit: Callable[[Any], Any]) -> None:
     """Input, output and state of every call; an edited state is what the next call begins with."""
     model, weights = hooked(name), weights_of(name)
-    path, recurrence = MIXERS[name]
+    path, recurrence = MIXERS[name.partition(":")[0]]
     layers = [p.layer for p in model.hook_points.values() if p.component == "mixer_state"]
     names = [short_name(c, layer) for layer in layers for c in ("ln1", "mixer_in", "mixer_state", "mixer_out")]
     hooks = [(short_name("mixer_state", layer), lambda value, point: edit(value)) for layer in layers]
@@ -901,7 +926,7 @@ WITH_STATE = [
 
 def test_every_mixer_with_a_state_is_tested_here() -> None:
     shown = {n for n in RUNNING if any(p.component == "mixer_state" for p in hooked(n).hook_points.values())}
-    assert shown == {name for name in WITH_STATE if name in HERE}
+    assert shown == set(WITH_STATE)
 
 
 @pytest.mark.parametrize("name", WITH_STATE)
@@ -918,3 +943,80 @@ def test_a_state_is_what_the_plain_model_keeps(name: str) -> None:
         last = captured(name, names, lengths=lengths)[-1]
         for point, expected in zip(names, kept, strict=True):
             close(values(last, point)[0], expected, point, factor=10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+# The logits are not made of the stream that leaves the last block alone.
+NOT_OF_THE_LAST_STREAM = ("deepseek_v41", "kimi_k3")
+
+
+@pytest.mark.parametrize("name", NOT_OF_THE_LAST_STREAM)
+def test_unembedding_is_refused_where_the_last_stream_does_not_suffice(name: str) -> None:
+    model = hooked(name)
+    (run,) = captured(name, [short_name("resid_post", model.cfg.n_layers - 1)])
+    with pytest.raises(HookError, match="Logits are not made of the last stream alone"):
+        model.unembed(run["resid_post", model.cfg.n_layers - 1])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in [*RUNNING, *VARIANTS, *QUANTIZED] if name not in NOT_OF_THE_LAST_STREAM]
+)
+def test_unembedding_the_last_stream_gives_the_logits_bit_for_bit(name: str) -> None:
+    model = hooked(name)
+    last = short_name("resid_post", model.cfg.n_layers - 1)
+    run = captured(name, [last, "hook_logits"])[0]
+    streams = [record.value for record in run.records[last]]
+    assert mx.array_equal(model.unembed(streams[-1]), run["hook_logits"]).item()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama/untied", *(name for name in QUANTIZED if name.startswith("llama"))])
+def test_embedding_and_unembedding_use_the_weights_as_they_are(name: str) -> None:
+    model, weights = hooked(name), weights_of(name)
+    (run,) = captured(name, ["hook_embed", "blocks.1.hook_resid_post", "ln_final.hook_normalized", "hook_logits"])
+    close(run["hook_embed"], weights["model.embed_tokens.weight"][np.array(TOKENS)])
+    normed = rms_norm(values(run, "blocks.1.hook_resid_post")[0], 1e-5) * weights["model.norm.weight"]
+    close(run["ln_final.hook_normalized"], normed)
+    end = "model.embed_tokens" if model.model.args.tie_word_embeddings else "lm_head"
+    close(run["hook_logits"], normed @ weights[f"{end}.weight"].T)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize(
+    # No experts: MLX's CPU build multiplies those in float32 only.
+    "name",
+    ["granite", "minicpm", "cohere", "gpt_neox", "falcon_h1", "glm4", "olmo2", "lfm2", "mamba2", "talkie"],
+)
+def test_half_precision_changes_no_sum(name: str, dtype: mx.Dtype) -> None:
+    """The model's own additions, in its own order and type, from what was captured."""
+    model = HookedModel(tiny_model(name, dtype=dtype))
+    plain = model.model(mx.array(TOKENS))
+    logits, run = model.run_with_cache(TOKENS)
+    assert mx.array_equal(logits, plain).item()
+    assert logits.dtype == plain.dtype
+    for layer in range(model.cfg.n_layers):
+        parts = {c: [r.value for r in run.records.get(short_name(c, layer), [])] for c in (*EDITS, "resid_pre")}
+        stream = parts["resid_pre"][0]
+        assert stream.dtype == dtype
+        if model.architecture.is_parallel(layer):
+            stream = (parts["attn_out"][0] + parts["mlp_out"][0]) + stream
+        else:
+            for component in ("mixer_out", "attn_out", "mlp_out", "side_out"):
+                stream = stream + parts[component][0] if parts[component] else stream
+        assert mx.array_equal(run["resid_post", layer], stream).item(), layer
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", "mistral3", "mistral3/mistral4", "pixtral", "lfm2-vl", "qwen2_vl", "qwen3_vl"],
+)
+def test_a_vision_language_wrapper_shows_its_text_model(name: str) -> None:
+    """The same names and the same numbers as the text model inside it, wrapped for itself."""
+    outer = hooked(name)
+    inner = HookedModel(outer.model.language_model)
+    _, outside = outer.run_with_cache(tokens_of(name))
+    _, inside = inner.run_with_cache(tokens_of(name))
+    assert list(outside) == list(inside)
+    for point in inside:
+        assert mx.array_equal(outside[point], inside[point]).item(), point
