@@ -165,6 +165,8 @@ EXPERTS_INSIDE = ("switch_glu", "switch_mlp", "experts")
 ROUTER_PROJECTIONS = ("gate_proj", "gate", "wg", "layer", "proj", "classifier")
 # Routers that are a module around the projection and give its scores alone; the choice is made outside.
 SCORES_ONLY = ("afmoe", "dbrx", "hunyuan")
+# Layers of experts that multiply with the router's weight themselves.
+ROUTING_INSIDE = ("muse_spark",)
 # Experts whose input is weighted, not what they give.
 WEIGHTED_INPUT = ("llama4",)
 
@@ -235,7 +237,14 @@ UNSUPPORTED = {
     "dbrx": dict.fromkeys(
         ("expert_indices", "expert_out", "expert_weights"), "experts are called one by one for each token"
     ),
-    "muse_spark": dict.fromkeys(("attn_out", "resid_mid"), OTHER_SUMS["muse_spark"]),
+    "muse_spark": dict.fromkeys(
+        ("attn_out", "resid_mid", "ln2_in", "ln2", "ln2_post", "mlp_out"), OTHER_SUMS["muse_spark"]
+    )
+    | {"expert_weights": "experts are weighed and summed in a fused kernel"},
+}
+# The same in all layers but the first.
+UNSUPPORTED_LATER = {
+    "muse_spark": dict.fromkeys(("ln1_in", "ln1"), "the layer before applies this norm, in a fused kernel"),
 }
 # Attention written out with a softmax, and when.
 HAND_WRITTEN = {
@@ -454,7 +463,7 @@ class Architecture:
         self.locations: dict[HookPoint, list[Location]] = {}
         self.unsupported: dict[str, str] = {}
         for layer, block in enumerate(self.blocks):
-            reasons = UNSUPPORTED.get(_form(block), {})
+            reasons = UNSUPPORTED.get(_form(block), {}) | (UNSUPPORTED_LATER.get(_form(block), {}) if layer else {})
             for component, location in self._block_locations(layer):
                 point = hook_points.block_point(component, layer)
                 if component in reasons:
@@ -955,15 +964,19 @@ def _expert_locations(moe: nn.Module) -> Iterator[tuple[str, Location]]:
     if router is None:
         return
     plain = isinstance(router, nn.Linear | nn.QuantizedLinear) or _source(router) in SCORES_ONLY
+    inside_layer = _source(moe) in ROUTING_INSIDE
     projection = router if plain else _child(router, ROUTER_PROJECTIONS)
-    yield "router_scores", Location(projection, "output") if projection is not None else Location(router, "logits")
+    if projection is not None:
+        yield "router_scores", Location(projection, "output")
+    else:
+        yield "router_scores", Location(moe if inside_layer else router, "logits")
     if not isinstance(experts, nn.Module):
         # A list of experts: UNSUPPORTED says why.
         for component in ("expert_indices", "expert_out", "expert_weights"):
             yield component, Location(moe, "output")
         return
     inside = _first(_child(experts, EXPERTS_INSIDE), experts)
-    if plain:
+    if plain or inside_layer:
         yield "expert_indices", Location(experts, "input", index=1)
         weighted_input = _source(moe) in WEIGHTED_INPUT
         yield "expert_weights", Location(moe, "input weights") if weighted_input else Location(inside, "weights")
@@ -990,7 +1003,10 @@ def _number(args: Any, names: tuple[str, ...], needed: bool = True) -> Any:
 
 
 def _n_rows(linear: nn.Module) -> int:
-    """Width of a projection's output. Quantisation packs columns of a weight, not rows; LoRA wraps the projection."""
+    """Width of a projection's output. Quantisation packs columns of a weight; ternary ones pack rows and say how many
+    there are; LoRA wraps the projection."""
+    if hasattr(linear, "out_features"):
+        return linear.out_features
     if "weight" in linear:
         return linear["weight"].shape[0]
     return _n_rows(linear["linear"])

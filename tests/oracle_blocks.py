@@ -40,6 +40,9 @@ class Weights:
         module = self.modules.get(path.rpartition(".")[0])
         if path.endswith(".weight") and hasattr(module, "bits"):
             return self._dequantized(path.removesuffix(".weight"), module.bits, module.group_size)
+        if path.endswith(".weight") and hasattr(module, "weight_scale"):
+            scale = self[path.replace(".weight", ".weight_scale")]
+            return ternary(np.array(self.arrays[path])) * (1 / scale if module.invert_weight_scales else scale)
         return f64(self.arrays[path])
 
     def _dequantized(self, path: str, bits: int, group_size: int) -> Array:
@@ -56,6 +59,11 @@ class Weights:
 
     def rms_norm(self, path: str, x: Array, eps: float, offset: float = 0.0) -> Array:
         return rms_norm(x, eps) * (self[f"{path}.weight"] + offset)
+
+
+def ternary(packed: Array) -> Array:
+    """Numbers -1, 0 and 1 of two bits each; the four of a byte are rows a quarter of the matrix apart (BitNet)."""
+    return np.concatenate([(packed >> 2 * i) & 3 for i in range(4)]).astype(np.float64) - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

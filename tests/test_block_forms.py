@@ -5,7 +5,7 @@ stands for, in NumPy float64 from the model's weights (``oracle_blocks``), and e
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -13,9 +13,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm.models.muse_spark as spark
 import numpy as np
 import oracle_blocks as oracle
 import pytest
+from mlx_lm.models.bitlinear_layers import BitLinear
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from mlx_lm.utils import quantize_model
 from oracle_blocks import (
@@ -1020,3 +1022,120 @@ def test_a_vision_language_wrapper_shows_its_text_model(name: str) -> None:
     assert list(outside) == list(inside)
     for point in inside:
         assert mx.array_equal(outside[point], inside[point]).item(), point
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures that call Metal kernels, with these replaced by their arithmetic
+
+
+@pytest.fixture
+def bitnet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def product(self: BitLinear, x: mx.array, packed: mx.array) -> mx.array:
+        weight = mx.array(oracle.ternary(np.array(packed)).astype(np.float32))
+        return x @ weight.T * (1 / self.weight_scale if self.invert_weight_scales else self.weight_scale)
+
+    monkeypatch.setattr(BitLinear, "execute_matmul_kernel", product)
+    yield from forgotten()
+
+
+@pytest.fixture
+def muse_spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels' documented arithmetic, in float32."""
+
+    def rms(x: mx.array, eps: float) -> mx.array:
+        return mx.fast.rms_norm(x, None, eps)
+
+    def qk_norm(
+        qkvg: mx.array, *, n_heads: int, n_kv_heads: int, head_dim: int, eps: float, query_scale: float
+    ) -> tuple[mx.array, mx.array]:
+        heads = qkvg.reshape(*qkvg.shape[:-1], -1, head_dim)
+        return rms(heads[..., :n_heads, :], eps) * query_scale, rms(heads[..., n_heads : n_heads + n_kv_heads, :], eps)
+
+    def qk_norm_rope(qkvg: mx.array, *, rope_base: float, offset: int, **sizes: Any) -> tuple[mx.array, ...]:
+        rotate = nn.RoPE(sizes["head_dim"], traditional=True, base=rope_base)
+        return tuple(rotate(x.swapaxes(1, 2), offset=offset).swapaxes(1, 2) for x in qk_norm(qkvg, **sizes))
+
+    def rms_norm_sigmoid_gate(x: mx.array, gate: mx.array, *, eps: float) -> mx.array:
+        return rms(x, eps).transpose(0, 2, 1, 3).reshape(gate.shape) * mx.sigmoid(gate)
+
+    def pre_norm(stream: mx.array, norm: nn.Module, *, dtype: mx.Dtype) -> mx.array:
+        return mx.fast.rms_norm(stream, norm.weight, norm.eps)
+
+    def norm_add_norm(
+        branch: mx.array, stream: mx.array, *, alpha: Any, beta: Any, post_weight: Any, post_eps: float, next_norm: Any
+    ) -> tuple[mx.array, mx.array | None]:
+        total = alpha * stream + beta * rms(branch if post_weight is None else post_weight * branch, post_eps)
+        return total, None if next_norm is None else pre_norm(total, next_norm, dtype=branch.dtype)
+
+    def expert_routing(
+        logits: mx.array, bias: mx.array, *, top_k: int, multiplier: float, score_eps: float, route_scale: float
+    ) -> tuple[mx.array, mx.array]:
+        scores = mx.sigmoid(logits * multiplier)
+        chosen = mx.argsort(-(scores + bias), axis=-1)[..., :top_k]
+        weights = mx.take_along_axis(scores, chosen, axis=-1)
+        return chosen, weights / (weights.sum(axis=-1, keepdims=True) + score_eps) * route_scale
+
+    def post_expert_norm_combine(
+        experts: mx.array, weights: mx.array, *, norm_weight: mx.array, eps: float
+    ) -> mx.array:
+        return (rms(experts * norm_weight, eps) * weights[..., None]).sum(axis=-2)
+
+    for stand_in in (
+        *(qk_norm, qk_norm_rope, rms_norm_sigmoid_gate, pre_norm, norm_add_norm, expert_routing),
+        post_expert_norm_combine,
+    ):
+        monkeypatch.setattr(spark, stand_in.__name__, stand_in)
+    yield from forgotten()
+
+
+def forgotten() -> Iterator[None]:
+    """Models made with stand-ins are not kept."""
+    yield
+    hooked.cache_clear()
+    weights_of.cache_clear()
+
+
+@pytest.mark.usefixtures("bitnet")
+def test_ternary_weights() -> None:
+    """The self-test; the stream, edited; gate, up, their product, its norm and what goes down."""
+    model, weights = hooked("bitnet"), weights_of("bitnet")
+    report = model.selftest()
+    assert report.passed, str(report)
+    test_a_block_adds_to_the_stream_what_its_form_says("bitnet", CALLS)
+    names = [f"blocks.1.mlp.{hook}" for hook in ("hook_in", "hook_pre", "hook_pre_linear", "hook_post")]
+    path = "model.layers.1.mlp"
+    hooks = [(names[3], lambda value, point: 2 * value)]
+    for run in captured("bitnet", [*names, f"{path}.output"], hooks, CALLS):
+        x, gate, up, post = (values(run, name)[0] for name in names)
+        close(gate, weights.linear(f"{path}.gate_proj", x))
+        close(up, weights.linear(f"{path}.up_proj", x))
+        close(post, 2 * relu2(gate) * up)
+        normed = weights.rms_norm(f"{path}.ffn_sub_norm", post, 1e-5)
+        close(run[f"{path}.output"], weights.linear(f"{path}.down_proj", normed), factor=5)
+
+
+@pytest.mark.usefixtures("muse_spark")
+def test_branches_that_are_added_in_a_fused_kernel() -> None:
+    """The self-test; what is shown of the stream and the experts; what never fires is not there, or says why."""
+    model, weights = hooked("muse_spark"), weights_of("muse_spark")
+    report = model.selftest()
+    assert report.passed, str(report)
+    (run,) = captured("muse_spark", list(model.hook_points))
+    assert list(run) == list(model.hook_points)
+    experts = Experts("mlp", replace(_V3, score=lambda x: _SIGMOID(0.7 * x)), experts="experts")
+    for layer, path in enumerate(weights.blocks):
+        part = Part(weights, f"{path}.mlp")
+        x, logits, indices, out = (
+            values(run, short_name(c, layer))[0] for c in ("mlp_in", "router_scores", "expert_indices", "expert_out")
+        )
+        close(logits, experts.logits(part, x))
+        preference = experts.rule.preference(part, logits)
+        chosen = np.sort(np.argsort(-preference, axis=-1)[..., :2], axis=-1)
+        assert (np.sort(indices, axis=-1) == chosen).all()
+        latent = rms_norm(part.linear("pre_expert_proj", x), 1e-5) * part["pre_expert_norm.weight"]
+        every = experts.outputs(part, latent, layer)
+        close(out, np.take_along_axis(every, indices[..., None].astype(int), axis=-2), factor=2)
+    for absent in ("blocks.1.ln1.hook_normalized", "blocks.0.ln2.hook_normalized", "blocks.0.hook_attn_out",
+                   "blocks.0.hook_mlp_out", "blocks.0.hook_resid_mid", "blocks.0.mlp.hook_expert_weights"):  # fmt: skip
+        with pytest.raises(HookError, match="in a fused kernel"):
+            model.run_with_cache(TOKENS, absent)
