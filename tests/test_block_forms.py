@@ -283,8 +283,10 @@ class Block:
         return self._of_turn(f"{self.path}.{path}.{place}")
 
     def _of_turn(self, name: str) -> Array:
-        found = values(self.run, name)
-        return found[min(self.turn, len(found) - 1)]
+        records = self.run.records[name]
+        of_turn = records if len(records) == 1 else [record for record in records if record.pass_index == self.turn]
+        assert len(of_turn) == 1, name
+        return f64(of_turn[0].value)
 
     def has(self, component: str) -> bool:
         return short_name(component, self.layer) in self.run.records
@@ -300,6 +302,16 @@ class Block:
     def made_by(self, path: str) -> Array:
         """What the projection at a path makes of what it got: unedited, where its output is what edits change."""
         return self.linear(path, self.raw(path, "input")) if "." in path else self.raw(path)
+
+    def normed(self, component: str, path: str, x: Array, offset: float = 0.0) -> Array:
+        """A norm's output, compared, like its input, with its hook points; there are none where "-" stands for it."""
+        y = self.norm(path, x, offset)
+        assert self.has(component) == (path != "-"), component
+        if path != "-":
+            self.put(component, y)
+            if not component.endswith("_post"):
+                self.put(f"{component}_in", x)
+        return y
 
     def linear(self, path: str, x: Array) -> Array:
         return self.weights.linear(f"{self.path}.{path}", x)
@@ -331,12 +343,12 @@ def sequential(parts: str, offsets: tuple[float, ...] = (0, 0, 0, 0), multiplier
         ln1, attn, ln1_post = mixing
         attn = next(path for path in attn.split("/") if f"{block.path}.{path}" in block.weights.modules)
         if not attn.endswith("o_proj"):  # there the module itself is never called
-            block.gets(attn, block.norm(ln1, x, offsets[0]))
-        out = multiplier * block.norm(ln1_post, block.made_by(attn), offsets[1])
+            block.gets(attn, block.normed("ln1", ln1, x, offsets[0]))
+        out = multiplier * block.normed("ln1_post", ln1_post, block.made_by(attn), offsets[1])
         mid = block.put("resid_mid", x + block.put("attn_out" if block.has("attn_out") else "mixer_out", out))
         ln2, ffn, ln2_post = mlp
-        block.gets(ffn.partition(".")[0], block.norm(ln2, mid, offsets[2]))
-        out = multiplier * block.norm(ln2_post, block.made_by(ffn), offsets[3])
+        block.gets(ffn.partition(".")[0], block.put("mlp_in", block.normed("ln2", ln2, mid, offsets[2])))
+        out = multiplier * block.normed("ln2_post", ln2_post, block.made_by(ffn), offsets[3])
         block.put("resid_post", mid + block.put("mlp_out", out))
 
     return form
@@ -348,8 +360,9 @@ def parallel(norm: str, attn: str, mlp: str, second_norm: str = "") -> Form:
     def form(block: Block) -> None:
         assert not block.has("resid_mid")
         x = block.value("resid_pre")
-        block.gets(attn.partition(".")[0], block.norm(norm, x))
-        block.gets(mlp.partition(".")[0], block.norm(second_norm or norm, x))
+        block.gets(attn.partition(".")[0], block.put("attn_in", block.normed("ln1", norm, x)))
+        second = block.normed("ln2", second_norm, x) if second_norm else block.norm(norm, x)
+        block.gets(mlp.partition(".")[0], block.put("mlp_in", second))
         attn_out = block.put("attn_out", block.made_by(attn))
         block.put("resid_post", x + attn_out + block.put("mlp_out", block.made_by(mlp)))
 
@@ -359,16 +372,16 @@ def parallel(norm: str, attn: str, mlp: str, second_norm: str = "") -> Form:
 def gemma4(block: Block) -> None:
     """Sandwich norms; experts beside the MLP or per-layer inputs; at the end the whole stream is multiplied."""
     x = block.value("resid_pre")
-    attn_out = block.put("attn_out", block.norm("post_attention_layernorm", block.raw("self_attn")))
+    attn_out = block.put("attn_out", block.normed("ln1_post", "post_attention_layernorm", block.raw("self_attn")))
     mid = block.put("resid_mid", x + attn_out)
-    block.gets("mlp", block.norm("pre_feedforward_layernorm", mid))
+    block.gets("mlp", block.normed("ln2", "pre_feedforward_layernorm", mid))
     out = block.raw("mlp")
     if "experts" in block.weights.modules[block.path]:
         block.gets("router", mid)
         block.gets("experts", block.norm("pre_feedforward_layernorm_2", mid))
         out = block.norm("post_feedforward_layernorm_1", out)
         out = out + block.norm("post_feedforward_layernorm_2", block.raw("experts"))
-    h = mid + block.put("mlp_out", block.norm("post_feedforward_layernorm", out))
+    h = mid + block.put("mlp_out", block.normed("ln2_post", "post_feedforward_layernorm", out))
     if block.has("side_out"):
         gate = gelu_tanh(block.linear("per_layer_input_gate", h)) * per_layer_inputs(block)
         side = block.norm("post_per_layer_input_norm", block.linear("per_layer_projection", gate))
@@ -404,9 +417,9 @@ def longcat(block: Block) -> None:
     h = block.value("resid_pre")
     for turn in range(2):
         block.turn = turn
-        block.gets(f"self_attn.{turn}", block.norm(f"input_layernorm.{turn}", h))
+        block.gets(f"self_attn.{turn}", block.normed("ln1", f"input_layernorm.{turn}", h))
         h = block.put("resid_mid", h + block.put("attn_out", block.raw(f"self_attn.{turn}")))
-        normed = block.norm(f"post_attention_layernorm.{turn}", h)
+        normed = block.normed("ln2", f"post_attention_layernorm.{turn}", h)
         block.gets(f"mlps.{turn}", normed)
         if turn == 0:
             block.gets("mlp", normed)
@@ -587,7 +600,8 @@ def form_of(name: str) -> Form:
 def test_a_block_adds_to_the_stream_what_its_form_says(name: str, lengths: tuple[int, ...]) -> None:
     """What is added, and the stream between and after, from what the modules got and gave; edits go on from there."""
     model, weights = hooked(name), weights_of(name)
-    points = [p for p in model.hook_points.values() if p.component in (*EDITS, "resid_pre", "resid_post", "embed_in")]
+    shown = (*EDITS, "resid_pre", "resid_post", "embed_in", "attn_in", "mlp_in")
+    points = [p for p in model.hook_points.values() if p.component in shown or p.component.startswith("ln")]
     edits = dict(EDITS) if lengths else {}
     if name in READ_ONLY_MID:
         edits.pop("resid_mid", None)
