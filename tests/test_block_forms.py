@@ -619,6 +619,28 @@ def test_a_block_adds_to_the_stream_what_its_form_says(name: str, lengths: tuple
                 form_of(name)(Block(name, layer, run, edits, turn))
 
 
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [("nanbeige", "hook_resid_post"), ("iquestloopcoder", "hook_mlp_out"), ("longcat_flash", "hook_attn_out")],
+)
+def test_layers_that_run_twice_are_read_pass_by_pass(name: str, point: str) -> None:
+    """An edit of the second pass alone, by the number of the call, changes nothing in the first."""
+    calls: list[int] = []
+
+    def second_only(value: mx.array, hook_point: Any) -> mx.array | None:
+        calls.append(len(calls))
+        return value + 1 if calls[-1] % 2 else None
+
+    plain = captured(name, [f"blocks.0.{point}"])[0]
+    edited = captured(name, [f"blocks.0.{point}"], [(f"blocks.0.{point}", second_only)])[0]
+    first, second = (plain.of_pass(k)[f"blocks.0.{point}"] for k in range(2))
+    assert mx.array_equal(edited.of_pass(0)[f"blocks.0.{point}"], first).item()
+    assert not mx.array_equal(second, first).item()
+    close(edited.of_pass(1)[f"blocks.0.{point}"], f64(second) + 1)
+    with pytest.raises(HookError, match="of_pass"):
+        plain[f"blocks.0.{point}"]
+
+
 @pytest.mark.parametrize("name", READ_ONLY_MID)
 def test_a_stream_that_is_not_made_where_it_is_met_is_read_only_and_says_so(name: str) -> None:
     with pytest.raises(HookError, match="can be read but not replaced: it is not formed where it could be replaced"):
