@@ -163,6 +163,10 @@ ROUTERS = ("gate", "router")
 EXPERTS_INSIDE = ("switch_glu", "switch_mlp", "experts")
 # Inside a router: the projection to one score per expert.
 ROUTER_PROJECTIONS = ("gate_proj", "gate", "wg", "layer", "proj", "classifier")
+# Routers that are a module around the projection and give its scores alone; the choice is made outside.
+SCORES_ONLY = ("afmoe", "dbrx", "hunyuan")
+# Layers of experts that multiply with the router's weight themselves.
+ROUTING_INSIDE = ("muse_spark",)
 # Experts whose input is weighted, not what they give.
 WEIGHTED_INPUT = ("llama4",)
 
@@ -182,7 +186,7 @@ STREAM_ARGUMENT = {"talkie": 1}
 # Fused projections that group each key-value head with its query heads: [kv_head, queries + 2, d_head].
 GROUPED_PROJECTIONS = ("gpt_neox", "phi3small", "internlm2")
 # Fused gate and up projections: where the gate begins and the step between its columns, as parts of the width.
-GATE_SECOND = ("olmo", "openelm")
+GATE_SECOND = ("olmo",)
 INTERLEAVED_GATE = ("phi3small",)
 # The first norm of all makes the stream anew, inside the first block.
 NORM_OF_THE_STREAM = "pre_norm"
@@ -194,6 +198,13 @@ OTHER_SUMS = {
     "kimi_k3": "attention and MLP read a learned mixture of the sums of earlier blocks",
     "muse_spark": "branches are normed and weighed as they are added, in a fused kernel",
     "iquestloopcoder": "",  # plain sums, made outside of any module
+}
+# Where a configuration makes their blocks add up in sight all the same.
+PLAIN_SUMS = {"kimi_k3": lambda block: not block.use_attn_res}
+# Models whose logits are made of more than the stream that leaves the last block.
+MORE_THAN_THE_LAST_STREAM = {
+    "deepseek_v41": "the last block also gives the weights that mix its streams",
+    "kimi_k3": "the last norm reads a mixture of it and of the sums of earlier blocks",
 }
 # The submodule that reads the stream between attention and MLP, where no sum shows it.
 READERS_OF_MID = {
@@ -211,11 +222,6 @@ STREAM_AXES = {
 }
 # Query head h reads key-value head h % n_key_value_heads.
 TILED_VALUES = ("plamo",)
-# Why logits are not a function of the stream that leaves the last block.
-NOT_FROM_STREAM = {
-    "deepseek_v41": "the last block's streams are weighed by what it says beside them",
-    "kimi_k3": "the unembedding reads a learned mixture of all blocks' sums",
-}
 # Attention that gathers keys for each query, which becomes an entry of the batch.
 GATHERED = ("deepseek_v41",)
 # Functions that add to the stream in the place of an operator.
@@ -231,7 +237,14 @@ UNSUPPORTED = {
     "dbrx": dict.fromkeys(
         ("expert_indices", "expert_out", "expert_weights"), "experts are called one by one for each token"
     ),
-    "muse_spark": dict.fromkeys(("attn_out", "resid_mid"), OTHER_SUMS["muse_spark"]),
+    "muse_spark": dict.fromkeys(
+        ("attn_out", "resid_mid", "ln2_in", "ln2", "ln2_post", "mlp_out"), OTHER_SUMS["muse_spark"]
+    )
+    | {"expert_weights": "experts are weighed and summed in a fused kernel"},
+}
+# The same in all layers but the first.
+UNSUPPORTED_LATER = {
+    "muse_spark": dict.fromkeys(("ln1_in", "ln1"), "the layer before applies this norm, in a fused kernel"),
 }
 # Attention written out with a softmax, and when.
 HAND_WRITTEN = {
@@ -450,7 +463,7 @@ class Architecture:
         self.locations: dict[HookPoint, list[Location]] = {}
         self.unsupported: dict[str, str] = {}
         for layer, block in enumerate(self.blocks):
-            reasons = UNSUPPORTED.get(_source(block), {})
+            reasons = UNSUPPORTED.get(_form(block), {}) | (UNSUPPORTED_LATER.get(_form(block), {}) if layer else {})
             for component, location in self._block_locations(layer):
                 point = hook_points.block_point(component, layer)
                 if component in reasons:
@@ -511,7 +524,7 @@ class Architecture:
     def _block_locations(self, layer: int) -> Iterator[tuple[str, Location]]:
         block, sublayers = self.blocks[layer], self.sublayers[layer]
         kinds = [sublayer.kind for sublayer in sublayers if sublayer.kind != "side"]
-        observed = not self.is_parallel(layer) and _source(block) not in OTHER_SUMS
+        observed = not self.is_parallel(layer) and _form(block) not in OTHER_SUMS
         yield from self._ends(layer)
         if not self.is_parallel(layer) and "mlp" in kinds and len(set(kinds)) > 1:
             yield from self._mid(block)
@@ -555,7 +568,7 @@ class Architecture:
         yield "resid_post", Location(block, "output")
 
     def _mid(self, block: nn.Module) -> Iterator[tuple[str, Location]]:
-        source = _source(block)
+        source = _form(block)
         if source not in OTHER_SUMS or "resid_mid" in UNSUPPORTED.get(source, {}):
             yield "resid_mid", Location(block, "mid")
         elif source in READERS_OF_MID:
@@ -566,12 +579,6 @@ class Architecture:
         """The norm that makes the stream anew inside a block, or None."""
         return self.blocks[layer].get(NORM_OF_THE_STREAM)
 
-    def check_unembeds(self) -> None:
-        """Raise UnsupportedModelError where logits are not a function of the last stream."""
-        reason = NOT_FROM_STREAM.get(_source(self.blocks[-1]))
-        if reason is not None:
-            raise UnsupportedModelError(f"{self.cfg.model_type} has no unembedding of a stream: {reason}.")
-
     def adding_function(self, layer: int) -> tuple[Any, str] | None:
         """The function that adds to the stream of a block, as its module and name; None where an operator does."""
         block = type(self.blocks[layer])
@@ -580,7 +587,12 @@ class Architecture:
 
     def other_sum(self, layer: int) -> str:
         """Why ``resid_post`` of a layer is not the sum of what is added to ``resid_pre``; empty where it is."""
-        return OTHER_SUMS.get(_source(self.blocks[layer]), "")
+        return OTHER_SUMS.get(_form(self.blocks[layer]), "")
+
+    @property
+    def more_than_last_stream(self) -> str:
+        """What makes the logits besides the stream that leaves the last block; empty where nothing does."""
+        return MORE_THAN_THE_LAST_STREAM.get(_form(self.blocks[-1]), "")
 
     def stream_scale(self, layer: int) -> mx.array | None:
         """What the whole stream is multiplied with at the end of a block, or None."""
@@ -746,6 +758,12 @@ def _first(*modules: Any) -> Any:
 def _source(module: nn.Module) -> str:
     """The mlx-lm module that defines a class: ``"gemma2"``."""
     return type(module).__module__.rpartition(".")[2]
+
+
+def _form(block: nn.Module) -> str:
+    """The name of a block in the tables of unusual sums; empty where its configuration leaves them out."""
+    source = _source(block)
+    return "" if PLAIN_SUMS.get(source, lambda block: False)(block) else source
 
 
 def _sublayers(block: nn.Module) -> list[Sublayer]:
@@ -956,16 +974,20 @@ def _expert_locations(moe: nn.Module) -> Iterator[tuple[str, Location]]:
     experts, router = moe.get("switch_mlp", moe.get("experts")), _child(moe, ROUTERS)
     if router is None:
         return
-    plain = isinstance(router, nn.Linear | nn.QuantizedLinear)
+    plain = isinstance(router, nn.Linear | nn.QuantizedLinear) or _source(router) in SCORES_ONLY
+    inside_layer = _source(moe) in ROUTING_INSIDE
     projection = router if plain else _child(router, ROUTER_PROJECTIONS)
-    yield "router_scores", Location(projection, "output") if projection is not None else Location(router, "logits")
+    if projection is not None:
+        yield "router_scores", Location(projection, "output")
+    else:
+        yield "router_scores", Location(moe if inside_layer else router, "logits")
     if not isinstance(experts, nn.Module):
         # A list of experts: UNSUPPORTED says why.
         for component in ("expert_indices", "expert_out", "expert_weights"):
             yield component, Location(moe, "output")
         return
     inside = _first(_child(experts, EXPERTS_INSIDE), experts)
-    if plain:
+    if plain or inside_layer:
         yield "expert_indices", Location(experts, "input", index=1)
         weighted_input = _source(moe) in WEIGHTED_INPUT
         yield "expert_weights", Location(moe, "input weights") if weighted_input else Location(inside, "weights")
@@ -992,7 +1014,10 @@ def _number(args: Any, names: tuple[str, ...], needed: bool = True) -> Any:
 
 
 def _n_rows(linear: nn.Module) -> int:
-    """Width of a projection's output. Quantisation packs columns of a weight, not rows; LoRA wraps the projection."""
+    """Width of a projection's output. Quantisation packs columns of a weight; ternary ones pack rows and say how many
+    there are; LoRA wraps the projection."""
+    if hasattr(linear, "out_features"):
+        return linear.out_features
     if "weight" in linear:
         return linear["weight"].shape[0]
     return _n_rows(linear["linear"])

@@ -143,9 +143,10 @@ class HookedModel:
         with the stream replaced, and what lies before is never computed.
 
         Raises:
-            UnsupportedModelError: for the few architectures whose logits are not a function of that stream.
+            HookError: where the logits are made of more than this stream.
         """
-        self.architecture.check_unembeds()
+        if more := self.architecture.more_than_last_stream:
+            raise HookError(f"Logits are not made of the last stream alone on {self.cfg.model_type}: {more}.")
         last = self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
         if last.axes == hook_points.RESID:
             rows = residual if residual.ndim == 3 else residual.reshape(1, -1, residual.shape[-1])

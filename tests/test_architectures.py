@@ -213,9 +213,3 @@ def test_streams_of_several_are_found_by_layer_and_component() -> None:
         (record,) = result.activations["0_residual"]
         assert record.value.shape == shape
         assert record.hook_point.axes[record.value.shape.index(2)] == "pos"
-
-
-@pytest.mark.parametrize("name", ["deepseek_v41", "kimi_k3"])
-def test_logits_that_are_no_function_of_one_stream_are_not_unembedded(name: str) -> None:
-    with pytest.raises(HookError, match="has no unembedding of a stream"):
-        HookedModel(tiny_model(name)).unembed(mx.zeros((1, 2, 64)))
