@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Upper modules may import lower ones. A folder stands for all modules in it.
 ENGINE = [
-    "cli", "training", "analysis", "coverage", "model", "selftest", "capture", "generation", "storage", "observers",
+    "cli", "training", "analysis", "coverage", "model", "loading", "selftest", "capture", "generation", "storage", "observers",
     "manager",
     "instrument", "interventions", "hooks", "activations", "architectures", "attention", "hook_points", "errors",
 ]  # fmt: skip
