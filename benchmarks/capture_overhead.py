@@ -61,7 +61,8 @@ def captures(model: HookedModel, tokens: mx.array) -> dict[str, tuple[Run, Run]]
     """The plain run and the run that captures, by kind of capture."""
 
     def names(*components: str) -> list[str]:
-        return [block_point(c, layer).name for layer in range(model.cfg.n_layers) for c in components]
+        points = [block_point(c, layer).name for layer in range(model.cfg.n_layers) for c in components]
+        return [name for name in points if name in model.hook_points]
 
     def plain() -> None:
         mx.eval(model.model(tokens))

@@ -180,7 +180,7 @@ class CaptureRun:
                 outputs.append(output if logits == "all" else mx.contiguous(output[:, -1:]))
             elif is_last:
                 outputs.append(mx.zeros((output.shape[0], 0, *output.shape[2:]), output.dtype))
-            mx.eval(outputs, fresh, session.arrays() if session else [], [entry.state for entry in kv_cache or []])
+            mx.eval(outputs, fresh, session.arrays() if session else [], _states(kv_cache))
             fresh.clear()
             if session is not None:
                 session.keep(session.take())
@@ -213,7 +213,7 @@ class CaptureRun:
         wanted = self._wanted(start, length)
         for begin in range(0, length, size):
             positions = wanted
-            if isinstance(wanted, list):
+            if self.chunk is not None and isinstance(wanted, list):
                 positions = [p for p in wanted if start + begin <= p < start + begin + size]
             recorders: list[Hook] = []
             if positions is None or self.chunk is None or positions:
@@ -230,6 +230,8 @@ class CaptureRun:
 
     def _forward(self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool) -> mx.array:
         model = self.instrument.architecture.model
+        if self.stop_at_layer == len(self.instrument.architecture.blocks):
+            return self._forward_to_the_end(tokens, hooks, kv_cache, alone)
         if self.stop_at_layer is not None:
             hooks = [*hooks, *self._stop(self.stop_at_layer)]
         try:
@@ -243,6 +245,18 @@ class CaptureRun:
         if self.stop_at_layer is not None:
             raise HookError(f"The run did not stop at layer {self.stop_at_layer}: a hook broke off a pass of its own.")
         return output
+
+    def _forward_to_the_end(self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool) -> mx.array:
+        """The stream that leaves the last block, in its last pass; nobody asks for the logits, so MLX computes none."""
+        last: list[mx.array] = []
+        point = self.instrument.architecture.points[
+            block_point("resid_post", len(self.instrument.architecture.blocks) - 1).name
+        ]
+        hooks = [*hooks, Hook(point, lambda value, _: last.append(value), reads=True)]
+        model = self.instrument.architecture.model
+        with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
+            model(tokens) if kv_cache is None else model(tokens, cache=kv_cache)
+        return last[-1]
 
     def _stop(self, layer: int) -> list[Hook]:
         """The hook that leaves the pass, and one that tells it from passes that other hooks run in between.
@@ -261,10 +275,13 @@ class CaptureRun:
                 raise _Stopped(self, residual)
             passes -= 1
 
-        after_blocks = layer == self.instrument.architecture.cfg.n_layers
-        point = block_point("resid_post", layer - 1) if after_blocks else block_point("resid_pre", layer)
-        point = self.instrument.architecture.points[point.name]
+        point = self.instrument.architecture.points[block_point("resid_pre", layer).name]
         return [Hook(outer_point("embed_in"), enter, reads=True), Hook(point, leave, reads=True)]
+
+
+def _states(kv_cache: list | None) -> list:
+    """What the KV caches hold; a cache that no layer has used yet holds nothing."""
+    return [entry.state for entry in kv_cache or [] if getattr(entry, "keys", entry) is not None]
 
 
 def resolve_stop(stop_at_layer: int, n_layers: int) -> int:

@@ -88,6 +88,8 @@ class Run:
     """A number that each forward pass has for itself."""
     caches: Sequence[Any] = ()
     """The KV caches of the call, one by one."""
+    hidden: mx.array | None = None
+    """While a pattern is shown to edits: the keys that attention does not see, as its scores have them."""
     thread: int = 0
     """The thread that attached the hooks: calls from other threads pass by unseen."""
 
@@ -134,11 +136,13 @@ class Recorder:
         return select_positions(self.positions, run.start, run.length)
 
     def __call__(self, value: mx.array, point: HookPoint) -> None:
-        if not point.axes and value.ndim == 3 and value.shape[:2] == (self.run.batch, self.run.length):
+        if point.component == "mixer_state":
+            # States are often views into an array of every token's: gathered, they have memory of their own.
+            value = mx.take(value, mx.arange(value.shape[0]), axis=0)
+            point = replace(point, axes=("batch", *(f"state_{i}" for i in range(1, value.ndim))))
+        elif not point.axes and value.ndim == 3 and value.shape[:2] == (self.run.batch, self.run.length):
             # A raw module's value has the shape of a stream: its records join like one.
             point = replace(point, axes=("batch", "pos", "feature"))
-        elif not point.axes and point.component == "mixer_state":
-            point = replace(point, axes=("batch", *(f"state_{i}" for i in range(1, value.ndim))))
         ids: Sequence[int] = range(self.run.start, self.run.start + self.run.length)
         if self.positions is not None:
             rows = self.rows(self.run)
@@ -149,6 +153,8 @@ class Recorder:
         held: tuple[int, ...] | None = None
         if "head" in point.axes:
             value, held = self._select_heads(value, point)
+        # A view into a fused projection would keep all of it alive for one part.
+        value = mx.contiguous(value)
         run = self.run
         place: dict[str, Any] = {"phase": run.phase, "step": run.step, "pass_index": run.pass_index}
         self.keep(CapturedActivation(point, value, ids, heads=held, **place, **self.labels))
@@ -156,8 +162,7 @@ class Recorder:
     def _select_heads(self, value: mx.array, point: HookPoint) -> tuple[mx.array, tuple[int, ...] | None]:
         """The value's heads that are kept, in memory of their own, and their indices (None: all)."""
         if self.heads is None:
-            # A view into a fused projection would keep q, k and v alive for one of them.
-            return mx.contiguous(value), None
+            return value, None
         axis = point.axes.index("head")
         if "query" in point.axes and value.shape[axis] != self.heads.n_heads:
             return value, self.heads.heads

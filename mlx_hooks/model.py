@@ -20,7 +20,7 @@ from .errors import HookError
 from .generation import GenerationResult, GenerationStep, Sampling
 from .hook_points import HookPoint, NamesFilter
 from .hooks import HeadIndices, Hook, HookFunction, Positions, Recorder
-from .instrument import Instrument, kv_offset
+from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
@@ -195,6 +195,7 @@ class HookedModel:
                 them, each once. ``cache.heads(name)`` says which heads a value holds.
             stop_at_layer: run the blocks before this one only, as in TransformerLens; negative numbers count from the
                 end. The residual stream that enters the block [batch, pos, d_model] takes the place of the logits.
+                Where layers run several times, the run stops in the first pass.
             chunk: tokens per forward pass, for long inputs: the passes share a KV cache, and each one's memory is
                 released before the next begins.
             logits: which positions to answer: "all", "last" or "none"; by default all, in chunks the last.
@@ -359,7 +360,10 @@ class HookedModel:
             with blame(i, spec):
                 intervention = Intervention.of(spec)
             with blame(i, intervention):
-                asked.append((intervention, self._intervention_points(intervention)))
+                points = self._intervention_points(intervention)
+                for point in points:
+                    self.architecture.check_editable(point)
+                asked.append((intervention, points))
         return InterventionPlan(asked, self.cfg)
 
     def _intervention_points(self, intervention: Intervention) -> list[HookPoint]:
@@ -392,8 +396,11 @@ class HookedModel:
         self._check_kv_cache(kv_cache)
         if len(self.activation_hook_manager):
             hooks = hooks + self.activation_hook_manager.plan().hooks(run, self.activation_hook_manager.start())
+        start = kv_offset(kv_cache)
         with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
-            return self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
+            logits = self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
+        remember_offset(kv_cache, start + inputs.shape[1])
+        return logits
 
     def _check_kv_cache(self, kv_cache: list | None) -> None:
         if kv_cache is None:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from .activations import ActivationCache, CapturedActivation, join, scalar
 from .architectures import Architecture
-from .attention import weighted_values
+from .attention import attention_pattern, attention_scores, weighted_values
 from .errors import HookError, UntrustedHookWarning
+from .hook_points import HookPoint
 from .hooks import Hook, Recorder
 
 # Prompt length of the full self-test, and how it is cut into a prefill and single tokens, and into chunks.
@@ -136,14 +137,19 @@ def _checks(model: Any, length: int, full: bool, shapes: dict[str, tuple[int, ..
     if not runs.passed:
         return
     tester = _Tester(model, length)
-    yield from tester.one_pass()
+    parts = [tester.one_pass]
+    if full:
+        parts += [tester.edits, *([tester.continued, tester.turned] if length > 1 else []), tester.batch]
+    for part in parts:
+        try:
+            yield from part()
+        except Exception as error:  # whatever goes wrong inside is a finding, not an end
+            failed = Check(f"the self-test can run ({part.__name__})", 0.0, f"{type(error).__name__}: {error}")
+            failed.note(math.inf, model.hook_points)
+            yield failed
+            return
     if shapes is not None:
         shapes.update({name: records[0].value.shape for name, records in tester.cache.records.items()})
-    if full:
-        yield from tester.edits()
-        if length > 1:
-            yield from tester.continued()
-        yield tester.batch()
 
 
 def _plain(model: Any, tokens: list[list[int]], **options: Any) -> mx.array:
@@ -211,8 +217,8 @@ class _Tester:
         """Everything at once; where that fails, point by point, to find the points that do not work."""
         try:
             captured = self._capture(tokens)
-        except (HookError, ValueError) as error:
-            first = str(error)
+        except Exception as error:  # of any kind: found point by point
+            first = f"{type(error).__name__}: {error}"
         else:
             fires.note(0.0, [])
             return captured
@@ -221,9 +227,9 @@ class _Tester:
             try:
                 self.model._capture(tokens, [self.model.hook_points[name]], None, None, alone=True)
                 working.append(name)
-            except (HookError, ValueError) as error:
+            except Exception as error:  # of any kind
                 fires.note(math.inf, [name])
-                fires.why = str(error)
+                fires.why = f"{type(error).__name__}: {error}"
         if len(working) == len(self.names):
             raise HookError(first)
         self.names = working
@@ -325,7 +331,52 @@ class _Tester:
                     zeros.note(scalar(masked.max()), self._names_of(layer, "attn_scores", "pattern"))
             for z, expected in self._weighted(layer, self.cache):
                 kernel.note(_relative(z, expected), self._names_of(layer, "pattern", "z", "v"))
-        yield from (check for check in (kernel, rows, zeros) if check.compared)
+        yield from (
+            check for check in (kernel, rows, zeros, *self._score_checks(), *self._expert_checks()) if check.compared
+        )
+
+    def _score_checks(self) -> tuple[Check, Check]:
+        """Scores against queries and keys, and the pattern against scores."""
+        why = "float32 softmax; where attention is written out, the model's own type"
+        soft = Check("pattern = softmax(scores)", self._row_tolerance(), why)
+        why = "products in the model's type, with a fitted scale; relative to the largest score"
+        tolerance = max(1e-4, mx.finfo(self._dtype()).eps)
+        dots = Check("scores = rot_q . rot_k x scale, where not masked", tolerance, why)
+        for layer in range(self.model.cfg.n_layers):
+            scores, patterns = self._values(layer, "attn_scores"), self._values(layer, "pattern")
+            qs, ks = self._values(layer, "rot_q"), self._values(layer, "rot_k")
+            for i, (score, pattern) in enumerate(zip(scores, patterns, strict=True)):
+                if not self._values(layer, "sink"):
+                    expected, _ = attention_pattern(score)
+                    # A row with every key masked has no softmax.
+                    seen = mx.any(score > -mx.inf, axis=-1, keepdims=True)
+                    soft.note(
+                        _deviation(mx.where(seen, pattern, 0), mx.where(seen, expected, 0)),
+                        self._names_of(layer, "pattern"),
+                    )
+                if len(qs) == len(ks) == len(scores) and not self.architecture.reshapes_scores(layer):
+                    keys = self.architecture.values_per_query(layer, ks[i].swapaxes(1, 2), score.shape[1])
+                    raw = attention_scores(qs[i].swapaxes(1, 2), keys, scale=1.0, mask=None)
+                    raw = mx.where(score > -mx.inf, raw, 0.0)
+                    shown = mx.where(score > -mx.inf, score, 0.0)
+                    scale = (raw * shown).sum() / mx.maximum((raw * raw).sum(), 1e-30)
+                    dots.note(_relative(shown, raw * scale), self._names_of(layer, "attn_scores", "rot_q", "rot_k"))
+        return soft, dots
+
+    def _expert_checks(self) -> tuple[Check]:
+        check = Check("experts are chosen by whole numbers, one weight and output for each", 0.0, "shapes and types")
+        for layer in range(self.model.cfg.n_layers):
+            names = ("expert_indices", "expert_weights", "expert_out")
+            values = [self._values(layer, name) for name in names]
+            if not all(values):
+                continue
+            for indices, weights, outputs in zip(*values, strict=True):
+                scores = self._values(layer, "router_scores")
+                whole = not mx.issubdtype(indices.dtype, mx.floating) and mx.issubdtype(weights.dtype, mx.floating)
+                fits = indices.shape == weights.shape == outputs.shape[:3]
+                known = not scores or scalar(indices.max()) < scores[0].shape[-1] or self._values(layer, "side_out")
+                check.note(0.0 if whole and fits and known else math.inf, self._names_of(layer, *names))
+        return (check,)
 
     def _weighted(self, layer: int, cache: ActivationCache) -> Iterator[tuple[mx.array, mx.array]]:
         """``z`` of a layer beside ``pattern @ v``, pass by pass."""
@@ -355,6 +406,8 @@ class _Tester:
         logits, _ = self._put_back(written, [])
         identity.note(_deviation(logits, self.logits), written)
         yield identity
+        if len(self.tokens[0]) > 1:  # a single token attends to itself alone, whatever its query is
+            yield self._reaching(written + [name for name in remade if self._can_edit(name)])
         if remade:
             eps = mx.finfo(self._dtype()).eps
             why = "z is made again from pattern and values, in float32; relative to the largest value"
@@ -369,14 +422,38 @@ class _Tester:
                     check.note(_relative(z, expected), self._names_of(layer, "attn_scores", "pattern"))
             yield check
 
+    def _reaching(self, names: list[str]) -> Check:
+        """An edit of each component, in the last layer that has it, must change the logits."""
+        check = Check("an edit that changes a value changes the logits", 0.0, "an edit that is lost would pass for one")
+        last = {self.model.hook_points[name].component: name for name in names}
+        for name in last.values():
+            logits = _logits(self._run_hooked([Hook(self.model.hook_points[name], self._changed)]))
+            check.note(math.inf if _deviation(logits, self.logits) == 0 else 0.0, [name])
+        return check
+
+    def _changed(self, value: mx.array, point: HookPoint) -> mx.array:
+        """Other numbers of the same kind, in other proportions: norms would undo a common factor."""
+        if not mx.issubdtype(value.dtype, mx.floating):
+            return (value + 1) % (point.size("expert") or self._n_choices(point))
+        return value * mx.linspace(0.5, 1.5, value.shape[-1])
+
+    def _n_choices(self, point: HookPoint) -> int:
+        """How many whole numbers there are to choose from: experts, or tokens."""
+        if point.component != "expert_indices":
+            return int(self.model.cfg.d_vocab)
+        return int(self._values(point.layer or 0, "router_scores")[0].shape[-1])
+
+    def _run_hooked(self, hooks: list[Hook]) -> Any:
+        with self.model.instrument.attached(self.model.instrument.plan(hooks), alone=True):
+            return self.model.model(mx.array(self.tokens))
+
     def _put_back(self, names: list[str], captured: list[str]) -> tuple[mx.array, ActivationCache]:
         """Logits of a pass in which every value of some points is replaced by itself, and captures of others."""
         cache = ActivationCache()
         recorder = Recorder(self.model.instrument.run, cache.add)
         hooks = [Hook(self.model.hook_points[name], lambda value, point: value) for name in names]
         hooks += [recorder.hook(self.model.hook_points[name]) for name in captured]
-        with self.model.instrument.attached(self.model.instrument.plan(hooks), alone=True):
-            return _logits(self.model.model(mx.array(self.tokens))), cache
+        return _logits(self._run_hooked(hooks)), cache
 
     def _can_edit(self, name: str) -> bool:
         point = self.model.hook_points[name]
@@ -389,6 +466,9 @@ class _Tester:
     def continued(self) -> Iterator[Check]:
         """Prefill and single tokens, and chunks, against one full forward pass, all with a KV cache."""
         _, whole = self._cached([LENGTH])
+        without = self._check_against("with a KV cache = without", _relative(self._plain_cached([LENGTH]), self.logits))
+        self._compare(without, [self.cache], whole)
+        yield without
         for name, lengths in (
             ("prefill + cached decode = one full forward", [LENGTH - DECODED, *[1] * DECODED]),
             ("chunked prefill = one chunk", list(CHUNKS)),
@@ -451,7 +531,38 @@ class _Tester:
                 pairs.setdefault(name, []).append((_joined(got), _joined(expected)))
         self._note_pairs(check, pairs)
 
-    def batch(self) -> Check:
+    def turned(self) -> Iterator[Check]:
+        """Single tokens after a prompt, with rotating KV caches made so small that they forget and turn round."""
+        why = "the kernel rounds on its way; relative to the largest value"
+        tolerance = max(1e-5, 16 * mx.finfo(self._dtype()).eps)
+        check = Check("decoding past a rotating KV cache: z = pattern @ v of all positions", tolerance, why)
+        kv_cache = make_prompt_cache(self.model.model)
+        for holder in [kv_cache, *(list_.caches for list_ in kv_cache if hasattr(list_, "caches"))]:
+            if isinstance(holder, list):
+                holder[:] = [_small(entry) for entry in holder]
+        names = [n for n in self.names if self.model.hook_points[n].component in ("pattern", "v", "z")]
+        if not names:
+            return
+        parts, start = [], 0
+        for length in (LENGTH - DECODED, *[1] * DECODED):
+            chunk = [self.tokens[0][start : start + length]]
+            points = [self.model.hook_points[name] for name in names]
+            parts.append(self.model._capture(chunk, points, None, kv_cache, alone=True)[1])
+            start += length
+        joined = ActivationCache({name: [r for part in parts for r in part.records[name]] for name in names})
+        passes = {record.pass_index for records in joined.records.values() for record in records}
+        for index in sorted(passes):
+            whole = joined.of_pass(index)
+            cache = ActivationCache({name: [join(records)] for name, records in whole.records.items()})
+            for layer in range(self.model.cfg.n_layers):
+                if len(self._values(layer, "pattern")) != len(self._values(layer, "z")):
+                    continue  # it attends twice and mixes the results
+                for z, expected in self._weighted(layer, cache):
+                    check.note(_relative(z, expected), self._names_of(layer, "pattern", "z", "v"))
+        if check.compared:
+            yield check
+
+    def batch(self) -> Iterator[Check]:
         """Rows of a batch against each row alone."""
         other = [self.tokens[0][::-1]]
         alone = [self.cache, self._capture(other)[1]]
@@ -465,7 +576,7 @@ class _Tester:
                     pairs.setdefault(name, []).append((picked, alone[row].records[name][i].value))
         check = self._check_against("a batch row = that row alone", 0.0)
         self._note_pairs(check, pairs)
-        return check
+        yield check
 
     def _note_pairs(self, check: Check, pairs: dict[str, list[tuple[mx.array, mx.array]]]) -> None:
         """Compare point by point, in forward order.
@@ -481,6 +592,10 @@ class _Tester:
                 return
             for pair in values:
                 check.note(_relative(*pair), [name])
+
+
+def _small(cache: Any) -> Any:
+    return RotatingKVCache(max_size=8, keep=cache.keep) if isinstance(cache, RotatingKVCache) else cache
 
 
 def _joined(records: list[CapturedActivation]) -> mx.array:

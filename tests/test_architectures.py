@@ -120,7 +120,9 @@ def test_the_selftest_reports_an_identity_that_does_not_hold() -> None:
     finally:
         mx.fast.scaled_dot_product_attention = kernel
     failed = [check.name for check in broken.checks if not check.passed]
-    assert failed == ["z = pattern @ v", "an edit that puts back the pattern or scores changes nothing"]
+    assert failed[0] == "z = pattern @ v"
+    assert "an edit that puts back the pattern or scores changes nothing" in failed
+    assert "pattern = softmax(scores)" not in failed
     assert "blocks.0.attn.hook_pattern" in broken.untrusted
     assert broken.to_dict()["passed"] is False
 

@@ -1,5 +1,6 @@
 """What a capture keeps, what it takes, where it goes: selections, stops, estimates, budgets, files, chunks."""
 
+import copy
 import gc
 import json
 import weakref
@@ -14,7 +15,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from reference import forward
 from tiny_models import CONFIGS, N_LAYERS, make_model
 
-from mlx_hooks import HookedModel, HookError, HookPoint
+from mlx_hooks import HookedModel, HookError, HookPoint, UntrustedHookWarning
+from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.storage.spill import SpillFolder, StoredActivation
 
 TOKENS = [[1, 5, 9, 3, 7, 2, 5, 9], [4, 4, 8, 0, 59, 2, 11, 30]]
@@ -578,3 +580,62 @@ def test_a_long_capture_to_files_runs_in_flat_memory(tmp_path: Path, monkeypatch
     # What was read at random equals a pass that knows nothing of files.
     _, part = model.run_with_cache(tokens[:, :1000], RESIDUAL, chunk=chunk)
     np.testing.assert_allclose(cache.numpy(("resid_post", 1))[:, :1000], part.numpy(("resid_post", 1)), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["phi3", "openelm", "jamba", "lfm2", "gpt_oss"])
+def test_views_of_what_is_not_kept_are_not_kept_alive(name: str) -> None:
+    model = HookedModel(tiny_model(name))
+    points = [n for n in model.hook_points if n.endswith(("mlp.hook_pre", "mixer.hook_state", "hook_sink"))]
+    heads = [0] if any(n.endswith("hook_sink") for n in points) else None
+    tokens = [[i % 90 for i in range(200)]]
+    model.run_with_cache(tokens, points, heads=heads)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    _, cache = model.run_with_cache(tokens, points, heads=heads, logits="none")
+    mx.clear_cache()
+    held = mx.get_active_memory() - before
+    # Buffers are rounded up to pages.
+    assert held <= cache.nbytes + 17_000 * len(points), (held, cache.nbytes)
+
+
+def test_stopping_after_the_last_layer_answers_the_last_pass() -> None:
+    model = HookedModel(tiny_model("nanbeige"))
+    residual, _ = model.run_with_cache([[1, 2, 3]], "blocks.0.hook_resid_post", stop_at_layer=model.cfg.n_layers)
+    logits, _ = model.run_with_cache([[1, 2, 3]], "hook_embed")
+    assert mx.array_equal(model.unembed(residual), logits)
+
+
+def test_positions_in_a_list_may_count_from_the_end(llama: HookedModel) -> None:
+    tokens = [list(range(10))]
+    _, cache = llama.run_with_cache(tokens, "hook_embed", positions=[0, 4, -1])
+    assert list(cache.positions("hook_embed")) == [0, 4, 9]
+    with pytest.raises(HookError, match=r"Positions \[100\] are outside the 10 tokens"):
+        llama.run_with_cache(tokens, "hook_embed", positions=[0, 100])
+
+
+def test_a_state_space_cache_may_be_filled_estimated_and_copied() -> None:
+    model = HookedModel(tiny_model("mamba"))
+    kv_cache = make_prompt_cache(model.model)
+    model([[1, 2, 3]], kv_cache)
+    assert model.estimate_capture([[3]], "hook_embed", kv_cache=kv_cache).nbytes == 256
+    again = copy.deepcopy(kv_cache)
+    _, cache = model.run_with_cache([[4]], "hook_embed", kv_cache=kv_cache, max_bytes=10**6)
+    assert cache.records["hook_embed"][0].positions == (3, 4)
+    assert model.run_with_cache([[4]], "hook_embed", kv_cache=again)[1].records["hook_embed"][0].positions == (3, 4)
+    unseen = make_prompt_cache(model.model)
+    model.model(mx.array([[1, 2]]), cache=unseen)
+    with pytest.raises(HookError, match="How many positions this state-space cache covers is not known"):
+        model.run_with_cache([[3]], "hook_embed", kv_cache=unseen)
+
+
+def test_a_model_that_does_not_run_here_loads_with_a_warning() -> None:
+    if mx.metal.is_available():
+        pytest.skip("there it runs")
+    with pytest.warns(UntrustedHookWarning, match="the plain model runs"):
+        HookedModel(tiny_model("qwen3_next", dtype=mx.bfloat16))
+
+
+@pytest.mark.parametrize("folder", ["", 3])
+def test_what_is_no_folder_is_refused(llama: HookedModel, folder: Any) -> None:
+    with pytest.raises(HookError, match="spill_to is the path of a new or empty folder"):
+        llama.run_with_cache([[1]], "hook_embed", spill_to=folder)

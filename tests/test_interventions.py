@@ -8,11 +8,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from reference import forward
 from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import CapturedActivation, HookedModel, HookError, HookPoint, Intervention
+from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.interventions import TYPES
 
 PROMPT = [1, 5, 9, 3, 7, 2]
@@ -833,3 +834,46 @@ def test_nothing_is_left_behind(llama: HookedModel) -> None:
     plain = llama(PROMPT)
     llama.generate(PROMPT, max_tokens=3, interventions=[{"hook_point": "blocks.*.attn.hook_pattern", "type": "zero"}])
     assert mx.array_equal(llama(PROMPT), plain)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "step3p5"])
+def test_keys_that_a_rotating_cache_forgot_are_not_edited(name: str) -> None:
+    # A pattern does not say which of its zeros are keys: the scores beside it do.
+    model = HookedModel(tiny_model(name))
+    layer = next(i for i, c in enumerate(make_prompt_cache(model.model)) if isinstance(c, RotatingKVCache))
+    point = f"blocks.{layer}.attn.hook_pattern"
+    prompt = [(i * 7) % 90 for i in range(20)]
+    asked = {"hook_point": point, "type": "set", "values": 0.3, "keys": [0, 14]}
+    edited = model.generate(prompt, max_tokens=5, capture=[point, "hook_logits"], interventions=[asked])
+    row = [*prompt, *edited.tokens[:-1]]
+    _, whole = model.run_with_cache([row], [point, "hook_logits"], interventions=[asked])
+    np.testing.assert_allclose(edited.cache.numpy(point), whole.numpy(point), atol=1e-4)
+    np.testing.assert_allclose(edited.cache.numpy("hook_logits"), whole.numpy("hook_logits"), rtol=1e-3, atol=1e-3)
+    assert (edited.cache.numpy(point)[:, :, 22:, 0] == 0).all()
+    assert np.allclose(edited.cache.numpy(point)[:, :, 15:20, 14], 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [
+        ("gemma4_text", "blocks.3.attn.hook_v"),
+        ("gemma3n", "blocks.3.attn.hook_rot_k"),
+        ("deepseek_v3", "blocks.0.attn.hook_v"),
+        ("gpt_oss", "blocks.0.attn.hook_sink"),
+        ("gemma3n", "blocks.0.hook_resid_mid"),
+    ],
+)
+def test_what_can_only_be_read_is_refused_before_the_run(name: str, point: str) -> None:
+    with pytest.raises(HookError, match=f"{point} can be read but not replaced") as caught:
+        HookedModel(tiny_model(name)).resolve_interventions([{"hook_point": point, "type": "zero"}])
+    assert caught.value.intervention == 0
+
+
+def test_a_state_is_no_stream_whatever_its_size() -> None:
+    model = HookedModel(tiny_model("mamba"))
+    n_channels = model.run_with_cache([[1]], "blocks.0.mixer.hook_state")[1]["blocks.0.mixer.hook_state"].shape[1]
+    tokens, point = [[1] * n_channels], "blocks.0.mixer.hook_state"
+    _, cache = model.run_with_cache(tokens, point)
+    assert cache.records[point][0].hook_point.axes == ("batch", "state_1", "state_2")
+    with pytest.raises(HookError):
+        model.run_with_cache(tokens, point, interventions=[{"hook_point": point, "type": "zero", "positions": [3]}])

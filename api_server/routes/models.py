@@ -44,6 +44,12 @@ def get_model(model_id: str) -> Response:
     return json_reply(describe_model(worker().get(model_id)))
 
 
+@blueprint.get("/<path:model_id>/selftest")
+def selftest_is_no_model(model_id: str) -> Response:
+    """Without this, the address would mean a model of that id."""
+    raise MethodNotAllowed(["POST"])
+
+
 @blueprint.delete("/<path:model_id>")
 def unload_model(model_id: str) -> Response:
     worker().unload(model_id)

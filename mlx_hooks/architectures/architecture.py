@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from .. import hook_points
-from ..errors import UnknownHookError, UnsupportedModelError
+from ..errors import HookError, UnknownHookError, UnsupportedModelError
 from ..hook_points import HookPoint
 from .config import ModelConfig, n_rows, number, quantization_of
 from .exceptions import (
@@ -205,7 +205,7 @@ class Architecture:
     def learn_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Note the sizes of the hook points' axes, from the shapes of their values in some run."""
         for name, point in self.points.items():
-            if len(point.axes) == len(shapes.get(name, ())):
+            if name in shapes and len(point.axes) == len(shapes[name]):
                 named = zip(point.axes, shapes[name], strict=True)
                 sizes = tuple(None if axis in hook_points.AXES_OF_THE_RUN else size for axis, size in named)
                 self.points[name] = replace(point, sizes=sizes)
@@ -257,6 +257,11 @@ class Architecture:
         """Whether an attention module writes out its softmax instead of calling the fused kernel."""
         return bool(HAND_WRITTEN.get(source(attn), lambda attn: False)(attn))
 
+    def reshapes_scores(self, layer: int) -> bool:
+        """Whether scores are more than products of queries and keys: capped, or of keys picked for each query."""
+        attending = [sublayer.module for sublayer in self.sublayers[layer] if sublayer.kind == "attn"]
+        return any(self.is_hand_written(module) or self.is_gathered(module) for module in attending)
+
     def is_gathered(self, attn: nn.Module) -> bool:
         """Whether an attention module gathers the keys of each query, which becomes an entry of the batch."""
         return source(attn) in GATHERED
@@ -284,6 +289,12 @@ class Architecture:
         """Raise UnsupportedModelError, with the reason, for a hook point that is there but cannot be shown."""
         if name in self.unsupported:
             raise UnsupportedModelError(f"{self.cfg.model_type} has no {name}: {self.unsupported[name]}.")
+
+    def check_editable(self, point: HookPoint) -> None:
+        """Raise HookError, with the reason, for a hook point that can be read but not replaced."""
+        for place in self.locations_of(point):
+            if place.why_not:
+                raise HookError(f"{point.name} can be read but not replaced: {place.why_not}.")
 
     def path(self, module: nn.Module) -> str:
         """Where a module stands in the tree; empty for the model itself."""

@@ -65,6 +65,8 @@ UNSUPPORTED = {
 UNSUPPORTED_LATER = {
     "muse_spark": dict.fromkeys(("ln1_in", "ln1"), "the layer before applies this norm, in a fused kernel"),
 }
+# Attention modules without projections of their own that read the keys and values of an earlier layer.
+READS_OTHER_KEYS = ("gemma4_text", "afm7")
 # Attention written out with a softmax, and when.
 HAND_WRITTEN = {
     "gemma2": lambda attn: True,

@@ -13,6 +13,7 @@ from .exceptions import (
     HAND_WRITTEN,
     INTERLEAVED_GATE,
     PLAIN_SUMS,
+    READS_OTHER_KEYS,
     ROUTING_INSIDE,
     SCORES_ONLY,
     TILED_VALUES,
@@ -201,14 +202,15 @@ def _attention_locations(attn: nn.Module) -> Iterator[tuple[str, Location]]:
         yield "z", Location(out, "input", Heads(n_heads, d_head))
         return
     latent = "embed_q" in attn
-    for component, place in [("rot_q", "q"), ("rot_k", "k"), ("v", "v"), ("z", "z")]:
-        why = (
-            "keys and values are kept as one latent: edit hook_q, the pattern or hook_z"
-            if latent and place != "z"
-            else ""
-        )
-        tiled = source(attn) in TILED_VALUES and place in ("k", "v")
-        yield component, Location(attn, place, Tiled(n_kv) if tiled else Transposed(), why_not=why)
+    why_not = "keys and values are kept as one latent: edit hook_q, the pattern or hook_z" if latent else ""
+    yield "rot_q", Location(attn, "q", Transposed(), why_not=why_not)
+    has_keys = child(attn, KEYS + FUSED) is not None
+    if getattr(attn, SHARED_KEYS, False) or (source(attn) in READS_OTHER_KEYS and not has_keys):
+        why_not = "these are the keys and values of an earlier layer: edit them there"
+    for component, place in [("rot_k", "k"), ("v", "v")]:
+        view = Tiled(n_kv) if source(attn) in TILED_VALUES else Transposed()
+        yield component, Location(attn, place, view, why_not=why_not)
+    yield "z", Location(attn, "z", Transposed())
 
 
 def _projection_locations(attn: nn.Module, n_heads: int, n_kv: int, d_head: int) -> Iterator[tuple[str, Location]]:

@@ -118,7 +118,8 @@ def _cell(architecture: Architecture, components: tuple[str, ...], report: SelfT
     reasons = [why for name, why in architecture.unsupported.items() if _component(name) in components]
     if report is not None and any(name in report.untrusted for name in names):
         return "**not exact**"
-    if reasons and not names:
+    main = [p.name for p in architecture.points.values() if p.component == components[0]]
+    if reasons and not main:
         return "✗"
     if not names:
         return _absence(architecture, components[0])

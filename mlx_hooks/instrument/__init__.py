@@ -7,6 +7,6 @@ Afterwards, whatever was raised, every class and function is the original again.
 """
 
 from .plan import Instrument, Plan
-from .sites import kv_offset
+from .sites import kv_offset, remember_offset
 
-__all__ = ["Instrument", "Plan", "kv_offset"]
+__all__ = ["Instrument", "Plan", "kv_offset", "remember_offset"]

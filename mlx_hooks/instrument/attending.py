@@ -52,6 +52,8 @@ class Attention(Part):
         current.attention = self._outer
         if self._cache is not None:
             self._cache.__class__ = self._cache_class
+            # A plan outlives its runs: it must not keep what they computed alive.
+            self._cache = None
 
     def finish(self, output: Any) -> Any:
         if self._kernel_calls != 1:
@@ -128,7 +130,7 @@ class Attention(Part):
         scores = attention_scores(q, k, scale=scale, mask=mask, rows=rows)
         scores, scores_edited = self._show_keys("scores", scores, rows, where, fill=-mx.inf)
         pattern, sink = attention_pattern(scores, sinks, mask=mask)
-        pattern, pattern_edited = self._show_keys("pattern", pattern, rows, where, fill=0.0)
+        pattern, pattern_edited = self._show_pattern_keys(pattern, scores, rows, where)
         if "sink" in self.taps and sink is not None:
             self._show_rows("sink", sink, rows)
         edited = scores_edited or pattern_edited
@@ -140,8 +142,27 @@ class Attention(Part):
         """Show an array of [batch, head, query, key] with its keys at their absolute positions."""
         if place not in self.taps:
             return array, False
-        spread, edited = self._show_rows(place, where.spread(array, fill), rows)
-        return (where.gather(spread) if edited else array), edited
+        tap = self.taps[place]
+        tap.at_call(self.nth)
+        spread = where.spread(array, fill)
+        new, edited = tap.edit_value(spread)
+        if edited:
+            # What was put at a key that attention no longer has is not attended, and not shown.
+            array = where.gather(new)
+            spread = where.spread(array, fill)
+        tap.read_rows(spread, rows)
+        return array, edited
+
+    def _show_pattern_keys(
+        self, pattern: mx.array, scores: mx.array, rows: list[int] | None, where: KeyPositions
+    ) -> tuple[mx.array, bool]:
+        """Show a pattern; edits may ask the run which keys its scores hide."""
+        if "pattern" in self.taps and self.taps["pattern"].edits:
+            self.run.hidden = where.spread(scores, -mx.inf) == -mx.inf
+        try:
+            return self._show_keys("pattern", pattern, rows, where, fill=0.0)
+        finally:
+            self.run.hidden = None
 
     def _show_rows(self, place: str, array: mx.array, rows: list[int] | None) -> tuple[mx.array, bool]:
         tap = self.taps[place]
@@ -214,7 +235,8 @@ class Attention(Part):
             # In float32, as beside the fused kernel; the model rounds it to its own type.
             exact = pattern if pattern.dtype == mx.float32 else softmax(scores.astype(mx.float32), axis=-1)
             shown = _pick_rows(exact.reshape(heads), rows)
-            shown, edited = self._show_keys("pattern", shown, rows, where, fill=0.0)
+            seen = _pick_rows(show_masked(scores).reshape(heads), rows)
+            shown, edited = self._show_pattern_keys(shown, seen, rows, where)
             if edited:
                 pattern = shown.reshape(shape).astype(pattern.dtype)
         return pattern
@@ -239,6 +261,10 @@ class LatentAttention(Attention):
         self._latent: mx.array | None = None
         self._scale: mx.array | None = None
         self._busy = False
+
+    def leave(self) -> None:
+        super().leave()
+        self._parts, self._latent, self._scale = {}, None, None
 
     def observe(self, name: str, site: Site) -> None:
         """Follow a submodule's calls."""

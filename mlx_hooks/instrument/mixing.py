@@ -40,6 +40,7 @@ class State(Part):
             value, edited = self.tap.show_value(self._cache[changed[-1]], self.nth)
             if edited:
                 self._cache[changed[-1]] = value
+        self._cache, self._before = None, []
         return output
 
 

@@ -1,7 +1,6 @@
 """What happens around one module's call while hooks are attached, and where in the sequence the call stands."""
 
 import itertools
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,8 @@ from ..hooks import Run
 from .taps import Tap
 
 _forward_numbers = itertools.count()
-# Positions that state-space caches cover, which do not say so themselves.
-_offsets: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+# State-space caches do not say how many positions they cover: it is noted on them, where a copy keeps it.
+_OFFSET = "_neuroscope_offset"
 
 
 def kv_offset(cache: Any) -> int:
@@ -34,17 +33,17 @@ def kv_offset(cache: Any) -> int:
             raise HookError(f"{type(entry).__name__} keeps an offset per row: hooks need one KV cache per sequence.")
     if not entries or entries[0].empty():
         return 0
-    if entries[0] not in _offsets:
+    if not hasattr(entries[0], _OFFSET):
         raise HookError(
             "How many positions this state-space cache covers is not known: fill it through HookedModel from the start."
         )
-    return _offsets[entries[0]]
+    return int(getattr(entries[0], _OFFSET))
 
 
-def _remember_offset(cache: Any, offset: int) -> None:
+def remember_offset(cache: Any, offset: int) -> None:
     entries = single_caches(cache)
     if entries and not any(hasattr(entry, "offset") for entry in entries):
-        _offsets[entries[0]] = offset
+        setattr(entries[0], _OFFSET, offset)
 
 
 def single_caches(cache: Any) -> list[Any]:
@@ -168,7 +167,7 @@ class ModelSite(Site):
         self.called = True
         try:
             output = super().call(original, module, args, kwargs)
-            _remember_offset(cache, self.run.start + tokens.shape[1])
+            remember_offset(cache, self.run.start + tokens.shape[1])
         finally:
             # A hook may run the model itself: the pass that it interrupted goes on where it stood.
             for name in ("start", "length", "batch", "forward", "caches"):

@@ -46,6 +46,7 @@ class Additions(Part):
 
     def leave(self) -> None:
         current.additions = self._outer
+        self._pending = []
 
     def finish(self, output: Any) -> Any:
         # A stream must not outlive its block: later additions are none of this block's.

@@ -143,6 +143,9 @@ class Edit:
         if axes and axes[-1] == "key":
             queries = mx.arange(run.start, run.start + run.length)[:, None]
             mask = mask & (mx.arange(value.shape[-1])[None] <= queries) & (value != -mx.inf)
+            if run.hidden is not None:
+                # A pattern does not say which of its zeros are keys that attention does not see.
+                mask = mask & ~run.hidden
         return mask
 
     def _change(self, old: mx.array, mask: mx.array, axes: tuple[str, ...], point: HookPoint) -> mx.array:
@@ -206,7 +209,8 @@ def _axes(value: mx.array, point: HookPoint, run: Run) -> tuple[str, ...]:
     """Names of the value's axes; a raw module's value that has the shape of a stream is one."""
     if point.axes:
         return point.axes
-    is_stream = value.ndim == 3 and value.shape[:2] == (run.batch, run.length)
+    is_state = point.component == "mixer_state"
+    is_stream = value.ndim == 3 and value.shape[:2] == (run.batch, run.length) and not is_state
     return ("batch", "pos", "feature") if is_stream else ()
 
 

@@ -64,6 +64,8 @@ class SpillFolder:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
+        if not isinstance(folder, str | Path) or not str(folder):
+            raise HookError(f"spill_to is the path of a new or empty folder, got {folder!r}.")
         self.folder = Path(folder)
         self.max_bytes = max_bytes
         self.bytes_in_memory = 0
@@ -103,7 +105,7 @@ class SpillFolder:
             return
         for path in self._written:
             path.unlink(missing_ok=True)
-        if self._made_folder and not any(self.folder.iterdir()):
+        if self._made_folder and self.folder.exists() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
 
@@ -116,7 +118,8 @@ def write_tensor(path: Path, value: mx.array, metadata: dict[str, str]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if path.parent.exists():
+            temporary.unlink(missing_ok=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
