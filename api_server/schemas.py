@@ -163,6 +163,7 @@ class InterventionRequest(Request):
     neurons: Selection = None
     keys: Selection = None
     phase: Literal["prefill", "decode"] | None = None
+    passes: Selection = None
     values: Numbers = None
     source: Annotated[Any, BeforeValidator(_must(_is_source, "an activation record or a list of records"))] = None
     over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
@@ -175,7 +176,7 @@ class InterventionRequest(Request):
     std: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
-    @field_validator("positions", "heads", "neurons", "keys", "source", mode="wrap")
+    @field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")
     @classmethod
     def _null_is_none(cls, value: Any, check: Callable[[Any], Any]) -> Any:
         return None if value is None else check(value)

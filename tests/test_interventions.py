@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from reference import forward
 from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import CapturedActivation, HookedModel, HookError, HookPoint, Intervention
+from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.interventions import TYPES
 
 PROMPT = [1, 5, 9, 3, 7, 2]
@@ -671,6 +673,91 @@ def test_what_never_fires_is_an_error(llama: HookedModel, tiny: HookedModel) -> 
     assert type(llama.model).__name__ == "Model"
 
 
+# Layers that run several times in one forward pass
+
+
+@pytest.fixture(scope="module", params=["nanbeige", "longcat_flash", "iquestloopcoder"])
+def looped(request: pytest.FixtureRequest) -> HookedModel:
+    """Its attention and MLP outputs are met twice per forward pass."""
+    return HookedModel(tiny_model(request.param))
+
+
+def with_calls(model: HookedModel, name: str, change: Callable[[int, mx.array], mx.array | None]) -> mx.array:
+    """Logits with a hook that is told which call of its point this is: one forward pass, so calls are passes."""
+    calls = iter(range(9))
+    return model.run_with_hooks(PROMPT, [(name, lambda value, point: change(next(calls), value))])
+
+
+OTHER = [4, 8, 15, 16, 23, 42]
+LOOPED = "blocks.1.hook_attn_out"
+
+
+@pytest.mark.parametrize(("passes", "edited"), [(None, {0, 1}), (0, {0}), ([1], {1}), ({"start": 1}, {1})])
+def test_passes_limit_an_edit(looped: HookedModel, passes: Any, edited: set[int]) -> None:
+    spec = {"hook_point": LOOPED, "type": "scale", "factor": 0.5, "passes": passes}
+    logits, cache = looped.run_with_cache(PROMPT, LOOPED, interventions=[spec])
+    expected = with_calls(looped, LOOPED, lambda call, value: value * 0.5 if call in edited else None)
+    assert mx.array_equal(logits, expected)
+    assert cache.interventions[0].fired == len(edited)
+    assert looped.generate(PROMPT, max_tokens=3, interventions=[spec]).interventions[0].fired == 4 * len(edited)
+
+
+def test_a_pass_that_never_comes_is_an_error(looped: HookedModel) -> None:
+    spec = {"hook_point": LOOPED, "type": "zero", "passes": [5]}
+    with pytest.raises(HookError, match=r"it never fired: .* in passes \[5\]"):
+        looped.run_with_cache(PROMPT, LOOPED, interventions=[spec])
+
+
+def test_each_pass_is_patched_from_its_own_records(looped: HookedModel) -> None:
+    _, source = looped.run_with_cache(OTHER)
+    values = [record.value for record in source.records[LOOPED]]
+    spec = {"hook_point": LOOPED, "type": "patch", "source": source}
+    whole = with_calls(looped, LOOPED, lambda call, value: values[call])
+    for given in (source, source.records[LOOPED], source.records[LOOPED][::-1]):
+        logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[spec | {"source": given}])
+        assert mx.array_equal(logits, whole)
+    second = with_calls(looped, LOOPED, lambda call, value: values[1] if call == 1 else None)
+    for given in (source, source.of_pass(1), source.records[LOOPED][1], values[1]):
+        limited = spec | {"source": given, "passes": 1}
+        logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[limited])
+        assert mx.array_equal(logits, second)
+    crossed = with_calls(looped, LOOPED, lambda call, value: values[1] if call == 0 else None)
+    limited = spec | {"source": source.of_pass(1), "passes": 0}
+    logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[limited])
+    assert mx.array_equal(logits, crossed)
+
+
+def test_a_source_of_one_pass_does_not_serve_several(looped: HookedModel) -> None:
+    _, source = looped.run_with_cache(PROMPT)
+    spec = {"hook_point": LOOPED, "type": "patch", "source": source}
+    for given in (source.of_pass(0), source.of_pass(1), source.records[LOOPED][0], source.of_pass(0)[LOOPED]):
+        for limit in ({}, {"passes": [0, 1]}):
+            with pytest.raises(HookError, match="the source is of one pass, and this layer runs several times"):
+                looped.run_with_cache(PROMPT, LOOPED, interventions=[spec | limit | {"source": given}])
+    looped.run_with_cache(PROMPT, interventions=[spec | {"hook_point": "hook_embed", "source": source.of_pass(0)}])
+
+
+def test_a_mean_is_taken_pass_by_pass(looped: HookedModel) -> None:
+    prompts = [[1, 2, 3], OTHER]
+    runs = [looped.run_with_cache(prompt, LOOPED)[1] for prompt in prompts]
+    means = [mx.concatenate([run.of_pass(i)[LOOPED] for run in runs], axis=1).mean((0, 1)) for i in range(2)]
+    spec = {"hook_point": LOOPED, "type": "mean", "over": prompts}
+    logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[spec])
+    expected = with_calls(looped, LOOPED, lambda call, value: mx.broadcast_to(means[call], value.shape))
+    np.testing.assert_allclose(np.array(logits), np.array(expected), **SPREAD)
+
+
+def test_no_pass_of_a_step_that_ran_ahead_in_vain_counts(looped: HookedModel) -> None:
+    spec = {"hook_point": LOOPED, "type": "scale", "factor": 0.9}
+    end = looped.generate(PROMPT, max_tokens=1, interventions=[spec]).tokens[0]
+    text = SimpleNamespace(last_segment="", finalize=lambda: None)
+    ending = HookedModel(looped.model, SimpleNamespace(eos_token_ids={end}, detokenizer=text))
+    result = ending.generate(PROMPT, max_tokens=5, interventions=[spec])
+    assert result.finish_reason == "stop"
+    receipt = result.interventions[0]
+    assert (receipt.fired, receipt.positions) == (4, tuple(range(6)))  # two passes in each of the prompt's two calls
+
+
 # Refusals
 
 
@@ -731,6 +818,7 @@ def test_what_never_fires_is_an_error(llama: HookedModel, tiny: HookedModel) -> 
         ({"hook_point": "hook_embed", "type": "zero", "positions": {"begin": 3}}, "positions are"),
         ({"hook_point": "hook_embed", "type": "zero", "positions": [6]}, "this run comes to positions 0 to 5"),
         ({"hook_point": "hook_embed", "type": "zero", "positions": {"start": 6}}, "there is nothing to edit"),
+        ({"hook_point": "hook_embed", "type": "zero", "passes": -1}, "passes are a whole number from 0 up"),
         ({"hook_point": "hook_embed", "type": "zero", "phase": "training"}, "phase is 'prefill', 'decode'"),
         ({"hook_point": "hook_embed", "type": "zero", "phase": "decode"}, "'decode' never comes in this run"),
         ({"hook_point": "hook_embed", "type": "zero", "heads": [0]}, "heads need a head axis"),

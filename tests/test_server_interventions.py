@@ -32,6 +32,7 @@ SPECS: list[list[dict[str, Any]]] = [
     [{"hook_point": "hook_embed", "type": "noise", "std": 0.5, "seed": 3, "positions": [0, 4, 7]}],
     [{"hook_point": "blocks.0.hook_mlp_out", "type": "mean", "over": [[1, 2, 3], "w1 w2"]}],
     [{"hook_point": "blocks.1.hook_resid_post", "type": "patch", "positions": 2, "values": 0.25}],
+    [{"hook_point": "blocks.1.hook_resid_post", "type": "scale", "factor": 0.5, "passes": [0]}],
 ]  # fmt: skip
 
 
@@ -153,6 +154,7 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
         ({"hook_point": "hook_embed"}, "interventions[1].type", "invalid_value", "required"),
         ({"head": 1}, "interventions[1].head", "invalid_value", "not supported here. Supported: type, hook_point"),
         ({"heads": "1"}, "interventions[1].heads", "invalid_value", "an index from 0 up"),
+        ({"passes": [-1]}, "interventions[1].passes", "invalid_value", "an index from 0 up"),
         ({"heads": True}, "interventions[1].heads", "invalid_value", "an index from 0 up"),
         ({"positions": [-1]}, "interventions[1].positions", "invalid_value", "'last', an index"),
         ({"positions": "first"}, "interventions[1].positions", "invalid_value", "'last', an index"),
@@ -192,6 +194,7 @@ def test_errors_name_the_intervention(
 def test_what_never_fires_is_an_error(client: LMStudioNeuroScopeClient, web: FlaskClient) -> None:
     late = ZERO | {"positions": [8]}
     stop = ask(web, None)["choices"][0]["text"].split()[1]
+    assert "in passes [1]" in ask(web, [ZERO | {"passes": 1}], 400)["error"]["message"]
     error = ask(web, [late], 400, stop=stop)["error"]
     assert error["param"] == "interventions[0]"
     assert "never fired" in error["message"]

@@ -14,7 +14,7 @@ from .fitting import check_selection, check_sizes, chosen_on
 from .reach import Reach
 from .reading import as_chosen, first, places_of, span
 from .session import Firing, InterventionSession
-from .sources import Given, holds_tokens, is_scores
+from .sources import Given, Supply, holds_tokens, is_scores
 from .spec import Intervention, blame
 
 
@@ -25,11 +25,13 @@ class Edit:
     scattered and what a call computes for a position does not depend on the call's other positions.
     """
 
-    def __init__(self, session: InterventionSession, i: int, intervention: Intervention, given: Given | None) -> None:
+    def __init__(self, session: InterventionSession, i: int, intervention: Intervention, supply: Supply | None) -> None:
         self.session = session
         self.index = i
         self.asked = intervention
-        self.given = given
+        self.supply = supply
+        self.given: Given | None = None
+        """What is put in: of the pass that is met, since each may have its own."""
 
     def __call__(self, value: mx.array, point: HookPoint) -> mx.array | None:
         session, run = self.session, self.session.run
@@ -39,19 +41,22 @@ class Edit:
             edited = self._positions(run)
             if not edited:
                 return None
+            if self.supply is not None:
+                self.given = self.supply.at(run.pass_index, as_chosen(self.asked.passes))
             self._check_value(value, point, axes, edited)
             mask = self._mask(value, axes, edited)
             old = value.astype(mx.float32)
             new = mx.where(mask, self._change(old, mask, axes, point).astype(value.dtype), value)
         before, after = (_sum_of_squares(x, mask) for x in (old, new.astype(mx.float32)))
-        session.add(Firing(self.index, point.name, edited, run.phase, before, after))
+        session.add(Firing(self.index, point.name, run.pass_index, edited, run.phase, before, after))
         return new
 
     def _positions(self, run: Run) -> list[int]:
         """The absolute positions of the call that are to be edited."""
         reach = self.session.reach
         stop = run.start + run.length
-        if self.asked.phase not in (None, run.phase):
+        passes = as_chosen(self.asked.passes)
+        if self.asked.phase not in (None, run.phase) or (passes is not None and run.pass_index not in passes):
             return []
         if self.asked.positions == "last":
             last = stop if reach is None or run.phase == "decode" else reach.prompt_stop
@@ -194,12 +199,13 @@ class Edit:
         Raises:
             HookError: says what is missing.
         """
-        if self.given is None:
-            return
-        self._check_rows(due, point.axes)
-        if point.axes:
-            batch = {i: reach.batch for i, name in enumerate(point.axes) if name == "batch"}
-            check_sizes(self.asked, self.given, point.axes, sizes | batch, self.given.array.shape)
+        batch = {i: reach.batch for i, name in enumerate(point.axes) if name == "batch"}
+        passes = as_chosen(self.asked.passes)
+        for given in () if self.supply is None else self.supply.due(passes):
+            self.given = given
+            self._check_rows(due, point.axes)
+            if point.axes:
+                check_sizes(self.asked, given, point.axes, sizes | batch, given.array.shape)
 
 
 def _axes(value: mx.array, point: HookPoint, run: Run) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from ..errors import HookError
 from ..hook_points import HookPoint
 from ..hooks import Hook, Run
 from .reach import Reach
+from .reading import as_chosen, spell
 from .spec import PHASES, Intervention, blame
 
 
@@ -23,7 +24,8 @@ class InterventionReceipt:
         index: its place in the list of interventions.
         type: as asked.
         hook_points: canonical names, in forward order.
-        fired: how many values were edited: one per forward pass and hook point.
+        fired: how many values were edited: one per forward pass, hook point and pass through a layer that runs
+            several times.
         positions: the absolute positions that were edited.
         phases: "prefill", "decode" or both.
         norm_before, norm_after: root of the sum of squares over all edited entries of all calls. Masked scores (-inf)
@@ -51,6 +53,7 @@ class Firing:
 
     index: int
     point: str
+    pass_index: int
     positions: list[int]
     phase: str
     before: mx.array
@@ -80,7 +83,8 @@ class InterventionSession:
 
     def add(self, firing: Firing) -> None:
         """Note an edit."""
-        if any(f.index == firing.index and f.point == firing.point for f in self._latest):
+        place = (firing.index, firing.point, firing.pass_index)
+        if any((f.index, f.point, f.pass_index) == place for f in self._latest):
             # What earlier passes left is due by now: their graphs must not pile up.
             mx.async_eval(*self.arrays())
             self.keep(self.take())
@@ -117,10 +121,9 @@ class InterventionSession:
         )
         with blame(i, intervention):
             if not firings and self.met:
-                raise HookError(
-                    "it never fired: the run met none of its positions"
-                    + (f" in the phase {intervention.phase!r}." if intervention.phase else ".")
-                )
+                phase = f" in the phase {intervention.phase!r}" if intervention.phase else ""
+                passes = f" in passes {spell(as_chosen(intervention.passes))}" if intervention.passes else ""
+                raise HookError(f"it never fired: the run met none of its positions{phase}{passes}.")
             if not math.isfinite(after):
                 raise HookError("it left numbers that are not finite: infinity in the model's type, or a row of nan.")
         return InterventionReceipt(
