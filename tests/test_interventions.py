@@ -917,6 +917,38 @@ def test_numbers_beyond_the_models_type_are_an_error() -> None:
         model.run_with_cache(PROMPT, interventions=[{"hook_point": "hook_embed", "type": "set", "values": 1e6}])
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30, 3e38])
+def test_norms_of_sizes_whose_squares_float32_cannot_hold(llama: HookedModel, size: float) -> None:
+    name = "blocks.2.hook_resid_post"
+    big = {"hook_point": name, "type": "set", "values": size}
+    half = {"hook_point": name, "type": "scale", "factor": 0.5}
+    _, cache = llama.run_with_cache(PROMPT, name, interventions=[big, half])
+    norm = size * np.sqrt(len(PROMPT) * 32)
+    np.testing.assert_allclose([r.norm_after for r in cache.interventions], [norm, norm / 2], rtol=1e-5)
+    assert cache.interventions[1].norm_before == cache.interventions[0].norm_after
+    steer = {"hook_point": name, "type": "add", "vector": [0.0] * 31 + [size], "norm_match": True, "coefficient": 0.1}
+    _, cache = llama.run_with_cache(PROMPT, name, interventions=[big | {"values": size / 10}, steer])
+    expected = np.full(32, size / 10)
+    expected[-1] += 0.1 * size / 10 * np.sqrt(32)
+    np.testing.assert_allclose(cache.numpy(name)[0, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [np.inf, -np.inf, np.nan])
+def test_what_is_left_must_be_finite(llama: HookedModel, left: float) -> None:
+    name = "blocks.2.hook_resid_post"
+
+    def spoil(value: mx.array, point: HookPoint) -> mx.array:
+        value[:, 1, 2] = left
+        return value
+
+    keep = {"hook_point": name, "type": "scale", "factor": 1.0}
+    with llama.hooks([(name, spoil)]), pytest.raises(HookError, match="it left numbers that are not finite"):
+        llama.run_with_cache(PROMPT, name, interventions=[keep])
+    with llama.hooks([(name, spoil)]):
+        _, cache = llama.run_with_cache(PROMPT, name, interventions=[{"hook_point": name, "type": "zero"}])
+    assert (cache.interventions[0].norm_before, cache.interventions[0].norm_after) == (None, 0)
+
+
 def test_nothing_is_left_behind(llama: HookedModel) -> None:
     plain = llama(PROMPT)
     llama.generate(PROMPT, max_tokens=3, interventions=[{"hook_point": "blocks.*.attn.hook_pattern", "type": "zero"}])

@@ -47,7 +47,7 @@ class Edit:
             mask = self._mask(value, axes, edited)
             old = value.astype(mx.float32)
             new = mx.where(mask, self._change(old, mask, axes, point).astype(value.dtype), value)
-        before, after = (_sum_of_squares(x, mask) for x in (old, new.astype(mx.float32)))
+        before, after = (_squares(x, mask, is_scores(point)) for x in (old, new.astype(mx.float32)))
         session.add(Firing(self.index, point.name, run.pass_index, edited, run.phase, before, after))
         return new
 
@@ -216,14 +216,28 @@ def _axes(value: mx.array, point: HookPoint, run: Run) -> tuple[str, ...]:
     return ("batch", "pos", "feature") if is_stream else ()
 
 
-def _sum_of_squares(value: mx.array, mask: mx.array) -> mx.array:
-    """Over the selected entries; masked scores count nothing."""
-    return mx.where(mask & (value != -mx.inf), value * value, 0.0).sum()
+def _squares(value: mx.array, mask: mx.array, scores: bool) -> mx.array:
+    """Of the selected entries the largest size, and the sum of squares in units of it; masked scores count nothing."""
+    if scores:
+        mask = mask & (value != -mx.inf)
+    return mx.stack([part.sum() for part in _in_units(value, mask, None)])
 
 
 def _norm(value: mx.array, mask: mx.array) -> mx.array:
     """Euclidean norm over the selected entries of the last axis, which stays with size 1."""
-    return mx.sqrt(mx.where(mask, value * value, 0.0).sum(axis=-1, keepdims=True))
+    unit, squares = _in_units(value, mask, -1)
+    return unit * mx.sqrt(squares)
+
+
+def _in_units(value: mx.array, mask: mx.array, axis: int | None) -> tuple[mx.array, mx.array]:
+    """The largest size among the selected entries, and the sum of their squares in units of it.
+
+    A square overflows float32 from about 1.8e19 on; in these units none is above 1, and what is not finite stays so.
+    """
+    chosen = mx.where(mask, value, 0.0)
+    unit = mx.abs(chosen).max(axis=axis, keepdims=True)
+    scaled = chosen / mx.where(unit == 0, 1.0, unit)
+    return unit, (scaled * scaled).sum(axis=axis, keepdims=True)
 
 
 def _noise(seed: int, point: HookPoint, axes: tuple[str, ...], shape: tuple[int, ...], start: int) -> mx.array:

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from ..activations import scalar
 from ..errors import HookError
 from ..hook_points import HookPoint
 from ..hooks import Hook, Run
@@ -49,7 +48,7 @@ class InterventionReceipt:
 
 @dataclass
 class Firing:
-    """One edit of one value: the sums of squares are lazy."""
+    """One edit of one value; ``before`` and ``after`` are lazy: [unit, sum of squares in units of it]."""
 
     index: int
     point: str
@@ -117,7 +116,7 @@ class InterventionSession:
         intervention, points = self.asked[i]
         firings = [firing for firing in self._kept if firing.index == i]
         before, after = (
-            math.sqrt(sum(scalar(getattr(firing, side)) for firing in firings)) for side in ("before", "after")
+            math.sqrt(sum(_sum_of_squares(getattr(firing, side)) for firing in firings)) for side in ("before", "after")
         )
         with blame(i, intervention):
             if not firings and self.met:
@@ -136,3 +135,9 @@ class InterventionSession:
             norm_before=before if math.isfinite(before) else None,
             norm_after=after,
         )
+
+
+def _sum_of_squares(squares: mx.array) -> float:
+    """From [unit, sum of squares in units of it], in Python's float64, which holds all squares of float32."""
+    unit, total = cast(list[float], squares.tolist())
+    return unit * unit * total
