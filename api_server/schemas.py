@@ -50,7 +50,11 @@ def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
     return check
 
 
-def _only(*values: Any) -> AfterValidator:
+class _Inert(AfterValidator):
+    """Marks a field that has no effect."""
+
+
+def _only(*values: Any) -> _Inert:
     """A field that is taken at these values, which ask for nothing, and has no effect."""
 
     def check(value: Any) -> Any:
@@ -60,7 +64,13 @@ def _only(*values: Any) -> AfterValidator:
         said = " or ".join(json.dumps(one) for one in values)
         raise PydanticCustomError("only", "only {said} is supported", {"said": said})
 
-    return AfterValidator(check)
+    return _Inert(check)
+
+
+def supported(model: type[BaseModel]) -> list[str]:
+    """The fields of a request that have an effect, in order."""
+    fields = model.model_fields.items()
+    return [name for name, field in fields if not any(isinstance(mark, _Inert) for mark in field.metadata)]
 
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]

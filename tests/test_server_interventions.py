@@ -1,6 +1,7 @@
 """Interventions over HTTP: what Python does, bit for bit, and errors that name the one at fault."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from flask.testing import FlaskClient
 from server_tools import PROMPT_LENGTH, load_tiny, running_server
 
 from api_server import ModelWorker, create_app
-from mlx_hooks import HookedModel
+from mlx_hooks import HookedModel, Intervention
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError, PayloadError
 from neuroscope_bridge.payload import encode_intervention, stack_records
 
@@ -22,6 +23,9 @@ ZERO = {"hook_point": "blocks.1.attn.hook_z", "type": "zero", "heads": [1]}
 STEER = {"layer_name": "transformer.h.1", "component": "residual", "type": "add",
          "vector": RNG.normal(size=32).astype(np.float32).tolist(), "coefficient": 1.5, "norm_match": True,
          "positions": "last"}  # fmt: skip
+KEYS = ["type", *(field.name for field in fields(Intervention) if field.name != "type")]
+"""What the server takes: what Python takes."""
+RECORD = {"hook_point": "blocks.1.attn.hook_z", "axes": ["pos"], "positions": [0, 1], "shape": [1], "dtype": "float32"}
 SPECS: list[list[dict[str, Any]]] = [
     [ZERO],
     [STEER, ZERO],
@@ -152,7 +156,7 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
     [
         ({"type": "erase"}, "interventions[1].type", "invalid_value", "must be 'zero', 'mean'"),
         ({"hook_point": "hook_embed"}, "interventions[1].type", "invalid_value", "required"),
-        ({"head": 1}, "interventions[1].head", "invalid_value", "not supported here. Supported: type, hook_point"),
+        ({"head": 1}, "interventions[1].head", "invalid_value", f"not supported here. Supported: {', '.join(KEYS)}."),
         ({"heads": "1"}, "interventions[1].heads", "invalid_value", "an index from 0 up"),
         ({"passes": [-1]}, "interventions[1].passes", "invalid_value", "an index from 0 up"),
         ({"heads": True}, "interventions[1].heads", "invalid_value", "an index from 0 up"),
@@ -165,7 +169,12 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
         ({"type": "add", "vector": [1, "a"]}, "interventions[1].vector", "invalid_value", "lists of numbers"),
         ({"type": "add", "vector": [[1], [1, 2]]}, "interventions[1]", "invalid_intervention", "different lengths"),
         ({"type": "set", "source": [1]}, "interventions[1].source", "invalid_value", "an activation record"),
-        ({"type": "set", "source": {}}, "interventions[1].source", "invalid_intervention", "dtype"),
+        ({"type": "set", "source": {}}, "interventions[1].source", "invalid_intervention", "lacks 'hook_point'"),
+        ({"type": "set", "source": {"data": [1]}}, "interventions[1].source", "invalid_intervention",
+         "it needs hook_point, axes, positions, shape, dtype and data"),
+        ({"type": "set", "source": RECORD}, "interventions[1].source", "invalid_intervention", "has no data"),
+        ({"type": "set", "source": RECORD | {"dtype": "int3", "data": [1]}}, "interventions[1].source",
+         "invalid_intervention", "unknown dtype 'int3'"),
         ({"type": "mean", "over": []}, "interventions[1].over", "invalid_value", "at least 1"),
         ({"type": "mean", "over": [[99]]}, "interventions[1]", "invalid_intervention", "Token ids are 0 to 59"),
         ({"type": "mean", "over": [[1] * 600]}, "interventions[1]", "invalid_intervention", "reads at most 512"),
@@ -178,7 +187,7 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
         ({"positions": [99]}, "interventions[1]", "invalid_intervention", "position 99 is out of reach"),
         ({"type": "set", "values": [None]}, "interventions[1]", "invalid_intervention", "attention scores only"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_name_the_intervention(
     web: FlaskClient, bad: dict[str, Any], param: str, code: str, said: str, stream: bool
