@@ -673,6 +673,56 @@ def test_what_never_fires_is_an_error(llama: HookedModel, tiny: HookedModel) -> 
     assert type(llama.model).__name__ == "Model"
 
 
+# States
+
+
+STATE = "blocks.0.mixer.hook_state"
+
+
+@pytest.fixture(scope="module", params=["mamba", "falcon_h1"])
+def recurrent(request: pytest.FixtureRequest) -> HookedModel:
+    return HookedModel(tiny_model(request.param))
+
+
+def test_a_state_is_patched_from_a_capture(recurrent: HookedModel) -> None:
+    _, source = recurrent.run_with_cache(OTHER, STATE)
+    plain, hooked = make_prompt_cache(recurrent.model), make_prompt_cache(recurrent.model)
+    here = recurrent(PROMPT, plain)
+    recurrent.run_with_hooks(PROMPT, [(STATE, lambda value, point: source[STATE])], hooked)
+    unedited, expected = recurrent([3], plain), recurrent([3], hooked)
+    assert not mx.array_equal(expected, unedited)
+    for given in (source, source.records[STATE][0], source.numpy(STATE)):
+        spec = {"hook_point": STATE, "type": "patch", "source": given}
+        kv_cache = make_prompt_cache(recurrent.model)
+        logits, cache = recurrent.run_with_cache(PROMPT, STATE, kv_cache=kv_cache, interventions=[spec])
+        assert mx.array_equal(logits, here)  # the call itself is as it was
+        assert mx.array_equal(cache[STATE], source[STATE])
+        assert cache.interventions[0].positions == (5,)
+        assert mx.array_equal(recurrent([3], kv_cache), expected)
+
+
+def test_an_edited_state_changes_what_is_generated(recurrent: HookedModel) -> None:
+    spec = {"hook_point": STATE, "type": "zero", "phase": "prefill"}
+    result = recurrent.generate(PROMPT, max_tokens=3, capture=["hook_logits"], interventions=[spec])
+    plain = recurrent.generate(PROMPT, max_tokens=3, capture=["hook_logits"])
+    assert result.interventions[0].positions == (4, 5)
+    same = [mx.array_equal(result.cache["hook_logits"][:, i], plain.cache["hook_logits"][:, i]) for i in range(6)]
+    assert same == [True] * 5 + [False]  # the last token of the prompt is a call of its own
+
+
+def test_what_a_state_cannot_be_is_refused(recurrent: HookedModel) -> None:
+    _, source = recurrent.run_with_cache(PROMPT)
+    shape = source[STATE].shape
+    for change, said in [
+        ({"source": source.records["hook_embed"]}, "the source has axes batch, pos, d_model"),
+        ({"source": np.zeros((*shape[:-1], shape[-1] + 1))}, "does not fit"),
+        ({"source": source, "positions": 5}, "which names no positions"),
+        ({"source": [*source.records[STATE], *source.records[STATE]]}, "no axis that joins them"),
+    ]:
+        with pytest.raises(HookError, match=said):
+            recurrent.run_with_cache(PROMPT, interventions=[{"hook_point": STATE, "type": "patch"} | change])
+
+
 # Layers that run several times in one forward pass
 
 

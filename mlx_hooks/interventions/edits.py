@@ -14,7 +14,7 @@ from .fitting import check_selection, check_sizes, chosen_on
 from .reach import Reach
 from .reading import as_chosen, first, places_of, span
 from .session import Firing, InterventionSession
-from .sources import Given, Supply, holds_tokens, is_scores
+from .sources import Given, Supply, holds_tokens, is_scores, is_state
 from .spec import Intervention, blame
 
 
@@ -48,6 +48,9 @@ class Edit:
             old = value.astype(mx.float32)
             new = mx.where(mask, self._change(old, mask, axes, point).astype(value.dtype), value)
         before, after = (_squares(x, mask, is_scores(point)) for x in (old, new.astype(mx.float32)))
+        if is_state(point):
+            # What a call leaves is of its end.
+            edited = [run.start + run.length - 1]
         session.add(Firing(self.index, point.name, run.pass_index, edited, run.phase, before, after))
         return new
 
@@ -74,7 +77,8 @@ class Edit:
             raise HookError(f"{point.name} holds {value.dtype}: only numbers with a fraction are edited.")
         if not axes and (self.asked.positions is not None or self.asked.neurons is not None or self.asked.over):
             raise HookError(f"{point.name} has shape {value.shape}, which names no positions: leave the selection out.")
-        if not axes and (self.asked.type == "noise" or (self.given is not None and self.given.whole)):
+        by_position = self.given is not None and self.given.whole and not is_state(point)
+        if not axes and (self.asked.type == "noise" or by_position):
             raise HookError(f"{point.name} has shape {value.shape}, which names no positions.")
         at = next((i for i, name in enumerate(axes) if name in POSITION_AXES), None)
         if at is not None and value.shape[at] != self.session.run.length:

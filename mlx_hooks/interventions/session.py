@@ -25,7 +25,7 @@ class InterventionReceipt:
         hook_points: canonical names, in forward order.
         fired: how many values were edited: one per forward pass, hook point and pass through a layer that runs
             several times.
-        positions: the absolute positions that were edited.
+        positions: the absolute positions that were edited; of a state the last one of its call.
         phases: "prefill", "decode" or both.
         norm_before, norm_after: root of the sum of squares over all edited entries of all calls. Masked scores (-inf)
             are left out. ``norm_before`` is None where the model itself had numbers that are not finite.

@@ -84,6 +84,8 @@ def _from_source(source: Any, point: HookPoint) -> Supply:
     if isinstance(source, mx.array | np.ndarray):
         axes = axes or ("batch", "pos", "feature")
         array = mx.array(numbers_of("source", source, masks=True))
+        if is_state(point):
+            return Supply({0: _whole(array, None, point)})
         at = next((i for i, name in enumerate(axes) if name in POSITION_AXES), None)
         if at is None or array.ndim not in (len(axes), len(axes) - (axes[0] == "batch")):
             raise HookError(f"source is an array of shape {array.shape}, expected the axes {', '.join(axes)}.")
@@ -105,6 +107,8 @@ def _by_pass(records: Iterable[CapturedActivation]) -> dict[int, list[CapturedAc
 def _from_records(records: Sequence[CapturedActivation], point: HookPoint) -> Given:
     """Records of one pass, at the point that is edited."""
     axes, record = point.axes, join(records)
+    if is_state(point) and is_state(record.hook_point):
+        return _whole(record.value, None, point)
     if record.hook_point.axes != axes and (axes or record.hook_point.axes != ("batch", "pos", "feature")):
         theirs, ours = ", ".join(record.hook_point.axes) or "none", ", ".join(axes) or "none"
         raise HookError(f"the source has axes {theirs} ({record.hook_point.name}), the hook point {ours}.")
@@ -112,7 +116,7 @@ def _from_records(records: Sequence[CapturedActivation], point: HookPoint) -> Gi
     return _whole(record.value, positions if isinstance(positions, range) else tuple(positions), point)
 
 
-def _whole(array: mx.array, positions: Chosen, point: HookPoint) -> Given:
+def _whole(array: mx.array, positions: Chosen | None, point: HookPoint) -> Given:
     array = array.astype(mx.float32)
     finite = mx.isfinite(array)
     if is_scores(point):
@@ -181,6 +185,11 @@ def means_over(caches: Iterable[ActivationCache], points: Sequence[HookPoint]) -
 def holds_tokens(point: HookPoint) -> bool:
     """Whether the values are token ids."""
     return point.component == "embed_in"
+
+
+def is_state(point: HookPoint) -> bool:
+    """Whether the value is what a call leaves for the next one, with no axis over positions."""
+    return point.component == "mixer_state"
 
 
 def is_scores(point: HookPoint) -> bool:

@@ -57,7 +57,11 @@ class Intervention:
     | add | h + coefficient * v; with ``norm_match`` h + coefficient * norm(h) * v / norm(v), per position |
     | scale | h * factor |
     | clamp | h, not below ``min``, not above ``max`` |
-    | noise | h + std * a normal number that depends on seed, hook point and absolute position only |
+    | noise | h + std * a normal number, made of seed, hook point, batch row and absolute position (of query and key) |
+
+    At ``mixer.hook_state``, the state that a call of a state-space layer leaves behind, an edit replaces that state: it
+    changes what later calls compute (generated tokens, chunks), not the call itself. It can be limited by phase only,
+    and a source is the capture of one call's state, whatever its position, or an array of the state's shape.
 
     Args:
         hook_point: a name, an alias, a glob or a raw module path; or else ``layer_name`` and ``component``.
