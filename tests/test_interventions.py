@@ -507,7 +507,7 @@ def test_no_edit_reaches_keys_after_the_query(llama: HookedModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_resid_post", "blocks.1.attn.hook_pattern", "blocks.0.attn.hook_z"])
-def test_noise_depends_on_seed_point_and_position_alone(llama: HookedModel, name: str) -> None:
+def test_noise_does_not_depend_on_how_the_text_is_cut_or_what_is_selected(llama: HookedModel, name: str) -> None:
     spec = {"hook_point": name, "type": "noise", "std": 0.3, "seed": 5}
     whole, _ = llama.run_with_cache(PROMPT, name, interventions=[spec])
     kv_cache = make_prompt_cache(llama.model)
@@ -527,6 +527,15 @@ def test_noise_depends_on_seed_point_and_position_alone(llama: HookedModel, name
     at[llama.hook_points[name].position_axis or 0] = [2, 4]  # type: ignore[call-overload]
     np.testing.assert_array_equal(full[tuple(at)], chosen[tuple(at)])
     assert not np.allclose(full, added(seed=6), atol=0.05)
+
+
+def test_rows_of_a_batch_get_noise_of_their_own(llama: HookedModel) -> None:
+    name = "hook_embed"
+    spec = {"hook_point": name, "type": "noise", "std": 0.3}
+    _, alone = llama.run_with_cache(PROMPT, name, interventions=[spec])
+    _, batch = llama.run_with_cache([PROMPT, PROMPT], name, interventions=[spec])
+    assert mx.array_equal(batch[name][0], alone[name][0])
+    assert not np.allclose(batch.numpy(name)[1], batch.numpy(name)[0], atol=0.05)
 
 
 def test_noise_of_many_positions_is_standard_normal(llama: HookedModel) -> None:

@@ -245,9 +245,9 @@ def _in_units(value: mx.array, mask: mx.array, axis: int | None) -> tuple[mx.arr
 
 
 def _noise(seed: int, point: HookPoint, axes: tuple[str, ...], shape: tuple[int, ...], start: int) -> mx.array:
-    """Standard normal numbers: each row's come from a key of its own, made of seed, hook point, row and position.
+    """Standard normal numbers: each row's come from a key of its own, made of seed, hook point, batch row and position.
 
-    A row is what has one position: [d_model], [head, d_head]; in scores and patterns one key's [head].
+    A row of numbers is what has one position: [d_model], [head, d_head]; in scores and patterns one key's [head].
     """
     inner = [i for i, name in enumerate(axes) if name not in ("batch", "key", *POSITION_AXES)]
     outer = [i for i in range(len(shape)) if i not in inner]
