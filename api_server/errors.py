@@ -15,6 +15,8 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from mlx_hooks import HookError, UnknownHookError
 from neuroscope_bridge import payload
 
+from .schemas import supported
+
 log = logging.getLogger("api_server")
 
 RETRY_AFTER_SECONDS = 1
@@ -163,10 +165,7 @@ def invalid_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
         return ApiError(400, f"The body is not valid JSON: {fault['msg'].split(': ', 1)[-1]}.", code="invalid_json")
     param = _spell(loc)
     if kind == "extra_forbidden":
-        # A field of any type is one that is taken only at the value that asks for nothing.
-        fields = _model_at(model, loc).model_fields.items()
-        allowed = ", ".join(name for name, field in fields if field.annotation is not Any)
-        message = f"Field {param!r} is not supported here. Supported: {allowed}."
+        message = f"Field {param!r} is not supported here. Supported: {', '.join(supported(_model_at(model, loc)))}."
     elif kind == "missing":
         message = f"Field {param!r} is required."
     elif kind == "model_type" and not param:

@@ -50,7 +50,11 @@ def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
     return check
 
 
-def _only(*values: Any) -> AfterValidator:
+class _Inert(AfterValidator):
+    """Marks a field that has no effect."""
+
+
+def _only(*values: Any) -> _Inert:
     """A field that is taken at these values, which ask for nothing, and has no effect."""
 
     def check(value: Any) -> Any:
@@ -60,7 +64,13 @@ def _only(*values: Any) -> AfterValidator:
         said = " or ".join(json.dumps(one) for one in values)
         raise PydanticCustomError("only", "only {said} is supported", {"said": said})
 
-    return AfterValidator(check)
+    return _Inert(check)
+
+
+def supported(model: type[BaseModel]) -> list[str]:
+    """The fields of a request that have an effect, in order."""
+    fields = model.model_fields.items()
+    return [name for name, field in fields if not any(isinstance(mark, _Inert) for mark in field.metadata)]
 
 
 Name = Annotated[str, Field(min_length=1, max_length=MAX_ID_LENGTH)]
@@ -163,6 +173,7 @@ class InterventionRequest(Request):
     neurons: Selection = None
     keys: Selection = None
     phase: Literal["prefill", "decode"] | None = None
+    passes: Selection = None
     values: Numbers = None
     source: Annotated[Any, BeforeValidator(_must(_is_source, "an activation record or a list of records"))] = None
     over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
@@ -175,7 +186,7 @@ class InterventionRequest(Request):
     std: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
-    @field_validator("positions", "heads", "neurons", "keys", "source", mode="wrap")
+    @field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")
     @classmethod
     def _null_is_none(cls, value: Any, check: Callable[[Any], Any]) -> Any:
         return None if value is None else check(value)

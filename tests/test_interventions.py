@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -506,7 +507,7 @@ def test_no_edit_reaches_keys_after_the_query(llama: HookedModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["blocks.1.hook_resid_post", "blocks.1.attn.hook_pattern", "blocks.0.attn.hook_z"])
-def test_noise_depends_on_seed_point_and_position_alone(llama: HookedModel, name: str) -> None:
+def test_noise_does_not_depend_on_how_the_text_is_cut_or_what_is_selected(llama: HookedModel, name: str) -> None:
     spec = {"hook_point": name, "type": "noise", "std": 0.3, "seed": 5}
     whole, _ = llama.run_with_cache(PROMPT, name, interventions=[spec])
     kv_cache = make_prompt_cache(llama.model)
@@ -526,6 +527,15 @@ def test_noise_depends_on_seed_point_and_position_alone(llama: HookedModel, name
     at[llama.hook_points[name].position_axis or 0] = [2, 4]  # type: ignore[call-overload]
     np.testing.assert_array_equal(full[tuple(at)], chosen[tuple(at)])
     assert not np.allclose(full, added(seed=6), atol=0.05)
+
+
+def test_rows_of_a_batch_get_noise_of_their_own(llama: HookedModel) -> None:
+    name = "hook_embed"
+    spec = {"hook_point": name, "type": "noise", "std": 0.3}
+    _, alone = llama.run_with_cache(PROMPT, name, interventions=[spec])
+    _, batch = llama.run_with_cache([PROMPT, PROMPT], name, interventions=[spec])
+    assert mx.array_equal(batch[name][0], alone[name][0])
+    assert not np.allclose(batch.numpy(name)[1], batch.numpy(name)[0], atol=0.05)
 
 
 def test_noise_of_many_positions_is_standard_normal(llama: HookedModel) -> None:
@@ -672,6 +682,141 @@ def test_what_never_fires_is_an_error(llama: HookedModel, tiny: HookedModel) -> 
     assert type(llama.model).__name__ == "Model"
 
 
+# States
+
+
+STATE = "blocks.0.mixer.hook_state"
+
+
+@pytest.fixture(scope="module", params=["mamba", "falcon_h1"])
+def recurrent(request: pytest.FixtureRequest) -> HookedModel:
+    return HookedModel(tiny_model(request.param))
+
+
+def test_a_state_is_patched_from_a_capture(recurrent: HookedModel) -> None:
+    _, source = recurrent.run_with_cache(OTHER, STATE)
+    plain, hooked = make_prompt_cache(recurrent.model), make_prompt_cache(recurrent.model)
+    here = recurrent(PROMPT, plain)
+    recurrent.run_with_hooks(PROMPT, [(STATE, lambda value, point: source[STATE])], hooked)
+    unedited, expected = recurrent([3], plain), recurrent([3], hooked)
+    assert not mx.array_equal(expected, unedited)
+    for given in (source, source.records[STATE][0], source.numpy(STATE)):
+        spec = {"hook_point": STATE, "type": "patch", "source": given}
+        kv_cache = make_prompt_cache(recurrent.model)
+        logits, cache = recurrent.run_with_cache(PROMPT, STATE, kv_cache=kv_cache, interventions=[spec])
+        assert mx.array_equal(logits, here)  # the call itself is as it was
+        assert mx.array_equal(cache[STATE], source[STATE])
+        assert cache.interventions[0].positions == (5,)
+        assert mx.array_equal(recurrent([3], kv_cache), expected)
+
+
+def test_an_edited_state_changes_what_is_generated(recurrent: HookedModel) -> None:
+    spec = {"hook_point": STATE, "type": "zero", "phase": "prefill"}
+    result = recurrent.generate(PROMPT, max_tokens=3, capture=["hook_logits"], interventions=[spec])
+    plain = recurrent.generate(PROMPT, max_tokens=3, capture=["hook_logits"])
+    assert result.interventions[0].positions == (4, 5)
+    same = [mx.array_equal(result.cache["hook_logits"][:, i], plain.cache["hook_logits"][:, i]) for i in range(6)]
+    assert same == [True] * 5 + [False]  # the last token of the prompt is a call of its own
+
+
+def test_what_a_state_cannot_be_is_refused(recurrent: HookedModel) -> None:
+    _, source = recurrent.run_with_cache(PROMPT)
+    shape = source[STATE].shape
+    for change, said in [
+        ({"source": source.records["hook_embed"]}, "the source has axes batch, pos, d_model"),
+        ({"source": np.zeros((*shape[:-1], shape[-1] + 1))}, "does not fit"),
+        ({"source": source, "positions": 5}, "which names no positions"),
+        ({"source": [*source.records[STATE], *source.records[STATE]]}, "no axis that joins them"),
+    ]:
+        with pytest.raises(HookError, match=said):
+            recurrent.run_with_cache(PROMPT, interventions=[{"hook_point": STATE, "type": "patch"} | change])
+
+
+# Layers that run several times in one forward pass
+
+
+@pytest.fixture(scope="module", params=["nanbeige", "longcat_flash", "iquestloopcoder"])
+def looped(request: pytest.FixtureRequest) -> HookedModel:
+    """Its attention and MLP outputs are met twice per forward pass."""
+    return HookedModel(tiny_model(request.param))
+
+
+def with_calls(model: HookedModel, name: str, change: Callable[[int, mx.array], mx.array | None]) -> mx.array:
+    """Logits with a hook that is told which call of its point this is: one forward pass, so calls are passes."""
+    calls = iter(range(9))
+    return model.run_with_hooks(PROMPT, [(name, lambda value, point: change(next(calls), value))])
+
+
+OTHER = [4, 8, 15, 16, 23, 42]
+LOOPED = "blocks.1.hook_attn_out"
+
+
+@pytest.mark.parametrize(("passes", "edited"), [(None, {0, 1}), (0, {0}), ([1], {1}), ({"start": 1}, {1})])
+def test_passes_limit_an_edit(looped: HookedModel, passes: Any, edited: set[int]) -> None:
+    spec = {"hook_point": LOOPED, "type": "scale", "factor": 0.5, "passes": passes}
+    logits, cache = looped.run_with_cache(PROMPT, LOOPED, interventions=[spec])
+    expected = with_calls(looped, LOOPED, lambda call, value: value * 0.5 if call in edited else None)
+    assert mx.array_equal(logits, expected)
+    assert cache.interventions[0].fired == len(edited)
+    assert looped.generate(PROMPT, max_tokens=3, interventions=[spec]).interventions[0].fired == 4 * len(edited)
+
+
+def test_a_pass_that_never_comes_is_an_error(looped: HookedModel) -> None:
+    spec = {"hook_point": LOOPED, "type": "zero", "passes": [5]}
+    with pytest.raises(HookError, match=r"it never fired: .* in passes \[5\]"):
+        looped.run_with_cache(PROMPT, LOOPED, interventions=[spec])
+
+
+def test_each_pass_is_patched_from_its_own_records(looped: HookedModel) -> None:
+    _, source = looped.run_with_cache(OTHER)
+    values = [record.value for record in source.records[LOOPED]]
+    spec = {"hook_point": LOOPED, "type": "patch", "source": source}
+    whole = with_calls(looped, LOOPED, lambda call, value: values[call])
+    for given in (source, source.records[LOOPED], source.records[LOOPED][::-1]):
+        logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[spec | {"source": given}])
+        assert mx.array_equal(logits, whole)
+    second = with_calls(looped, LOOPED, lambda call, value: values[1] if call == 1 else None)
+    for given in (source, source.of_pass(1), source.records[LOOPED][1], values[1]):
+        limited = spec | {"source": given, "passes": 1}
+        logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[limited])
+        assert mx.array_equal(logits, second)
+    crossed = with_calls(looped, LOOPED, lambda call, value: values[1] if call == 0 else None)
+    limited = spec | {"source": source.of_pass(1), "passes": 0}
+    logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[limited])
+    assert mx.array_equal(logits, crossed)
+
+
+def test_a_source_of_one_pass_does_not_serve_several(looped: HookedModel) -> None:
+    _, source = looped.run_with_cache(PROMPT)
+    spec = {"hook_point": LOOPED, "type": "patch", "source": source}
+    for given in (source.of_pass(0), source.of_pass(1), source.records[LOOPED][0], source.of_pass(0)[LOOPED]):
+        for limit in ({}, {"passes": [0, 1]}):
+            with pytest.raises(HookError, match="the source is of one pass, and this layer runs several times"):
+                looped.run_with_cache(PROMPT, LOOPED, interventions=[spec | limit | {"source": given}])
+    looped.run_with_cache(PROMPT, interventions=[spec | {"hook_point": "hook_embed", "source": source.of_pass(0)}])
+
+
+def test_a_mean_is_taken_pass_by_pass(looped: HookedModel) -> None:
+    prompts = [[1, 2, 3], OTHER]
+    runs = [looped.run_with_cache(prompt, LOOPED)[1] for prompt in prompts]
+    means = [mx.concatenate([run.of_pass(i)[LOOPED] for run in runs], axis=1).mean((0, 1)) for i in range(2)]
+    spec = {"hook_point": LOOPED, "type": "mean", "over": prompts}
+    logits, _ = looped.run_with_cache(PROMPT, LOOPED, interventions=[spec])
+    expected = with_calls(looped, LOOPED, lambda call, value: mx.broadcast_to(means[call], value.shape))
+    np.testing.assert_allclose(np.array(logits), np.array(expected), **SPREAD)
+
+
+def test_no_pass_of_a_step_that_ran_ahead_in_vain_counts(looped: HookedModel) -> None:
+    spec = {"hook_point": LOOPED, "type": "scale", "factor": 0.9}
+    end = looped.generate(PROMPT, max_tokens=1, interventions=[spec]).tokens[0]
+    text = SimpleNamespace(last_segment="", finalize=lambda: None)
+    ending = HookedModel(looped.model, SimpleNamespace(eos_token_ids={end}, detokenizer=text))
+    result = ending.generate(PROMPT, max_tokens=5, interventions=[spec])
+    assert result.finish_reason == "stop"
+    receipt = result.interventions[0]
+    assert (receipt.fired, receipt.positions) == (4, tuple(range(6)))  # two passes in each of the prompt's two calls
+
+
 # Refusals
 
 
@@ -732,6 +877,7 @@ def test_what_never_fires_is_an_error(llama: HookedModel, tiny: HookedModel) -> 
         ({"hook_point": "hook_embed", "type": "zero", "positions": {"begin": 3}}, "positions are"),
         ({"hook_point": "hook_embed", "type": "zero", "positions": [6]}, "this run comes to positions 0 to 5"),
         ({"hook_point": "hook_embed", "type": "zero", "positions": {"start": 6}}, "there is nothing to edit"),
+        ({"hook_point": "hook_embed", "type": "zero", "passes": -1}, "passes are a whole number from 0 up"),
         ({"hook_point": "hook_embed", "type": "zero", "phase": "training"}, "phase is 'prefill', 'decode'"),
         ({"hook_point": "hook_embed", "type": "zero", "phase": "decode"}, "'decode' never comes in this run"),
         ({"hook_point": "hook_embed", "type": "zero", "heads": [0]}, "heads need a head axis"),
@@ -828,6 +974,38 @@ def test_numbers_beyond_the_models_type_are_an_error() -> None:
     model = HookedModel(make_model("llama", dtype=mx.float16))
     with pytest.raises(HookError, match="numbers that are not finite"):
         model.run_with_cache(PROMPT, interventions=[{"hook_point": "hook_embed", "type": "set", "values": 1e6}])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30, 3e38])
+def test_norms_of_sizes_whose_squares_float32_cannot_hold(llama: HookedModel, size: float) -> None:
+    name = "blocks.2.hook_resid_post"
+    big = {"hook_point": name, "type": "set", "values": size}
+    half = {"hook_point": name, "type": "scale", "factor": 0.5}
+    _, cache = llama.run_with_cache(PROMPT, name, interventions=[big, half])
+    norm = size * np.sqrt(len(PROMPT) * 32)
+    np.testing.assert_allclose([r.norm_after for r in cache.interventions], [norm, norm / 2], rtol=1e-5)
+    assert cache.interventions[1].norm_before == cache.interventions[0].norm_after
+    steer = {"hook_point": name, "type": "add", "vector": [0.0] * 31 + [size], "norm_match": True, "coefficient": 0.1}
+    _, cache = llama.run_with_cache(PROMPT, name, interventions=[big | {"values": size / 10}, steer])
+    expected = np.full(32, size / 10)
+    expected[-1] += 0.1 * size / 10 * np.sqrt(32)
+    np.testing.assert_allclose(cache.numpy(name)[0, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("left", [np.inf, -np.inf, np.nan])
+def test_what_is_left_must_be_finite(llama: HookedModel, left: float) -> None:
+    name = "blocks.2.hook_resid_post"
+
+    def spoil(value: mx.array, point: HookPoint) -> mx.array:
+        value[:, 1, 2] = left
+        return value
+
+    keep = {"hook_point": name, "type": "scale", "factor": 1.0}
+    with llama.hooks([(name, spoil)]), pytest.raises(HookError, match="it left numbers that are not finite"):
+        llama.run_with_cache(PROMPT, name, interventions=[keep])
+    with llama.hooks([(name, spoil)]):
+        _, cache = llama.run_with_cache(PROMPT, name, interventions=[{"hook_point": name, "type": "zero"}])
+    assert (cache.interventions[0].norm_before, cache.interventions[0].norm_after) == (None, 0)
 
 
 def test_nothing_is_left_behind(llama: HookedModel) -> None:

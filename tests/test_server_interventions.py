@@ -1,6 +1,7 @@
 """Interventions over HTTP: what Python does, bit for bit, and errors that name the one at fault."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ from flask.testing import FlaskClient
 from server_tools import PROMPT_LENGTH, load_tiny, running_server
 
 from api_server import ModelWorker, create_app
-from mlx_hooks import HookedModel
+from mlx_hooks import HookedModel, Intervention
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError, PayloadError
 from neuroscope_bridge.payload import encode_intervention, stack_records
 
@@ -22,6 +23,9 @@ ZERO = {"hook_point": "blocks.1.attn.hook_z", "type": "zero", "heads": [1]}
 STEER = {"layer_name": "transformer.h.1", "component": "residual", "type": "add",
          "vector": RNG.normal(size=32).astype(np.float32).tolist(), "coefficient": 1.5, "norm_match": True,
          "positions": "last"}  # fmt: skip
+KEYS = ["type", *(field.name for field in fields(Intervention) if field.name != "type")]
+"""What the server takes: what Python takes."""
+RECORD = {"hook_point": "blocks.1.attn.hook_z", "axes": ["pos"], "positions": [0, 1], "shape": [1], "dtype": "float32"}
 SPECS: list[list[dict[str, Any]]] = [
     [ZERO],
     [STEER, ZERO],
@@ -32,6 +36,7 @@ SPECS: list[list[dict[str, Any]]] = [
     [{"hook_point": "hook_embed", "type": "noise", "std": 0.5, "seed": 3, "positions": [0, 4, 7]}],
     [{"hook_point": "blocks.0.hook_mlp_out", "type": "mean", "over": [[1, 2, 3], "w1 w2"]}],
     [{"hook_point": "blocks.1.hook_resid_post", "type": "patch", "positions": 2, "values": 0.25}],
+    [{"hook_point": "blocks.1.hook_resid_post", "type": "scale", "factor": 0.5, "passes": [0]}],
 ]  # fmt: skip
 
 
@@ -151,8 +156,9 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
     [
         ({"type": "erase"}, "interventions[1].type", "invalid_value", "must be 'zero', 'mean'"),
         ({"hook_point": "hook_embed"}, "interventions[1].type", "invalid_value", "required"),
-        ({"head": 1}, "interventions[1].head", "invalid_value", "not supported here. Supported: type, hook_point"),
+        ({"head": 1}, "interventions[1].head", "invalid_value", f"not supported here. Supported: {', '.join(KEYS)}."),
         ({"heads": "1"}, "interventions[1].heads", "invalid_value", "an index from 0 up"),
+        ({"passes": [-1]}, "interventions[1].passes", "invalid_value", "an index from 0 up"),
         ({"heads": True}, "interventions[1].heads", "invalid_value", "an index from 0 up"),
         ({"positions": [-1]}, "interventions[1].positions", "invalid_value", "'last', an index"),
         ({"positions": "first"}, "interventions[1].positions", "invalid_value", "'last', an index"),
@@ -163,7 +169,12 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
         ({"type": "add", "vector": [1, "a"]}, "interventions[1].vector", "invalid_value", "lists of numbers"),
         ({"type": "add", "vector": [[1], [1, 2]]}, "interventions[1]", "invalid_intervention", "different lengths"),
         ({"type": "set", "source": [1]}, "interventions[1].source", "invalid_value", "an activation record"),
-        ({"type": "set", "source": {}}, "interventions[1].source", "invalid_intervention", "dtype"),
+        ({"type": "set", "source": {}}, "interventions[1].source", "invalid_intervention", "lacks 'hook_point'"),
+        ({"type": "set", "source": {"data": [1]}}, "interventions[1].source", "invalid_intervention",
+         "it needs hook_point, axes, positions, shape, dtype and data"),
+        ({"type": "set", "source": RECORD}, "interventions[1].source", "invalid_intervention", "has no data"),
+        ({"type": "set", "source": RECORD | {"dtype": "int3", "data": [1]}}, "interventions[1].source",
+         "invalid_intervention", "unknown dtype 'int3'"),
         ({"type": "mean", "over": []}, "interventions[1].over", "invalid_value", "at least 1"),
         ({"type": "mean", "over": [[99]]}, "interventions[1]", "invalid_intervention", "Token ids are 0 to 59"),
         ({"type": "mean", "over": [[1] * 600]}, "interventions[1]", "invalid_intervention", "reads at most 512"),
@@ -176,7 +187,7 @@ def test_interventions_need_no_hooks(web: FlaskClient) -> None:
         ({"positions": [99]}, "interventions[1]", "invalid_intervention", "position 99 is out of reach"),
         ({"type": "set", "values": [None]}, "interventions[1]", "invalid_intervention", "attention scores only"),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_name_the_intervention(
     web: FlaskClient, bad: dict[str, Any], param: str, code: str, said: str, stream: bool
@@ -192,6 +203,7 @@ def test_errors_name_the_intervention(
 def test_what_never_fires_is_an_error(client: LMStudioNeuroScopeClient, web: FlaskClient) -> None:
     late = ZERO | {"positions": [8]}
     stop = ask(web, None)["choices"][0]["text"].split()[1]
+    assert "in passes [1]" in ask(web, [ZERO | {"passes": 1}], 400)["error"]["message"]
     error = ask(web, [late], 400, stop=stop)["error"]
     assert error["param"] == "interventions[0]"
     assert "never fired" in error["message"]

@@ -57,12 +57,26 @@ def _interventions(asked: CaptureRequest) -> list[dict[str, Any]]:
         if wanted.source is not None:
             records = wanted.source if isinstance(wanted.source, list) else [wanted.source]
             try:
-                spec["source"] = [{**record, "data": payload.decode_activation(record)} for record in records]
+                spec["source"] = [_decoded(record) for record in records]
             except payload.PayloadError as error:
                 param = f"interventions[{i}].source"
                 raise ApiError(400, str(error), code="invalid_intervention", param=param) from error
         specs.append(spec)
     return specs
+
+
+_NEEDED = ("hook_point", "axes", "positions", "shape", "dtype")
+
+
+def _decoded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a source with its data as an array."""
+    missing = [name for name in _NEEDED if name not in record]
+    if missing:
+        needed = ", ".join(_NEEDED)
+        raise payload.PayloadError(
+            f"A record of a source lacks {missing[0]!r}: it needs {needed} and data, as this server returns them."
+        )
+    return {**record, "data": payload.decode_activation(record)}
 
 
 def _hooks(asked: CaptureRequest, loaded: LoadedModel) -> list[HookSpec]:

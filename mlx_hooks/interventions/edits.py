@@ -14,7 +14,7 @@ from .fitting import check_selection, check_sizes, chosen_on
 from .reach import Reach
 from .reading import as_chosen, first, places_of, span
 from .session import Firing, InterventionSession
-from .sources import Given, holds_tokens, is_scores
+from .sources import Given, Supply, holds_tokens, is_scores, is_state
 from .spec import Intervention, blame
 
 
@@ -25,11 +25,13 @@ class Edit:
     scattered and what a call computes for a position does not depend on the call's other positions.
     """
 
-    def __init__(self, session: InterventionSession, i: int, intervention: Intervention, given: Given | None) -> None:
+    def __init__(self, session: InterventionSession, i: int, intervention: Intervention, supply: Supply | None) -> None:
         self.session = session
         self.index = i
         self.asked = intervention
-        self.given = given
+        self.supply = supply
+        self.given: Given | None = None
+        """What is put in: of the pass that is met, since each may have its own."""
 
     def __call__(self, value: mx.array, point: HookPoint) -> mx.array | None:
         session, run = self.session, self.session.run
@@ -39,19 +41,25 @@ class Edit:
             edited = self._positions(run)
             if not edited:
                 return None
+            if self.supply is not None:
+                self.given = self.supply.at(run.pass_index, as_chosen(self.asked.passes))
             self._check_value(value, point, axes, edited)
             mask = self._mask(value, axes, edited)
             old = value.astype(mx.float32)
             new = mx.where(mask, self._change(old, mask, axes, point).astype(value.dtype), value)
-        before, after = (_sum_of_squares(x, mask) for x in (old, new.astype(mx.float32)))
-        session.add(Firing(self.index, point.name, edited, run.phase, before, after))
+        before, after = (_squares(x, mask, is_scores(point)) for x in (old, new.astype(mx.float32)))
+        if is_state(point):
+            # What a call leaves is of its end.
+            edited = [run.start + run.length - 1]
+        session.add(Firing(self.index, point.name, run.pass_index, edited, run.phase, before, after))
         return new
 
     def _positions(self, run: Run) -> list[int]:
         """The absolute positions of the call that are to be edited."""
         reach = self.session.reach
         stop = run.start + run.length
-        if self.asked.phase not in (None, run.phase):
+        passes = as_chosen(self.asked.passes)
+        if self.asked.phase not in (None, run.phase) or (passes is not None and run.pass_index not in passes):
             return []
         if self.asked.positions == "last":
             last = stop if reach is None or run.phase == "decode" else reach.prompt_stop
@@ -69,7 +77,8 @@ class Edit:
             raise HookError(f"{point.name} holds {value.dtype}: only numbers with a fraction are edited.")
         if not axes and (self.asked.positions is not None or self.asked.neurons is not None or self.asked.over):
             raise HookError(f"{point.name} has shape {value.shape}, which names no positions: leave the selection out.")
-        if not axes and (self.asked.type == "noise" or (self.given is not None and self.given.whole)):
+        by_position = self.given is not None and self.given.whole and not is_state(point)
+        if not axes and (self.asked.type == "noise" or by_position):
             raise HookError(f"{point.name} has shape {value.shape}, which names no positions.")
         at = next((i for i, name in enumerate(axes) if name in POSITION_AXES), None)
         if at is not None and value.shape[at] != self.session.run.length:
@@ -197,12 +206,13 @@ class Edit:
         Raises:
             HookError: says what is missing.
         """
-        if self.given is None:
-            return
-        self._check_rows(due, point.axes)
-        if point.axes:
-            batch = {i: reach.batch for i, name in enumerate(point.axes) if name == "batch"}
-            check_sizes(self.asked, self.given, point.axes, sizes | batch, self.given.array.shape)
+        batch = {i: reach.batch for i, name in enumerate(point.axes) if name == "batch"}
+        passes = as_chosen(self.asked.passes)
+        for given in () if self.supply is None else self.supply.due(passes):
+            self.given = given
+            self._check_rows(due, point.axes)
+            if point.axes:
+                check_sizes(self.asked, given, point.axes, sizes | batch, given.array.shape)
 
 
 def _axes(value: mx.array, point: HookPoint, run: Run) -> tuple[str, ...]:
@@ -214,20 +224,34 @@ def _axes(value: mx.array, point: HookPoint, run: Run) -> tuple[str, ...]:
     return ("batch", "pos", "feature") if is_stream else ()
 
 
-def _sum_of_squares(value: mx.array, mask: mx.array) -> mx.array:
-    """Over the selected entries; masked scores count nothing."""
-    return mx.where(mask & (value != -mx.inf), value * value, 0.0).sum()
+def _squares(value: mx.array, mask: mx.array, scores: bool) -> mx.array:
+    """Of the selected entries the largest size, and the sum of squares in units of it; masked scores count nothing."""
+    if scores:
+        mask = mask & (value != -mx.inf)
+    return mx.stack([part.sum() for part in _in_units(value, mask, None)])
 
 
 def _norm(value: mx.array, mask: mx.array) -> mx.array:
     """Euclidean norm over the selected entries of the last axis, which stays with size 1."""
-    return mx.sqrt(mx.where(mask, value * value, 0.0).sum(axis=-1, keepdims=True))
+    unit, squares = _in_units(value, mask, -1)
+    return unit * mx.sqrt(squares)
+
+
+def _in_units(value: mx.array, mask: mx.array, axis: int | None) -> tuple[mx.array, mx.array]:
+    """The largest size among the selected entries, and the sum of their squares in units of it.
+
+    A square overflows float32 from about 1.8e19 on; in these units none is above 1, and what is not finite stays so.
+    """
+    chosen = mx.where(mask, value, 0.0)
+    unit = mx.abs(chosen).max(axis=axis, keepdims=True)
+    scaled = chosen / mx.where(unit == 0, 1.0, unit)
+    return unit, (scaled * scaled).sum(axis=axis, keepdims=True)
 
 
 def _noise(seed: int, point: HookPoint, axes: tuple[str, ...], shape: tuple[int, ...], start: int) -> mx.array:
-    """Standard normal numbers: each row's come from a key of its own, made of seed, hook point, row and position.
+    """Standard normal numbers: each row's come from a key of its own, made of seed, hook point, batch row and position.
 
-    A row is what has one position: [d_model], [head, d_head]; in scores and patterns one key's [head].
+    A row of numbers is what has one position: [d_model], [head, d_head]; in scores and patterns one key's [head].
     """
     inner = [i for i, name in enumerate(axes) if name not in ("batch", "key", *POSITION_AXES)]
     outer = [i for i in range(len(shape)) if i not in inner]

@@ -14,7 +14,7 @@ from .edits import Edit
 from .fitting import check_point, known_sizes
 from .reach import Reach, due_positions
 from .session import InterventionSession
-from .sources import Given, are_tokens, given_at, holds_tokens, means_over
+from .sources import Supply, are_tokens, holds_tokens, means_over, supply_at
 from .spec import Intervention, blame
 
 Capture = Callable[[Any, list[HookPoint]], ActivationCache]
@@ -35,7 +35,7 @@ class InterventionPlan:
     def __init__(self, asked: Sequence[tuple[Intervention, list[HookPoint]]], cfg: ModelConfig) -> None:
         self.asked = list(asked)
         self.cfg = cfg
-        self._means: dict[tuple[int, str], Given] = {}
+        self._means: dict[tuple[int, str], Supply] = {}
         for i, (intervention, points) in enumerate(self.asked):
             with blame(i, intervention):
                 for point in points:
@@ -56,7 +56,7 @@ class InterventionPlan:
             with blame(i, intervention):
                 caches = (capture(prompt, points) for prompt in intervention.over)
                 means = means_over(caches, points)
-            self._means.update({(i, name): given for name, given in means.items()})
+            self._means.update({(i, name): supply for name, supply in means.items()})
 
     def session(self, run: Run, reach: Reach | None) -> "InterventionSession":
         """The hooks of one run.
@@ -73,13 +73,15 @@ class InterventionPlan:
             with blame(i, intervention):
                 due = None if reach is None else due_positions(intervention, reach)
                 for point in points:
-                    given = self._means.get((i, point.name)) or given_at(intervention, point)
-                    if given is not None and holds_tokens(point) and not are_tokens(np.array(given.array), self.cfg):
-                        raise HookError(
-                            f"{point.name} holds token ids: whole numbers from 0 to {self.cfg.d_vocab - 1}."
-                        )
-                    edit = Edit(session, i, intervention, given)
+                    supply = self._means.get((i, point.name)) or supply_at(intervention, point)
+                    if supply is not None and holds_tokens(point):
+                        self._check_tokens(supply, point)
+                    edit = Edit(session, i, intervention, supply)
                     if reach is not None and due is not None:
                         edit.check_reach(point, due, reach, known_sizes(point))
                     session.hooks.append(Hook(point, edit))
         return session
+
+    def _check_tokens(self, supply: Supply, point: HookPoint) -> None:
+        if not all(are_tokens(np.array(given.array), self.cfg) for given in supply.by_pass.values()):
+            raise HookError(f"{point.name} holds token ids: whole numbers from 0 to {self.cfg.d_vocab - 1}.")

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
-from ..activations import scalar
 from ..errors import HookError
 from ..hook_points import HookPoint
 from ..hooks import Hook, Run
 from .reach import Reach
+from .reading import as_chosen, spell
 from .spec import PHASES, Intervention, blame
 
 
@@ -23,8 +23,9 @@ class InterventionReceipt:
         index: its place in the list of interventions.
         type: as asked.
         hook_points: canonical names, in forward order.
-        fired: how many values were edited: one per forward pass and hook point.
-        positions: the absolute positions that were edited.
+        fired: how many values were edited: one per forward pass, hook point and pass through a layer that runs
+            several times.
+        positions: the absolute positions that were edited; of a state the last one of its call.
         phases: "prefill", "decode" or both.
         norm_before, norm_after: root of the sum of squares over all edited entries of all calls. Masked scores (-inf)
             are left out. ``norm_before`` is None where the model itself had numbers that are not finite.
@@ -47,10 +48,11 @@ class InterventionReceipt:
 
 @dataclass
 class Firing:
-    """One edit of one value: the sums of squares are lazy."""
+    """One edit of one value; ``before`` and ``after`` are lazy: [unit, sum of squares in units of it]."""
 
     index: int
     point: str
+    pass_index: int
     positions: list[int]
     phase: str
     before: mx.array
@@ -80,7 +82,8 @@ class InterventionSession:
 
     def add(self, firing: Firing) -> None:
         """Note an edit."""
-        if any(f.index == firing.index and f.point == firing.point for f in self._latest):
+        place = (firing.index, firing.point, firing.pass_index)
+        if any((f.index, f.point, f.pass_index) == place for f in self._latest):
             # What earlier passes left is due by now: their graphs must not pile up.
             mx.async_eval(*self.arrays())
             self.keep(self.take())
@@ -113,14 +116,13 @@ class InterventionSession:
         intervention, points = self.asked[i]
         firings = [firing for firing in self._kept if firing.index == i]
         before, after = (
-            math.sqrt(sum(scalar(getattr(firing, side)) for firing in firings)) for side in ("before", "after")
+            math.sqrt(sum(_sum_of_squares(getattr(firing, side)) for firing in firings)) for side in ("before", "after")
         )
         with blame(i, intervention):
             if not firings and self.met:
-                raise HookError(
-                    "it never fired: the run met none of its positions"
-                    + (f" in the phase {intervention.phase!r}." if intervention.phase else ".")
-                )
+                phase = f" in the phase {intervention.phase!r}" if intervention.phase else ""
+                passes = f" in passes {spell(as_chosen(intervention.passes))}" if intervention.passes else ""
+                raise HookError(f"it never fired: the run met none of its positions{phase}{passes}.")
             if not math.isfinite(after):
                 raise HookError("it left numbers that are not finite: infinity in the model's type, or a row of nan.")
         return InterventionReceipt(
@@ -133,3 +135,9 @@ class InterventionSession:
             norm_before=before if math.isfinite(before) else None,
             norm_after=after,
         )
+
+
+def _sum_of_squares(squares: mx.array) -> float:
+    """From [unit, sum of squares in units of it], in Python's float64, which holds all squares of float32."""
+    unit, total = cast(list[float], squares.tolist())
+    return unit * unit * total

@@ -12,7 +12,7 @@ from ..activations import ActivationCache, CapturedActivation, join, scalar
 from ..architectures import ModelConfig
 from ..errors import HookError
 from ..hook_points import POSITION_AXES, HookPoint
-from .reading import Chosen, numbers_of
+from .reading import Chosen, count, numbers_of, span
 from .spec import Intervention
 
 
@@ -29,15 +29,52 @@ class Given:
     positions: Chosen | None = None
 
 
-def given_at(asked: Intervention, point: HookPoint) -> Given | None:
-    """The numbers of an intervention at a point, as an MLX array."""
+@dataclass(frozen=True)
+class Supply:
+    """The numbers to put in at a hook point, by pass through the layer (0 alone where it runs once).
+
+    With ``for_all`` there is one entry, which serves every pass.
+    """
+
+    by_pass: Mapping[int, Given]
+    for_all: bool = False
+
+    def at(self, index: int, passes: Chosen | None) -> Given:
+        """The numbers for one pass, of which ``passes`` are edited (None: all).
+
+        Raises:
+            HookError: when there are numbers of other passes only.
+        """
+        if len(self.by_pass) == 1:
+            if self.for_all or index == 0 or _is_one(passes):
+                return next(iter(self.by_pass.values()))
+            raise HookError(
+                "the source is of one pass, and this layer runs several times in a forward pass: limit passes to one, "
+                "or give a source with all of them."
+            )
+        if index not in self.by_pass:
+            raise HookError(f"the source has passes {span(sorted(self.by_pass))}, not {index}: limit passes to those.")
+        return self.by_pass[index]
+
+    def due(self, passes: Chosen | None) -> list[Given]:
+        """The numbers that a run may come to put in, when ``passes`` are edited (None: all)."""
+        alone = len(self.by_pass) == 1
+        return [given for index, given in self.by_pass.items() if alone or passes is None or index in passes]
+
+
+def _is_one(passes: Chosen | None) -> bool:
+    return passes is not None and count(passes, None) == 1
+
+
+def supply_at(asked: Intervention, point: HookPoint) -> Supply | None:
+    """The numbers of an intervention at a point, as MLX arrays."""
     numbers = asked.values if asked.values is not None else asked.vector
     if numbers is not None:
-        return Given(mx.array(np.asarray(numbers)))
+        return Supply({0: Given(mx.array(np.asarray(numbers)))}, for_all=True)
     return None if asked.source is None else _from_source(asked.source, point)
 
 
-def _from_source(source: Any, point: HookPoint) -> Given:
+def _from_source(source: Any, point: HookPoint) -> Supply:
     """A capture, at the position axis of the point that is edited."""
     axes = point.axes
     if isinstance(source, ActivationCache):
@@ -47,14 +84,31 @@ def _from_source(source: Any, point: HookPoint) -> Given:
     if isinstance(source, mx.array | np.ndarray):
         axes = axes or ("batch", "pos", "feature")
         array = mx.array(numbers_of("source", source, masks=True))
+        if is_state(point):
+            return Supply({0: _whole(array, None, point)})
         at = next((i for i, name in enumerate(axes) if name in POSITION_AXES), None)
         if at is None or array.ndim not in (len(axes), len(axes) - (axes[0] == "batch")):
             raise HookError(f"source is an array of shape {array.shape}, expected the axes {', '.join(axes)}.")
-        return _whole(array, range(array.shape[at - len(axes)]), point)
+        return Supply({0: _whole(array, range(array.shape[at - len(axes)]), point)})
     records = [_record(one) for one in (source if isinstance(source, Sequence) else [source])]
     if len({record.hook_point.name for record in records}) > 1:
         raise HookError("the records of a source are of one hook point.")
-    record = join(records)
+    return Supply({index: _from_records(own, point) for index, own in _by_pass(records).items()})
+
+
+def _by_pass(records: Iterable[CapturedActivation]) -> dict[int, list[CapturedActivation]]:
+    """The records of each pass through a layer."""
+    passes: dict[int, list[CapturedActivation]] = {}
+    for record in records:
+        passes.setdefault(record.pass_index, []).append(record)
+    return passes
+
+
+def _from_records(records: Sequence[CapturedActivation], point: HookPoint) -> Given:
+    """Records of one pass, at the point that is edited."""
+    axes, record = point.axes, join(records)
+    if is_state(point) and is_state(record.hook_point):
+        return _whole(record.value, None, point)
     if record.hook_point.axes != axes and (axes or record.hook_point.axes != ("batch", "pos", "feature")):
         theirs, ours = ", ".join(record.hook_point.axes) or "none", ", ".join(axes) or "none"
         raise HookError(f"the source has axes {theirs} ({record.hook_point.name}), the hook point {ours}.")
@@ -62,7 +116,7 @@ def _from_source(source: Any, point: HookPoint) -> Given:
     return _whole(record.value, positions if isinstance(positions, range) else tuple(positions), point)
 
 
-def _whole(array: mx.array, positions: Chosen, point: HookPoint) -> Given:
+def _whole(array: mx.array, positions: Chosen | None, point: HookPoint) -> Given:
     array = array.astype(mx.float32)
     finite = mx.isfinite(array)
     if is_scores(point):
@@ -98,35 +152,44 @@ def _record(given: Any) -> CapturedActivation:
     return CapturedActivation(point, mx.array(data), range(*span), "prefill", 0)
 
 
-def means_over(caches: Iterable[ActivationCache], points: Sequence[HookPoint]) -> dict[str, Given]:
-    """The mean at each point over all positions of all runs; by position where the last axis runs over keys."""
-    sums: dict[str, mx.array] = {}
-    counts: dict[str, int] = {}
+def means_over(caches: Iterable[ActivationCache], points: Sequence[HookPoint]) -> dict[str, Supply]:
+    """The mean at each point over all positions of all runs; by position where the last axis runs over keys.
+
+    Each pass through a layer has a mean of its own.
+    """
+    sums: dict[tuple[str, int], mx.array] = {}
+    counts: dict[tuple[str, int], int] = {}
     for cache in caches:
-        for point in points:
-            record = join(cache.records[point.name])
+        passes = [(point, own) for point in points for own in _by_pass(cache.records[point.name]).items()]
+        for point, (index, records) in passes:
+            place, record = (point.name, index), join(records)
             axes = record.hook_point.axes
             if "pos" not in axes and "query" not in axes:
                 raise HookError(f"{point.name} has no axis over positions to take a mean over.")
             value = record.value.astype(mx.float32)
             over = [i for i, name in enumerate(axes) if name == "batch" or (name == "pos" and axes[-1] != "key")]
             total = value.sum(axis=over, keepdims=True)
-            if point.name in sums and sums[point.name].shape != total.shape:
+            if place in sums and sums[place].shape != total.shape:
                 raise HookError(f"prompts of different lengths have no common mean at {point.name}: give one length.")
-            sums[point.name] = total + sums[point.name] if point.name in sums else total
-            counts[point.name] = counts.get(point.name, 0) + math.prod(value.shape[i] for i in over)
+            sums[place] = total + sums[place] if place in sums else total
+            counts[place] = counts.get(place, 0) + math.prod(value.shape[i] for i in over)
         mx.eval(*sums.values())
-    given = {}
-    for point in points:
-        mean = sums[point.name] / counts[point.name]
-        by_key = bool(point.axes) and point.axes[-1] == "key"
-        given[point.name] = Given(mean, whole=True, positions=range(mean.shape[-2]) if by_key else None)
-    return given
+    by_key = {point.name: bool(point.axes) and point.axes[-1] == "key" for point in points}
+    means: dict[str, dict[int, Given]] = {point.name: {} for point in points}
+    for (name, index), total in sums.items():
+        mean = total / counts[name, index]
+        means[name][index] = Given(mean, whole=True, positions=range(mean.shape[-2]) if by_key[name] else None)
+    return {name: Supply(by_pass) for name, by_pass in means.items()}
 
 
 def holds_tokens(point: HookPoint) -> bool:
     """Whether the values are token ids."""
     return point.component == "embed_in"
+
+
+def is_state(point: HookPoint) -> bool:
+    """Whether the value is what a call leaves for the next one, with no axis over positions."""
+    return point.component == "mixer_state"
 
 
 def is_scores(point: HookPoint) -> bool:

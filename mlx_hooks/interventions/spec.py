@@ -42,7 +42,7 @@ TYPES = {
 }
 
 
-PLACE = ("hook_point", "layer_name", "component", "type", "positions", "heads", "neurons", "keys", "phase")
+PLACE = ("hook_point", "layer_name", "component", "type", "positions", "heads", "neurons", "keys", "phase", "passes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,11 @@ class Intervention:
     | add | h + coefficient * v; with ``norm_match`` h + coefficient * norm(h) * v / norm(v), per position |
     | scale | h * factor |
     | clamp | h, not below ``min``, not above ``max`` |
-    | noise | h + std * a normal number that depends on seed, hook point and absolute position only |
+    | noise | h + std * a normal number, made of seed, hook point, batch row and absolute position (of query and key) |
+
+    At ``mixer.hook_state``, the state that a call of a state-space layer leaves behind, an edit replaces that state: it
+    changes what later calls compute (generated tokens, chunks), not the call itself. It can be limited by phase only,
+    and a source is the capture of one call's state, whatever its position, or an array of the state's shape.
 
     Args:
         hook_point: a name, an alias, a glob or a raw module path; or else ``layer_name`` and ``component``.
@@ -68,13 +72,16 @@ class Intervention:
         heads, neurons: indices of the head axis and of the last axis; None is all; spelled like positions.
         keys: absolute positions of the keys, in attention scores and patterns.
         phase: "prefill" (the prompt), "decode" (generated tokens) or None for both.
+        passes: for a layer that runs several times in one forward pass, which of these times, from 0; None is all;
+            spelled like positions.
         values: a number, or numbers that broadcast to the selection as in NumPy: [..., positions, heads, neurons]. An
             axis over positions must have one row per listed position. At attention scores -inf, or null, masks a key.
         source: an ActivationCache (read at the point that is edited), a CapturedActivation, a record as the server
             returns it with ``data`` decoded, a list of such records, or an array of the whole hook point whose row i
-            stands for position i.
+            stands for position i. Each pass takes its own records; a source of one pass needs ``passes`` to be one
+            where the layer runs several times, and serves whichever it is.
         over: texts or lists of token ids. At attention scores and patterns, whose rows mean nothing apart from their
-            position, the mean is taken position by position, over prompts of one length.
+            position, the mean is taken position by position, over prompts of one length. Each pass has its own.
         vector: numbers that broadcast to the selection.
         coefficient, norm_match, factor, min, max, std, seed: see the table.
 
@@ -91,6 +98,7 @@ class Intervention:
     neurons: Indices = None
     keys: Indices = None
     phase: str | None = None
+    passes: Indices = None
     values: Numbers | None = None
     source: Source | None = None
     over: Sequence[str | Sequence[int]] | None = None
@@ -118,7 +126,7 @@ class Intervention:
         self._check_keys()
         if not (isinstance(self.positions, str) and self.positions == "last"):
             object.__setattr__(self, "positions", chosen_of("positions", self.positions, " or 'last'"))
-        for name in ("heads", "neurons", "keys"):
+        for name in ("heads", "neurons", "keys", "passes"):
             object.__setattr__(self, name, chosen_of(name, getattr(self, name)))
         self._check_numbers()
 
