@@ -107,6 +107,7 @@ def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:
         "axes": axes,
         "phase": captured.phase,
         "step": captured.step,
+        "pass_index": captured.pass_index,
         "positions": captured.positions,
         "is_input": captured.is_input,
     }

@@ -67,6 +67,7 @@ def encode_activation(
     step: int,
     positions: Sequence[int],
     is_input: bool,
+    pass_index: int = 0,
     encoding: str = "json",
     dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -85,6 +86,7 @@ def encode_activation(
         array: Numbers of any real dtype. Integers and booleans travel as int32, everything else as `dtype`.
         axes: One name per dimension of `array`; empty where they are not known (a raw module's output).
         positions: Absolute token positions `(start, stop)` that the array covers.
+        pass_index: Which pass, for a layer that runs several times in one forward pass.
         encoding: One of `ENCODINGS`.
         dtype: One of `DTYPES`. float16 rounds, but never turns a finite number into infinity.
 
@@ -112,6 +114,7 @@ def encode_activation(
         "axes": list(axes),
         "phase": phase,
         "step": step,
+        "pass_index": pass_index,
         "positions": [int(position) for position in positions],
         "encoding": encoding,
     }
@@ -258,6 +261,9 @@ def stack_records(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
             raise PayloadError(
                 f"Records of one {field} can be stacked, these have {len(found)}: {', '.join(sorted(found))}."
             )
+    passes = sorted({record.get("pass_index", 0) for record in records})
+    if len(passes) > 1:
+        raise PayloadError(f"Records of one pass can be stacked, these are of the passes {passes}: pick by pass_index.")
     for before, after in pairwise(records):
         if before["positions"][1] != after["positions"][0]:
             raise PayloadError(

@@ -154,6 +154,7 @@ def test_record_has_the_documented_fields():
         "axes": ["batch", "pos", "d_model"],
         "phase": "prefill",
         "step": 0,
+        "pass_index": 0,
         "positions": [0, 3],
         "encoding": "json",
     }
@@ -318,3 +319,10 @@ def test_stack_refuses_what_does_not_join():
     windowed = encoded(np.zeros((1, 1, 1, 4), np.float32), axes=("batch", "head", "query", "key"), positions=(9, 10))
     with pytest.raises(PayloadError, match="do not start at position 0"):
         stack_records([windowed])
+
+
+def test_records_of_several_passes_are_not_stacked():
+    first, second = (encoded(np.zeros((1, 3, 4), np.float32)) | {"pass_index": index} for index in (0, 1))
+    with pytest.raises(PayloadError, match=r"these are of the passes \[0, 1\]: pick by pass_index"):
+        stack_records([first, second])
+    assert stack_records([second]).shape == (1, 3, 4)

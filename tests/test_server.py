@@ -315,6 +315,7 @@ def test_activations_come_with_the_answer(client: FlaskClient) -> None:
         "axes": ["batch", "pos", "d_model"],
         "phase": "prefill",
         "step": 0,
+        "pass_index": 0,
         "positions": [0, PROMPT_LENGTH],
         "encoding": "json",
     }
@@ -373,6 +374,7 @@ def test_every_record_of_prompt_and_generated_tokens_is_the_engine_s(
                     "axes": list(one.hook_point.axes),
                     "phase": one.phase,
                     "step": one.step,
+                    "pass_index": one.pass_index,
                     "positions": list(one.positions),
                     "array": one.numpy(),
                 }

@@ -149,7 +149,10 @@ def _record(given: Any) -> CapturedActivation:
         raise HookError(f"positions of a record are [start, stop], one per row of its data, got {span!r}.")
     component = "attn_scores" if "attn_scores" in str(given["hook_point"]) else ""
     point = HookPoint(str(given["hook_point"]), None, component, tuple(axes))
-    return CapturedActivation(point, mx.array(data), range(*span), "prefill", 0)
+    index = given.get("pass_index", 0)
+    if type(index) is not int or index < 0:
+        raise HookError(f"pass_index of a record is a whole number from 0 up, got {index!r}.")
+    return CapturedActivation(point, mx.array(data), range(*span), "prefill", 0, pass_index=index)
 
 
 def means_over(caches: Iterable[ActivationCache], points: Sequence[HookPoint]) -> dict[str, Supply]:
