@@ -1,18 +1,22 @@
 """Every mlx-lm architecture passes the self-test, and the table of what can be hooked says what is so."""
 
 import re
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from packaging.version import Version
 
 from mlx_hooks import HookedModel, HookError, UntrustedHookWarning
+from mlx_hooks.attention import KeyPositions
 from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import architectures, tiny_model
 from mlx_hooks.coverage.table import ATTENTION, REST, STREAM, document, note_row, survey, table_row
+from mlx_hooks.instrument.taps import Tap
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
 NEED_METAL = ("bitnet", "muse_spark")
@@ -208,3 +212,42 @@ def test_streams_of_several_are_found_by_layer_and_component() -> None:
         (record,) = result.activations["0_residual"]
         assert record.value.shape == shape
         assert record.hook_point.axes[record.value.shape.index(2)] == "pos"
+
+
+def ignore_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tap, "edit_value", lambda self, value: (setattr(self, "fired", True), (value, False))[1])
+
+
+def forget_the_order_of_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_order(cls: type, cache: object, n_keys: int, total: int) -> KeyPositions:
+        return cls(None if n_keys == total else np.arange(total - n_keys, total), total)
+
+    monkeypatch.setattr(KeyPositions, "of", classmethod(in_order))
+
+
+def show_other_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Tap.read_rows
+
+    def halved(self: Tap, value: mx.array, computed: list[int] | None) -> None:
+        original(self, value / 2 if self.point.component == "attn_scores" else value, computed)
+
+    monkeypatch.setattr(Tap, "read_rows", halved)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "identity"),
+    [
+        ("llama", ignore_edits, "an edit that changes a value changes the logits"),
+        ("llama", show_other_scores, "pattern = softmax(scores)"),
+        ("gemma3_text", forget_the_order_of_a_ring, "decoding past a rotating KV cache: z = pattern @ v"),
+    ],
+)
+def test_the_selftest_sees_a_fault_of_the_engine(
+    name: str, fault: Callable, identity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The window is wider than what the self-test reads.
+    model = HookedModel(tiny_model(name, **({"sliding_window": 512} if name == "gemma3_text" else {})))
+    assert model.selftest().passed
+    fault(monkeypatch)
+    failed = [check.name for check in model.selftest().checks if not check.passed]
+    assert any(check.startswith(identity) for check in failed), failed

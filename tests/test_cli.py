@@ -1,5 +1,6 @@
 """The ``neuroscope`` command."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,26 @@ def test_an_unknown_command_or_option_is_refused(arguments: list[str], capsys: p
         main(arguments)
     assert ended.value.code == 2
     assert "usage: neuroscope" in capsys.readouterr().err
+
+
+def test_the_selftest_prints_its_report_and_answers_whether_it_passed(capsys: pytest.CaptureFixture) -> None:
+    assert main(["selftest", "neuroscope-tiny"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("llama: passed")
+    assert "ok     z = pattern @ v: off by" in shown
+    assert main(["selftest", "neuroscope-tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["untrusted"] == []
+    assert main(["selftest", "no/such/folder"]) == 1
+    assert "There is no" in capsys.readouterr().err
+
+
+def test_coverage_shows_or_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["coverage", "llama", "gpt2"]) == 0
+    shown = capsys.readouterr().out
+    assert "| `gpt2` |" in shown
+    target = tmp_path / "architectures.md"
+    assert main(["coverage", "llama", "gpt2", "-o", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["llama: ok", "gpt2: ok"]
+    assert target.read_text() == shown
+    assert main(["coverage", "gpt9"]) == 1
+    assert "mlx-lm has no architecture 'gpt9'" in capsys.readouterr().err
