@@ -67,4 +67,7 @@ def _module(name: str) -> types.ModuleType:
     if name == "olmo":
         # It asks whether this package is there, and does not use it.
         sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
-    return importlib.import_module(f"mlx_lm.models.{name}")
+    try:
+        return importlib.import_module(f"mlx_lm.models.{name}")
+    except ModuleNotFoundError as error:
+        raise ModelLoadError(f"The installed mlx-lm has no architecture {name!r}: a newer one may.") from error
