@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
