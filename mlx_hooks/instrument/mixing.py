@@ -62,7 +62,6 @@ class Weights(Part):
     """The weights with which a layer of experts sums what they give."""
 
     tap: Tap
-    size: int
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -118,7 +117,6 @@ class Logits(Part):
     """The scores of a router that gives only what it chose."""
 
     tap: Tap
-    size: int
 
     def enter(self, original: Callable, args: tuple, kwargs: dict, nth: int) -> tuple[tuple, dict]:
         self.nth = nth

@@ -75,7 +75,8 @@ class Plan:
         elif place in _PARTS:
             part = _PARTS[place](site)
             part.tap = tap
-            part.size = self.architecture.state_size
+            if isinstance(part, State):
+                part.size = self.architecture.state_size
             site.parts[type(part)] = part
         elif place in _ADDITIONS:
             assert tap.point.layer is not None
