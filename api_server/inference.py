@@ -15,7 +15,7 @@ from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
 from .errors import ApiError
-from .schemas import MAX_TOKENS, ChatMessage, GenerationRequest
+from .schemas.requests import MAX_TOKENS, ChatMessage, GenerationRequest
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]
 

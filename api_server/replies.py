@@ -9,7 +9,7 @@ from neuroscope_bridge import payload
 
 from .errors import ApiError
 from .inference import Start, Step
-from .schemas import CaptureRequest, ChatRequest, GenerationRequest
+from .schemas.requests import CaptureRequest, ChatRequest, GenerationRequest
 
 Record = dict[str, Any]
 

@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlx_hooks import HookedModel, HookSpec
 
 from .errors import ApiError, Busy, Cancelled, NoModelLoaded, Stopping, UnknownHook, UnknownModel
-from .schemas import MODEL_ID_RULE, is_model_id
+from .schemas.requests import MODEL_ID_RULE, is_model_id
 
 log = logging.getLogger("api_server.worker")
 

@@ -18,7 +18,7 @@ from api_server import ModelWorker, ServerConfig, create_app
 from api_server.__main__ import main
 from api_server.errors import ApiError, describe, invalid_request
 from api_server.inference import Step
-from api_server.schemas import ChatCaptureRequest, CompletionRequest
+from api_server.schemas.requests import ChatCaptureRequest, CompletionRequest
 from neuroscope_bridge.payload import PayloadError
 
 CHAT = "/v1/chat/completions"

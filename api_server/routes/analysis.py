@@ -4,7 +4,7 @@ from flask import Blueprint, Response
 
 from .. import inference
 from ..errors import json_reply
-from ..schemas import LogitLensRequest
+from ..schemas.requests import LogitLensRequest
 from ..transport import read, reader_gone, worker
 
 blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")

@@ -2,7 +2,7 @@
 
 from flask import Blueprint, Response
 
-from ..schemas import ChatCaptureRequest, ChatRequest
+from ..schemas.requests import ChatCaptureRequest, ChatRequest
 from ..transport import read
 from .generation import answer
 

@@ -2,7 +2,7 @@
 
 from flask import Blueprint, Response
 
-from ..schemas import CompletionCaptureRequest, CompletionRequest
+from ..schemas.requests import CompletionCaptureRequest, CompletionRequest
 from ..transport import read
 from .generation import answer
 

@@ -12,7 +12,7 @@ from neuroscope_bridge import payload
 from .. import inference
 from ..errors import ApiError, json_reply
 from ..replies import Reply
-from ..schemas import CaptureRequest, GenerationRequest, HookRequest
+from ..schemas.requests import CaptureRequest, GenerationRequest, HookRequest
 from ..transport import event_stream, reader_gone, worker
 from ..worker import LoadedModel
 

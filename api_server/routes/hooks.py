@@ -3,7 +3,7 @@
 from flask import Blueprint, Response, request
 
 from ..errors import json_reply
-from ..schemas import RegisterHooksRequest
+from ..schemas.requests import RegisterHooksRequest
 from ..transport import read, worker
 from .generation import blame, spec_of
 

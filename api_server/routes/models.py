@@ -9,7 +9,7 @@ from werkzeug.exceptions import MethodNotAllowed
 from mlx_hooks import ModelLoadError, UnsupportedModelError
 
 from ..errors import ApiError, json_reply
-from ..schemas import LoadRequest, SelfTestRequest
+from ..schemas.requests import LoadRequest, SelfTestRequest
 from ..transport import read, reader_gone, worker
 from ..worker import LoadedModel
 

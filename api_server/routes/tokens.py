@@ -4,7 +4,7 @@ from flask import Blueprint, Response
 
 from .. import inference
 from ..errors import json_reply
-from ..schemas import DetokenizeRequest, TokenizeRequest
+from ..schemas.requests import DetokenizeRequest, TokenizeRequest
 from ..transport import read, reader_gone, worker
 
 blueprint = Blueprint("tokens", __name__, url_prefix="/v1")

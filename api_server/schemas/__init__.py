@@ -1,0 +1,1 @@
+"""What requests and replies hold, as pydantic models that know no transport."""
