@@ -24,7 +24,7 @@ from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
-from .selftest import SelfTest, quick_selftest, selftest, warn_of
+from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
 from .storage.spill import SpillFolder
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array
@@ -562,6 +562,10 @@ class HookedModel:
         model.selftest().untrusted                  # hook points at which some identity does not hold
         """
         return selftest(self)
+
+    def selftest_steps(self) -> Iterator[Check]:
+        """The checks of ``selftest`` one by one; between them the model is plain."""
+        return selftest_steps(self)
 
 
 def load_model(name_or_path: str | Path) -> HookedModel:

@@ -44,7 +44,7 @@ def worker() -> Iterator[ModelWorker]:
 @pytest.fixture
 def client(worker: ModelWorker) -> Iterator[FlaskClient]:
     yield create_app(worker).test_client()
-    worker.clear_hooks()
+    worker.loaded.clear_hooks()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from flask import Blueprint, Response
 from .. import inference
 from ..errors import json_reply
 from ..schemas.requests import LogitLensRequest
-from ..transport import read, reader_gone, worker
+from ..transport import call, read, worker
 
 blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
 
@@ -14,7 +14,7 @@ blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
 def logit_lens() -> Response:
     asked = read(LogitLensRequest)
     loaded = worker().get(asked.model)
-    found = worker().call(
-        lambda: inference.logit_lens(loaded.model, asked.source, asked.position, asked.top_k), reader_gone()
+    found = call(
+        lambda: inference.logit_lens(loaded.model, asked.source, asked.position, asked.top_k), "logit_lens", loaded
     )
     return json_reply({"model": loaded.model_id} | found)

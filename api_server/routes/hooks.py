@@ -14,7 +14,7 @@ blueprint = Blueprint("hooks", __name__, url_prefix="/v1/activations/hooks")
 def register_hooks() -> Response:
     asked = read(RegisterHooksRequest)
     with blame("hooks"):
-        ids = worker().register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
+        ids = worker().loaded.register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
     return json_reply({"status": "hooks_registered", "registered_hooks": ids})
 
 
@@ -30,11 +30,11 @@ def list_hooks() -> Response:
 @blueprint.delete("")
 def clear_hooks() -> Response:
     """Forget the hooks of ``?model=``, or of every model."""
-    worker().clear_hooks(request.args.get("model"))
+    worker().loaded.clear_hooks(request.args.get("model"))
     return json_reply({"status": "hooks_cleared"})
 
 
 @blueprint.delete("/<path:hook_id>")
 def remove_hook(hook_id: str) -> Response:
-    worker().remove_hook(hook_id, request.args.get("model"))
+    worker().loaded.remove_hook(hook_id, request.args.get("model"))
     return json_reply({"status": "hook_removed", "hook_id": hook_id})

@@ -5,7 +5,7 @@ from flask import Blueprint, Response
 from .. import inference
 from ..errors import json_reply
 from ..schemas.requests import DetokenizeRequest, TokenizeRequest
-from ..transport import read, reader_gone, worker
+from ..transport import call, read, worker
 
 blueprint = Blueprint("tokens", __name__, url_prefix="/v1")
 
@@ -13,12 +13,12 @@ blueprint = Blueprint("tokens", __name__, url_prefix="/v1")
 @blueprint.post("/tokenize")
 def tokenize() -> Response:
     asked = read(TokenizeRequest)
-    model = worker().get(asked.model).model
-    return json_reply(worker().call(lambda: inference.tokenize(model, asked.source), reader_gone()))
+    loaded = worker().get(asked.model)
+    return json_reply(call(lambda: inference.tokenize(loaded.model, asked.source), "tokenize", loaded))
 
 
 @blueprint.post("/detokenize")
 def detokenize() -> Response:
     asked = read(DetokenizeRequest)
-    model = worker().get(asked.model).model
-    return json_reply({"text": worker().call(lambda: inference.text_of(model, asked.tokens), reader_gone())})
+    loaded = worker().get(asked.model)
+    return json_reply({"text": call(lambda: inference.text_of(loaded.model, asked.tokens), "detokenize", loaded)})
