@@ -80,7 +80,7 @@ def generate(
         top_k=request.top_k,
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
-        # MLX has one random state: without a seed of its own, a request would go on from the last caller's.
+        # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         stop=request.stop_texts,
         capture=plan,
