@@ -10,6 +10,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from neuroscope_bridge import payload
 
 from .errors import ApiError, BodyTooLarge, describe, invalid_request
+from .schemas.requests import NoQuery
 from .worker import Job, ModelWorker
 
 M = TypeVar("M", bound=BaseModel)
@@ -22,11 +23,12 @@ def worker() -> ModelWorker:
 
 
 def read(model: type[M]) -> M:
-    """The request's body as ``model``.
+    """The request's body as ``model``; an address that takes a body takes no query parameters.
 
     Raises:
         ApiError: 415 for another content type than JSON, 413 for a body over the limit, 400 for one that does not fit.
     """
+    read_query(NoQuery)
     # A page in a browser may post text/plain to any address without asking; JSON it may not.
     if request.mimetype != "application/json":
         got = f"not {request.mimetype!r}" if request.mimetype else "and none was sent"
@@ -39,6 +41,21 @@ def read(model: type[M]) -> M:
         raise BodyTooLarge(current_app.config["MAX_CONTENT_LENGTH"]) from error
     except ValidationError as error:
         raise invalid_request(error, model) from None
+
+
+def read_query(model: type[M]) -> M:
+    """The query parameters as ``model``, whose fields may be numbers and booleans: ``?top_k=5``.
+
+    Raises:
+        ApiError: 400 for an unknown parameter, which lists the known ones; one given twice; one that does not fit.
+    """
+    for name, values in request.args.lists():
+        if len(values) > 1:
+            raise ApiError(400, f"Query parameter {name!r} is given twice.", code="invalid_value", param=name)
+    try:
+        return model.model_validate_strings(request.args.to_dict())
+    except ValidationError as error:
+        raise invalid_request(error, model, "Query parameter") from None
 
 
 def reader_gone() -> Callable[[], bool]:

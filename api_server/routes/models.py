@@ -8,22 +8,32 @@ from werkzeug.exceptions import MethodNotAllowed
 
 from mlx_hooks import ModelLoadError, UnsupportedModelError
 
+from ..description import described
 from ..errors import ApiError, json_reply
-from ..schemas.requests import LoadRequest, SelfTestRequest
-from ..transport import read, reader_gone, worker
+from ..schemas.replies import HookPointsReply, LoadedReply, ModelReply, ModelsReply, SelfTestReply, UnloadedReply
+from ..schemas.requests import LoadRequest, NoQuery, SelfTestRequest
+from ..transport import read, read_query, reader_gone, worker
 from ..worker import LoadedModel
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
 
 @blueprint.get("")
+@described(replies=ModelsReply, tags=["Models"])
 def list_models() -> Response:
+    """The loaded models, the one loaded last at the end."""
+    read_query(NoQuery)
     models = [describe_model(loaded) for loaded in worker().models()]
     return json_reply({"object": "list", "data": models, "models": models})
 
 
 @blueprint.post("/load")
+@described(LoadRequest, replies=LoadedReply, tags=["Models"], errors=(404, 503))
 def load_model() -> Response:
+    """Load the bundled model, a folder that the server can read, or a Hugging Face id.
+
+    It becomes the model that requests without a model mean. One of the same id is replaced, with its hooks.
+    """
     asked = read(LoadRequest)
     try:
         loaded = worker().load(asked.model_path, asked.model_id)
@@ -40,7 +50,10 @@ def load_is_no_model() -> Response:
 
 
 @blueprint.get("/<path:model_id>")
+@described(replies=ModelReply, tags=["Models"], errors=(404,))
 def get_model(model_id: str) -> Response:
+    """The configuration of a loaded model."""
+    read_query(NoQuery)
     return json_reply(describe_model(worker().get(model_id)))
 
 
@@ -51,13 +64,19 @@ def selftest_is_no_model(model_id: str) -> Response:
 
 
 @blueprint.delete("/<path:model_id>")
+@described(replies=UnloadedReply, tags=["Models"], errors=(404, 503))
 def unload_model(model_id: str) -> Response:
+    """Unload a model; a request that already uses it runs to its end."""
+    read_query(NoQuery)
     worker().unload(model_id)
     return json_reply({"id": model_id, "object": "model", "deleted": True, "status": "unloaded"})
 
 
 @blueprint.get("/<path:model_id>/hook_points")
+@described(replies=HookPointsReply, tags=["Models"], errors=(404,))
 def hook_points(model_id: str) -> Response:
+    """Everything that can be hooked in a model, in forward order."""
+    read_query(NoQuery)
     loaded = worker().get(model_id)
     points = [
         {
@@ -73,7 +92,9 @@ def hook_points(model_id: str) -> Response:
 
 
 @blueprint.post("/<path:model_id>/selftest")
+@described(SelfTestRequest, replies=SelfTestReply, tags=["Models"], errors=(404, 503))
 def selftest(model_id: str) -> Response:
+    """Prove on a loaded model that what is captured is what was computed. The body is an empty object."""
     read(SelfTestRequest)
     loaded = worker().get(model_id)
     report = worker().call(loaded.model.selftest, reader_gone())
