@@ -68,6 +68,9 @@ def encode_activation(
     positions: Sequence[int],
     is_input: bool,
     pass_index: int = 0,
+    position_ids: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    reduce: str | None = None,
     encoding: str = "json",
     dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -87,6 +90,9 @@ def encode_activation(
         axes: One name per dimension of `array`; empty where they are not known (a raw module's output).
         positions: Absolute token positions `(start, stop)` that the array covers.
         pass_index: Which pass, for a layer that runs several times in one forward pass.
+        position_ids: The absolute position of each row, where they are not all of start..stop-1; None where they are.
+        heads: The heads along the head axis, where they are not all; None where they are.
+        reduce: How the array was made of what was captured (`mean`, `max`, `last`, `norm`); None where it is that.
         encoding: One of `ENCODINGS`.
         dtype: One of `DTYPES`. float16 rounds, but never turns a finite number into infinity.
 
@@ -116,6 +122,9 @@ def encode_activation(
         "step": step,
         "pass_index": pass_index,
         "positions": [int(position) for position in positions],
+        "position_ids": _integers(position_ids),
+        "heads": _integers(heads),
+        "reduce": reduce,
         "encoding": encoding,
     }
     if encoding == "json":
@@ -284,6 +293,10 @@ def stack_records(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
     if "key" in axes:
         arrays = _pad_keys(arrays, records, axes.index("key"))
     return np.concatenate(arrays, axis=along)
+
+
+def _integers(given: Sequence[int] | None) -> list[int] | None:
+    return None if given is None else [int(one) for one in given]
 
 
 def _pad_keys(arrays: list[np.ndarray], records: Sequence[Mapping[str, Any]], axis: int) -> list[np.ndarray]:

@@ -156,6 +156,9 @@ def test_record_has_the_documented_fields():
         "step": 0,
         "pass_index": 0,
         "positions": [0, 3],
+        "position_ids": None,
+        "heads": None,
+        "reduce": None,
         "encoding": "json",
     }
 
