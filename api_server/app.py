@@ -30,12 +30,20 @@ class ServerConfig:
         port: 0 lets the system choose.
         api_key: if set, every address but ``/health`` wants ``Authorization: Bearer``.
         max_body_bytes: the largest request body.
+        max_queued: how many requests may wait for the worker; one more is answered 503.
+        max_active: how many requests run at a time, token by token in turn.
+        max_model_bytes: how many bytes of weights may be loaded; None for no limit.
+        grace_seconds: how long running requests may go on once the server was asked to stop.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = None
     max_body_bytes: int = 32 * 2**20
+    max_queued: int = 64
+    max_active: int = 4
+    max_model_bytes: int | None = None
+    grace_seconds: float = 5.0
 
     @property
     def is_local(self) -> bool:
@@ -69,6 +77,8 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     @app.after_request
     def account(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
+        if "job_id" in g:
+            response.headers["X-Job-Id"] = g.job_id
         took = 1000 * (time.perf_counter() - g.began)
         log.info("%s %s %r %d %.0f ms", g.request_id, request.method, request.path, response.status_code, took)
         return response

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hooks import CapturedActivation, HookedModel
+from mlx_hooks import CapturedActivation, HookedModel, SelfTest
 from mlx_hooks.analysis.logit_lens import LogitLens
 from mlx_hooks.interventions import InterventionPlan
 from mlx_hooks.manager import CapturePlan
@@ -15,6 +15,7 @@ from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
 from .errors import ApiError
+from .jobs import Progress
 from .schemas.requests import MAX_TOKENS, ChatMessage, GenerationRequest
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]
@@ -64,20 +65,22 @@ def generate(
     prompt: PromptSource,
     plan: CapturePlan,
     interventions: InterventionPlan,
-) -> Generator[Start | Step, None, None]:
-    """The start first, then one step per forward pass; closing it stops the model."""
+) -> Generator[Start | Step | Progress, None, None]:
+    """The start first, then one step per forward pass, with its progress; closing it stops the model."""
     tokens = prompt_tokens(model, prompt)
     room = room_for(model, tokens)
     yield Start(tokens, token_strings(model, tokens), plan.hook_ids)
+    limit = min(request.token_limit, room)
+    yield Progress(0.0, f"reading {len(tokens)} tokens")
     steps = model.generate_steps(
         tokens,
-        max_tokens=min(request.token_limit, room),
+        max_tokens=limit,
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
         min_p=request.min_p,
         repetition_penalty=request.repetition_penalty,
-        # MLX has one random state: without a seed of its own, a request would go on from the last caller's.
+        # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
         seed=secrets.randbits(63) if request.seed is None else request.seed,
         stop=request.stop_texts,
         capture=plan,
@@ -92,6 +95,17 @@ def generate(
             captured={name: [_plain(one) for one in found] for name, found in step.activations.items()},
             interventions=[receipt.to_dict() for receipt in step.interventions],
         )
+        done = step.index + 1
+        yield Progress(min(1.0, done / max(1, limit)), f"{done} of at most {limit} tokens")
+
+
+def selftest(model: HookedModel) -> Generator[SelfTest | Progress, None, None]:
+    """The self-test's checks, each with its name as progress, then the report."""
+    checks = []
+    for check in model.selftest_steps():
+        checks.append(check)
+        yield Progress(None, f"checked: {check.name}")
+    yield SelfTest(model.cfg.model_type, checks)
 
 
 def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:

@@ -1,7 +1,7 @@
 """What every view needs from HTTP: the body as a checked request, the worker, whether the caller is still there."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flask import Response, current_app, g, request
 from pydantic import BaseModel, ValidationError
@@ -9,11 +9,14 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from neuroscope_bridge import payload
 
-from .errors import ApiError, BodyTooLarge, describe, invalid_request
+from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
+from .jobs import Job
+from .models import LoadedModel
 from .schemas.requests import NoQuery
-from .worker import Job, ModelWorker
+from .worker import ModelWorker
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 def worker() -> ModelWorker:
@@ -41,6 +44,29 @@ def read(model: type[M]) -> M:
         raise BodyTooLarge(current_app.config["MAX_CONTENT_LENGTH"]) from error
     except ValidationError as error:
         raise invalid_request(error, model) from None
+
+
+def submit(work: Callable[[], Any], kind: str, model: LoadedModel | None = None, **about: Any) -> Job[Any]:
+    """Queue work for this request; the reply's header names the job."""
+    job = worker().submit(
+        work, kind=kind, model=model, caller=request.remote_addr or "", request_id=g.request_id, **about
+    )
+    g.job_id = job.id
+    return job
+
+
+def call(function: Callable[[], T], kind: str, model: LoadedModel | None = None) -> T:
+    """What a short function answers on the worker thread."""
+
+    def work() -> Iterator[T]:
+        yield function()
+
+    return cast(T, next(submit(work, kind, model, brief=True).results(reader_gone())))
+
+
+def in_background(job: Job[Any]) -> Response:
+    """202 and the job, which goes on without its caller."""
+    return json_reply(worker().shown(job), 202, {"Location": f"/v1/jobs/{job.id}"})
 
 
 def read_query(model: type[M]) -> M:

@@ -4,14 +4,12 @@ As mlx-lm does, the prompt runs through the model in chunks of all but its last 
 pass for token n+1 is started before token n is handed out. Captured arrays join the evaluation of their own pass.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from .activations import ActivationCache, CapturedActivation, join, scalar
 from .errors import HookError
@@ -19,47 +17,9 @@ from .hooks import Hook
 from .instrument import Instrument
 from .interventions import Firing, InterventionPlan, InterventionReceipt, InterventionSession, Reach
 from .manager import CapturePlan
+from .sampling import Sampler, Sampling
 
 Activations = dict[str, list[CapturedActivation]]
-
-LOWEST_TEMPERATURE = 1e-6
-"""Below it, logits divided by the temperature leave float32; 0 is the limit that is meant."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen; ``temperature`` 0 takes the most probable one. The same seed gives the same text."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float | None = None
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-
-    def check(self) -> None:
-        """Raises HookError for a number outside its range."""
-        for name, kind, high in [
-            ("temperature", "number", math.inf),
-            ("top_p", "number", 1),
-            ("min_p", "number", 1),
-            ("repetition_penalty", "number", math.inf),
-            ("top_k", "whole number", math.inf),
-            ("seed", "whole number", 2**64 - 1),
-        ]:
-            value = getattr(self, name)
-            if value is None and name in ("repetition_penalty", "seed"):
-                continue
-            types = int if kind == "whole number" else int | float
-            # Written so that NaN fails.
-            if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= high or value == math.inf:
-                upward = f" to {high}" if high < math.inf else " up"
-                raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.")
-        if 0 < self.temperature < LOWEST_TEMPERATURE:
-            raise HookError(f"temperature is 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature!r}.")
-        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,8 +89,6 @@ def generate_steps(
             for an intervention that cannot be done, and in place of the last for one that never fired.
     """
     _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, sampling)
-    if sampling.seed is not None:
-        mx.random.seed(sampling.seed)
     # The last token is handed out but never fed.
     reach = Reach(0, len(prompt_tokens), len(prompt_tokens) + max(0, max_tokens - 1))
     interventions = interventions or InterventionPlan([], instrument.architecture.cfg)
@@ -197,11 +155,7 @@ class _Forward:
         self.model = instrument.architecture.model
         self.prompt = mx.array(list(prompt))
         self.kv_cache = make_prompt_cache(self.model)
-        # mlx-lm's sampler raises for a top_k of the whole vocabulary or more, which leaves nothing out.
-        top_k = sampling.top_k if sampling.top_k < instrument.architecture.cfg.d_vocab else 0
-        self.sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=top_k)
-        self.processors = make_logits_processors(dict(sampling.logit_bias or {}), sampling.repetition_penalty)
-        self.history: mx.array | None = None
+        self.sampler = Sampler(sampling, instrument.architecture.cfg.d_vocab)
         self.records: list[CapturedActivation] = []
         recorders = plan.hooks(instrument.run, self.records.append)
         self.session = session
@@ -218,7 +172,7 @@ class _Forward:
             mx.eval([entry.state for entry in self.kv_cache], *self._arrays())
             records += self._take()
             firings += self.session.take()
-        token, logprob = self._sample(self._forward(self.prompt[-1:], "prefill", 0))
+        token, logprob = self.sampler.choose(self._forward(self.prompt[-1:], "prefill", 0))
         joined = self._by_id(records + self._take(), joining=True)
         arrays = [record.value for group in joined.values() for record in group] + self.session.arrays()
         mx.async_eval(*([token, logprob] if sample else []), *arrays)
@@ -229,24 +183,15 @@ class _Forward:
 
     def decode(self, token: mx.array, step: int) -> _Pass:
         """Run one generated token."""
-        next_token, logprob = self._sample(self._forward(token, "decode", step))
+        next_token, logprob = self.sampler.choose(self._forward(token, "decode", step))
         mx.async_eval(next_token, logprob, *self._arrays())
         return _Pass(next_token, logprob, self._by_id(self._take()), self.session.take())
 
     def _forward(self, tokens: mx.array, phase: str, step: int) -> mx.array:
         """Logits [1, d_vocab] after the last of the tokens."""
-        if self.processors:
-            self.history = tokens if self.history is None else mx.concatenate([self.history, tokens])
+        self.sampler.read(tokens)
         with self.instrument.attached(self.attached, phase=phase, step=step):
             return self.model(tokens[None], cache=self.kv_cache)[:, -1, :]
-
-    def _sample(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """The chosen token [1] and the log of its probability."""
-        for processor in self.processors:
-            logits = processor(self.history, logits)
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        token = self.sampler(logprobs)
-        return token, logprobs[0, token[0]]
 
     def _arrays(self) -> list[mx.array]:
         """What is evaluated together with the pass: captures and norms."""

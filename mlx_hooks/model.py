@@ -17,14 +17,15 @@ from .activations import ActivationCache, CapturedActivation, id_list
 from .architectures import Architecture, ModelConfig
 from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
 from .errors import HookError
-from .generation import GenerationResult, GenerationStep, Sampling
+from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint, NamesFilter
 from .hooks import HeadIndices, Hook, HookFunction, Positions, Recorder
 from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
-from .selftest import SelfTest, quick_selftest, selftest, warn_of
+from .sampling import Sampling
+from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
 from .storage.spill import SpillFolder
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array
@@ -491,7 +492,7 @@ class HookedModel:
             fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass; they run after the interventions.
             interventions: edits, in the order in which they are made; the result holds their receipts. See
                 :class:`Intervention`.
-            temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`generation.Sampling`;
+            temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`sampling.Sampling`;
                 the default takes the most probable token.
         """
         tokens = self.to_tokens(prompt)
@@ -562,6 +563,10 @@ class HookedModel:
         model.selftest().untrusted                  # hook points at which some identity does not hold
         """
         return selftest(self)
+
+    def selftest_steps(self) -> Iterator[Check]:
+        """The checks of ``selftest`` one by one; between them the model is plain."""
+        return selftest_steps(self)
 
 
 def load_model(name_or_path: str | Path) -> HookedModel:

@@ -41,6 +41,67 @@ def test_sampling_with_a_seed_is_mlx_lms_and_repeatable(llama: HookedModel) -> N
     assert llama.generate(PROMPT, seed=8, **options).tokens != expected
 
 
+@pytest.mark.parametrize(
+    ("filters", "names"),
+    [
+        ({"top_p": 0.7}, {"top_p": 0.7}),
+        ({"min_p": 0.4}, {"min_p": 0.4}),
+        ({"top_p": 0.9, "min_p": 0.05, "top_k": 7}, {"top_p": 0.9, "min_p": 0.05, "top_k": 7}),
+    ],
+    ids=str,
+)
+def test_filters_are_mlx_lms_in_their_order(llama: HookedModel, filters: dict, names: dict) -> None:
+    mx.random.seed(11)
+    sampler = make_sampler(1.7, **names)
+    expected = [token for token, _ in generate_step(mx.array(PROMPT), llama.model, max_tokens=30, sampler=sampler)]
+    assert llama.generate(PROMPT, max_tokens=30, temperature=1.7, seed=11, **filters).tokens == expected
+
+
+@pytest.mark.parametrize("seeds", [(3, 4), (3, 3), (3, None)], ids=str)
+def test_generations_that_take_turns_draw_what_each_alone_draws(llama: HookedModel, seeds: tuple) -> None:
+    runs = [{"temperature": 1.5, "seed": seed, "max_tokens": 12, "top_p": 0.95} for seed in seeds]
+
+    def steps(options: dict) -> list[int]:
+        # Without a seed the state of MLX at the first step decides.
+        mx.random.seed(5)
+        return [step.token for step in llama.generate_steps(PROMPT, **options)]
+
+    alone = [steps(options) for options in runs]
+    mx.random.seed(5)
+    pairs = zip(*(llama.generate_steps(PROMPT, **options) for options in runs), strict=True)
+    together = [[step.token for step in pair] for pair in pairs]
+    assert [list(tokens) for tokens in zip(*together, strict=True)] == alone
+    assert (alone[0] == alone[1]) == (seeds[0] == seeds[1])
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.5, "seed": 3}, {}], ids=str)
+def test_mlx_s_random_state_is_its_users(llama: HookedModel, options: dict) -> None:
+    mx.random.seed(1)
+    expected = [mx.random.uniform().item() for _ in range(6)]
+    mx.random.seed(1)
+    alone = llama.generate(PROMPT, max_tokens=6, **options).tokens
+    mx.random.seed(1)
+    met = [(mx.random.uniform().item(), step.token) for step in llama.generate_steps(PROMPT, max_tokens=6, **options)]
+    assert [number for number, _ in met] == expected
+    assert [token for _, token in met] == alone
+
+
+def test_without_a_seed_a_generation_takes_one_number_of_mlx_s_state(llama: HookedModel) -> None:
+    def two_runs(seed: int) -> tuple[list[int], list[int], float]:
+        mx.random.seed(seed)
+        first, second = (llama.generate(PROMPT, max_tokens=20, temperature=1.5).tokens for _ in range(2))
+        return first, second, mx.random.uniform().item()
+
+    first, second, number = two_runs(1)
+    assert two_runs(1) == (first, second, number)
+    assert two_runs(2)[0] != first
+    # Neither the same numbers nor the same ones a token later.
+    assert first != second
+    assert first[1:] != second[:-1]
+    mx.random.seed(1)
+    assert [mx.random.uniform().item() for _ in range(3)][-1] == number
+
+
 def test_logit_bias_and_repetition_penalty_are_mlx_lms(llama: HookedModel) -> None:
     expected = list(PROMPT)
     for _ in range(8):

@@ -18,7 +18,7 @@ def register_hooks() -> Response:
     """Register hooks for the requests that name none of their own."""
     asked = read(RegisterHooksRequest)
     with blame("hooks"):
-        ids = worker().register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
+        ids = worker().loaded.register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
     return json_reply({"status": "hooks_registered", "registered_hooks": ids})
 
 
@@ -36,7 +36,7 @@ def list_hooks() -> Response:
 @described(query=ModelQuery, replies=HooksClearedReply, tags=["Hooks"], errors=(404,))
 def clear_hooks() -> Response:
     """Forget the hooks of a model, by default of every model."""
-    worker().clear_hooks(read_query(ModelQuery).model)
+    worker().loaded.clear_hooks(read_query(ModelQuery).model)
     return json_reply({"status": "hooks_cleared"})
 
 
@@ -44,5 +44,5 @@ def clear_hooks() -> Response:
 @described(query=ModelQuery, replies=HookRemovedReply, tags=["Hooks"], errors=(404,))
 def remove_hook(hook_id: str) -> Response:
     """Forget one hook, in one model or wherever it is registered."""
-    worker().remove_hook(hook_id, read_query(ModelQuery).model)
+    worker().loaded.remove_hook(hook_id, read_query(ModelQuery).model)
     return json_reply({"status": "hook_removed", "hook_id": hook_id})

@@ -51,6 +51,7 @@ class ModelReply(Reply):
     created: int = Field(description="When it was loaded, in seconds since 1970.")
     owned_by: str
     supports_activations: bool
+    weight_bytes: int = Field(description="What its weights take in memory.")
     untrusted_hook_points: list[str] = Field(description="Hook points at which an identity of the self-test fails.")
     num_layers: int
     num_heads: int
@@ -114,6 +115,32 @@ class SelfTestReply(Reply):
     passed: bool
     untrusted: list[str]
     checks: list[CheckReply]
+
+
+class JobReply(Reply):
+    """Work that the server does for one request; times are in seconds since 1970."""
+
+    id: str
+    object: Literal["job"]
+    kind: str = Field(description="What it is: `chat.completion`, `text_completion`, `load`, `selftest` and so on.")
+    model: str | None
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    fraction: float | None = Field(ge=0, le=1, description="How far it has come; null where nobody knows.")
+    message: str = Field(description="The same for a person: `12 of at most 100 tokens`.")
+    cancelling: bool = Field(description="It will be cancelled at its next step.")
+    created: float
+    started: float | None
+    finished: float | None
+    request_id: str | None = Field(description="Of the request that began it.")
+    result: dict[str, Any] | None = Field(
+        description="Of work in the background: what the request would have been answered."
+    )
+    error: ErrorFault | None
+
+
+class JobsReply(Reply):
+    object: Literal["list"]
+    data: list[JobReply] = Field(description="The newest first; those that ended are forgotten after a while.")
 
 
 class TokenizeReply(Reply):

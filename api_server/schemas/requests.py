@@ -320,14 +320,17 @@ class ModelQuery(Request):
 
 
 class LoadRequest(Request):
-    """``POST /v1/models/load``"""
+    """``POST /v1/models/load``; in the background, the reply is the job."""
 
     model_path: Annotated[str, Field(min_length=1, max_length=4096)]
     model_id: ModelId | None = None
+    background: bool = False
 
 
 class SelfTestRequest(Request):
-    """POST /v1/models/{id}/selftest: nothing to say."""
+    """``POST /v1/models/{id}/selftest``; in the background, the reply is the job."""
+
+    background: bool = False
 
 
 class RegisterHooksRequest(Request):

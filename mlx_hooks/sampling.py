@@ -1,0 +1,114 @@
+"""How a token is chosen: mlx-lm's processors, filters and arithmetic, with a random state per generation.
+
+MLX has one random state per thread. A generation that drew from it would depend on whatever else draws between its
+steps, so each one has a key of its own, split once per token just as MLX splits its state: the same seed gives
+mlx-lm's tokens bit for bit, however many generations take turns. A hook that draws random numbers without a key still
+draws from MLX's state, which ``seed`` leaves alone.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+
+from .errors import HookError
+
+LOWEST_TEMPERATURE = 1e-6
+"""Below it, logits divided by the temperature leave float32; 0 is the limit that is meant."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides on a token; ``temperature`` 0 takes the most probable one. The same seed gives the same text.
+
+    A generation with a seed, or at temperature 0, leaves MLX's random state alone; another one takes its own from it
+    at its first step, so that after ``mx.random.seed`` it is repeatable too.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raises HookError for a number outside its range."""
+        for name, kind, high in [
+            ("temperature", "number", math.inf),
+            ("top_p", "number", 1),
+            ("min_p", "number", 1),
+            ("repetition_penalty", "number", math.inf),
+            ("top_k", "whole number", math.inf),
+            ("seed", "whole number", 2**64 - 1),
+        ]:
+            value = getattr(self, name)
+            if value is None and name in ("repetition_penalty", "seed"):
+                continue
+            types = int if kind == "whole number" else int | float
+            # Written so that NaN fails.
+            if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= high or value == math.inf:
+                upward = f" to {high}" if high < math.inf else " up"
+                raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.")
+        if 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise HookError(f"temperature is 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature!r}.")
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.")
+
+
+class Sampler:
+    """Chooses the tokens of one generation, which must be its own.
+
+    sampler = Sampler(Sampling(temperature=0.7, seed=1), d_vocab)
+    sampler.read(prompt)                              # what the model was fed, [n]
+    token, logprob = sampler.choose(logits)           # [1], []; from logits [1, d_vocab]
+    """
+
+    def __init__(self, sampling: Sampling, d_vocab: int) -> None:
+        self._processors = make_logits_processors(dict(sampling.logit_bias or {}), sampling.repetition_penalty)
+        self._history: mx.array | None = None
+        self._temperature = sampling.temperature
+        # In mlx-lm's order. It raises for a top_k of the whole vocabulary or more, which leaves nothing out.
+        self._filters = [
+            *([partial(apply_top_p, top_p=sampling.top_p)] if 0 < sampling.top_p < 1 else []),
+            *([partial(apply_min_p, min_p=sampling.min_p)] if sampling.min_p else []),
+            *([partial(apply_top_k, top_k=sampling.top_k)] if 0 < sampling.top_k < d_vocab else []),
+        ]
+        self._key = None if sampling.temperature == 0 else _own_key(sampling.seed)
+
+    def read(self, tokens: mx.array) -> None:
+        """Tokens [n] that the model was fed, in their order."""
+        if self._processors:
+            self._history = tokens if self._history is None else mx.concatenate([self._history, tokens])
+
+    def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """The token [1] that follows, and the log of its probability after the processors, before the temperature."""
+        for processor in self._processors:
+            logits = processor(self._history, logits)
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        token = self._draw(logprobs)
+        return token, logprobs[0, token[0]]
+
+    def _draw(self, logprobs: mx.array) -> mx.array:
+        if self._key is None:
+            return mx.argmax(logprobs, axis=-1)
+        for kept in self._filters:
+            logprobs = kept(logprobs)
+        self._key, key = mx.random.split(self._key)
+        return mx.random.categorical(logprobs * (1.0 / self._temperature), key=key)
+
+
+def _own_key(seed: int | None) -> mx.array:
+    """The key that MLX's state would have after ``mx.random.seed(seed)``, or one that is split off that state."""
+    if seed is not None:
+        return mx.random.key(seed)
+    state: Any = mx.random.state
+    own = mx.random.split(state[0])[1]
+    # One draw splits the state in the same way: what others draw from now on is not what the generation draws.
+    mx.random.uniform()
+    return own
