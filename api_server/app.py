@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
+from werkzeug.routing import PathConverter
 
 from . import errors
 from .errors import ApiError
 from .routes import BLUEPRINTS
+from .schemas.requests import MODEL_PARTS
 from .worker import ModelWorker
 
 log = logging.getLogger("api_server.access")
@@ -60,6 +62,7 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
     app.config["API_KEY"] = config.api_key
     app.url_map.merge_slashes = False
+    app.url_map.converters["model"] = _ModelId
     app.extensions["model_worker"] = worker
     errors.register(app)
 
@@ -83,6 +86,12 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     return app
+
+
+class _ModelId(PathConverter):
+    """A model's id as the end of an address, slashes included; what means something else there is none."""
+
+    regex = rf"(?!load$)(?!.*/(?:{'|'.join(MODEL_PARTS)})$)[^/].*?"
 
 
 def is_loopback(host: str) -> bool:

@@ -45,7 +45,9 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
 
 ID_RULE = f"1 to {MAX_ID_LENGTH} printable characters, where no part between slashes is empty, '.' or '..'"
-MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in '/hook_points'"
+MODEL_PARTS = ("hook_points", "selftest")
+"""What stands behind a model's id in an address."""
+MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in {' or '.join(repr('/' + part) for part in MODEL_PARTS)}"
 
 
 def is_hook_id(text: str) -> bool:
@@ -55,7 +57,7 @@ def is_hook_id(text: str) -> bool:
 
 def is_model_id(text: str) -> bool:
     """The same, and no address of its own: ``load`` is one."""
-    return is_hook_id(text) and text != "load" and not text.endswith("/hook_points")
+    return is_hook_id(text) and text != "load" and text.split("/")[-1] not in MODEL_PARTS
 
 
 def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
