@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
 
@@ -31,11 +32,20 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
             port=options.port,
             api_key=options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None,
             max_body_bytes=int(options.max_body_mb * 2**20),
+            max_queued=options.max_queued,
+            max_active=options.max_active,
+            max_model_bytes=int(options.max_models_gb * 2**30) if options.max_models_gb else _most_of_memory(),
+            grace_seconds=options.grace,
         )
         return _serve(config, options.model, options.model_id)
     except CannotStart as error:
         sys.stderr.write(f"neuroscope: {error}\n")
         return 1
+
+
+# A forward pass cannot be interrupted: after the grace and this, the process ends all the same.
+STUCK_SECONDS = 10.0
+DRAIN_SECONDS = 5.0
 
 
 class CannotStart(Exception):
@@ -45,17 +55,22 @@ class CannotStart(Exception):
 def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int:
     if not config.is_local and not config.api_key:
         raise CannotStart(f"--host {config.host} is open to other machines: give --api-key or NEUROSCOPE_API_KEY.")
-    worker = ModelWorker()
+    worker = ModelWorker(
+        max_queued=config.max_queued, max_active=config.max_active, max_model_bytes=config.max_model_bytes
+    )
     try:
-        server = Server(create_app(worker, config), config, waiting=worker.max_queued)
+        server = Server(create_app(worker, config), config, waiting=worker.max_queued + worker.max_active)
     except OSError as error:
         why = (error.strerror or str(error)).split(" (while ")[0]  # socket.create_server repeats the address there
         raise CannotStart(f"cannot listen on {config.host} port {config.port}: {why}. Choose another.") from error
-    _stop_on_signals(worker)
+    serving = threading.Event()
+    _stop_on_signals(worker, config.grace_seconds, serving)
     worker.start()
     try:
         if model:
             worker.load(model, model_id)
+        serving.set()
+        threading.Thread(target=_stop_after, args=(worker, server), name="stopper", daemon=True).start()
         sys.stdout.write(f"NeuroScope server on {server.url}\n")
         sys.stdout.flush()
         server.run()
@@ -71,15 +86,28 @@ def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int
     return 0
 
 
-def _stop_on_signals(worker: ModelWorker) -> None:
+def _stop_on_signals(worker: ModelWorker, grace: float, serving: threading.Event) -> None:
+    """The first signal lets running requests end for a while, the second cancels them, the third ends the process."""
+    seen = 0
+
     def stop(signum: int, _: FrameType | None) -> None:
-        # A second signal ends the process at once.
-        signal.signal(signum, signal.SIG_DFL)
-        worker.request_stop()
-        raise SystemExit(0)
+        nonlocal seen
+        seen += 1
+        if seen > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        worker.request_stop(grace if seen == 1 else 0.0)
+        if not serving.is_set():
+            raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+
+
+def _stop_after(worker: ModelWorker, server: Server) -> None:
+    """The server answers for as long as the worker has something to end, and until what it sent is out."""
+    worker.wait_for_stop(STUCK_SECONDS)
+    server.stop(DRAIN_SECONDS)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -90,6 +118,17 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--model-id", metavar="ID", help="its id in requests (default: last part of PATH)")
     parser.add_argument("--api-key", help="ask for this key; as NEUROSCOPE_API_KEY, ps does not show it")
     parser.add_argument("--max-body-mb", type=_size, default=32, help="largest request body in MiB (default 32)")
+    parser.add_argument("--max-queued", type=_count, default=64, help="requests that may wait (default 64)")
+    parser.add_argument("--max-active", type=_count, default=4, help="requests that run in turn (default 4)")
+    parser.add_argument(
+        "--max-models-gb",
+        type=_size,
+        metavar="GB",
+        help="GiB of weights that may be loaded at a time; models used longest ago make room (default: 70%% of memory)",
+    )
+    parser.add_argument(
+        "--grace", type=_seconds, default=5.0, help="seconds that running requests may go on after a signal (default 5)"
+    )
     parser.add_argument(
         "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="(default warning)"
     )
@@ -100,6 +139,26 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"a number from 1 to 10000, not {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"seconds from 0 to 86400, not {text!r}")
+    return seconds
+
+
+def _most_of_memory() -> int:
+    return int(0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _size(text: str) -> float:

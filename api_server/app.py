@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
+from werkzeug.routing import PathConverter
 
 from . import errors
 from .errors import ApiError
 from .routes import BLUEPRINTS
+from .schemas.requests import MODEL_PARTS
 from .worker import ModelWorker
 
 log = logging.getLogger("api_server.access")
@@ -28,12 +30,20 @@ class ServerConfig:
         port: 0 lets the system choose.
         api_key: if set, every address but ``/health`` wants ``Authorization: Bearer``.
         max_body_bytes: the largest request body.
+        max_queued: how many requests may wait for the worker; one more is answered 503.
+        max_active: how many requests run at a time, token by token in turn.
+        max_model_bytes: how many bytes of weights may be loaded; None for no limit.
+        grace_seconds: how long running requests may go on once the server was asked to stop.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = None
     max_body_bytes: int = 32 * 2**20
+    max_queued: int = 64
+    max_active: int = 4
+    max_model_bytes: int | None = None
+    grace_seconds: float = 5.0
 
     @property
     def is_local(self) -> bool:
@@ -50,7 +60,9 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     config = config or ServerConfig()
     app = Flask("api_server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    app.config["API_KEY"] = config.api_key
     app.url_map.merge_slashes = False
+    app.url_map.converters["model"] = _ModelId
     app.extensions["model_worker"] = worker
     errors.register(app)
 
@@ -65,6 +77,8 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     @app.after_request
     def account(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
+        if "job_id" in g:
+            response.headers["X-Job-Id"] = g.job_id
         took = 1000 * (time.perf_counter() - g.began)
         log.info("%s %s %r %d %.0f ms", g.request_id, request.method, request.path, response.status_code, took)
         return response
@@ -72,6 +86,12 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     return app
+
+
+class _ModelId(PathConverter):
+    """A model's id as the end of an address, slashes included; what means something else there is none."""
+
+    regex = rf"(?!load$)(?!.*/(?:{'|'.join(MODEL_PARTS)})$)[^/].*?"
 
 
 def is_loopback(host: str) -> bool:

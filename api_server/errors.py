@@ -114,10 +114,36 @@ class Stopping(ApiError):
 
 
 class Cancelled(ApiError):
-    """Work that was given up because its reader went away."""
+    """Work that was given up: its reader went away, or somebody asked for it."""
 
-    def __init__(self) -> None:
-        super().__init__(503, "The request was cancelled because its connection was closed.", code="cancelled")
+    def __init__(self, message: str = "The request was cancelled because its connection was closed.") -> None:
+        super().__init__(409, message, code="cancelled")
+
+
+class UnknownJob(ApiError):
+    """A job id that nobody remembers."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(
+            404,
+            f"Unknown job {job_id!r}. GET /v1/jobs lists those that run or ended a while ago.",
+            code="job_not_found",
+            param="job_id",
+        )
+
+
+class NoRoomForModel(ApiError):
+    """A model that would exceed the memory for models, even with all idle ones unloaded."""
+
+    def __init__(self, needed: int, limit: int, in_use: int) -> None:
+        why = f"{in_use} bytes are in use by running requests: try again later" if in_use else "choose a smaller one"
+        super().__init__(
+            503 if in_use else 400,
+            f"The model needs {needed} bytes; models may take {limit} ({limit / 2**30:.4g} GiB) in all: {why}.",
+            code="no_room_for_model",
+            param="model_path",
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)} if in_use else None,
+        )
 
 
 def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
@@ -126,19 +152,28 @@ def error_body(status: int, message: str, code: str, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "code": code, "param": param}}
 
 
-def describe(error: Exception, request_id: str) -> ApiError:
+def describe(error: BaseException, request_id: str) -> ApiError:
     """The ``ApiError`` that any exception is answered with; an unexpected one is logged under ``request_id``."""
+    known = shown(error, request_id)
+    if known.code == "internal_error":
+        log.error("request %s failed", request_id, exc_info=error)
+    return known
+
+
+def shown(error: BaseException, request_id: str) -> ApiError:
+    """The same, and nothing is logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
         return _of_http(error)
     if isinstance(error, HookError):
         return _of_hook(error)
-    log.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"Internal error. The server's log describes it under {request_id}.", code="internal_error")
 
 
 def _of_hook(error: HookError) -> ApiError:
+    if error.hook_id is not None:
+        return ApiError(400, str(error), code="invalid_hook", param="activation_hooks")
     if error.intervention is None:
         return ApiError(400, str(error), code="invalid_value")
     code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_intervention"
@@ -157,23 +192,30 @@ def _of_http(error: HTTPException) -> ApiError:
     return ApiError(status, message, code=code, headers=headers)
 
 
-def invalid_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
-    """The reply to a body that does not fit ``model``: the first fault, named, with what is allowed."""
+def invalid_request(error: ValidationError, model: type[BaseModel], part: str = "Field") -> ApiError:
+    """The reply to what does not fit ``model``: the first fault, named, with what is allowed.
+
+    Args:
+        error: what pydantic found.
+        model: what was wanted.
+        part: what a field is called: "Query parameter" where it is one.
+    """
     fault = error.errors(include_url=False)[0]
     kind, loc = fault["type"], fault["loc"]
     if kind == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {fault['msg'].split(': ', 1)[-1]}.", code="invalid_json")
     param = _spell(loc)
     if kind == "extra_forbidden":
-        message = f"Field {param!r} is not supported here. Supported: {', '.join(supported(_model_at(model, loc)))}."
+        known = ", ".join(supported(_model_at(model, loc))) or "none"
+        message = f"{part} {param!r} is not supported here. Supported: {known}."
     elif kind == "missing":
-        message = f"Field {param!r} is required."
+        message = f"{part} {param!r} is required."
     elif kind == "model_type" and not param:
         message = "The body must be a JSON object."
     elif not param:
         message = f"{fault['msg']}."
     else:
-        message = f"Field {param!r} {_wanted(fault)}."
+        message = f"{part} {param!r} {_wanted(fault)}."
     return ApiError(400, message, code="invalid_value", param=param or None)
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hooks import CapturedActivation, GenerationStep, HookedModel
+from mlx_hooks import CapturedActivation, GenerationStep, HookedModel, SelfTest
 from mlx_hooks.analysis.logit_lens import LogitLens
-from mlx_hooks.interventions import InterventionPlan
+from mlx_hooks.interventions import InterventionPlan, Reach
 from mlx_hooks.manager import CapturePlan
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
 from .errors import ApiError
+from .jobs import Progress
 from .logprobs import TokenScore, score
 from .schemas.requests import MAX_TOKENS, ChatMessage, GenerationRequest
 from .token_text import TokenText
@@ -24,11 +25,15 @@ PromptSource = str | Sequence[int] | Sequence[ChatMessage]
 
 @dataclass(frozen=True)
 class Start:
-    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire."""
+    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire.
+
+    ``due_from`` has for each the first position that it keeps: a text that ends before it leaves it silent.
+    """
 
     tokens: list[int]
     strings: list[str]
     hook_ids: list[str]
+    due_from: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,23 +73,27 @@ def generate(
     prompt: PromptSource,
     plan: CapturePlan,
     interventions: InterventionPlan,
-) -> Generator[Start | Step, None, None]:
-    """The start first, then one step per forward pass, one choice after the other; closing it stops the model.
+) -> Generator[Start | Step | Progress, None, None]:
+    """The start first, then one step per forward pass, with its progress; closing it stops the model.
 
-    Choice i draws with the request's seed plus i, so the first is what a request for one choice gets.
+    Choices come one after the other. Choice i draws with the request's seed plus i, so the first is what a request for
+    one choice gets.
     """
     tokens = prompt_tokens(model, prompt)
-    room = room_for(model, tokens)
+    limit = min(request.token_limit, room_for(model, tokens))
     bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
     check_tokens(model, list(bias), "logit_bias")
     # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
     seed = secrets.randbits(63) if request.seed is None else request.seed
     spelling = TokenText(model.tokenizer)
-    yield Start(tokens, token_strings(model, tokens), plan.hook_ids)
+    due_from = plan.due_from(Reach.of_generation(len(tokens), limit))
+    yield Start(tokens, token_strings(model, tokens), plan.hook_ids, due_from)
+    yield Progress(0.0, f"reading {len(tokens)} tokens")
+    done, most = 0, max(1, limit * request.n)
     for choice in range(request.n):
         steps = model.generate_steps(
             tokens,
-            max_tokens=min(request.token_limit, room),
+            max_tokens=limit,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
@@ -101,6 +110,8 @@ def generate(
         )
         for step in steps:
             yield _step(model, choice, step, spelling)
+            done += 1
+            yield Progress(min(1.0, done / most), f"{done} of at most {limit * request.n} tokens")
 
 
 def _step(model: HookedModel, choice: int, step: GenerationStep, spelling: TokenText) -> Step:
@@ -115,6 +126,15 @@ def _step(model: HookedModel, choice: int, step: GenerationStep, spelling: Token
         choice=choice,
         score=None if token is None or found is None else score(token, found, step.text_offset, spelling),
     )
+
+
+def selftest(model: HookedModel) -> Generator[SelfTest | Progress, None, None]:
+    """The self-test's checks, each with its name as progress, then the report."""
+    checks = []
+    for check in model.selftest_steps():
+        checks.append(check)
+        yield Progress(None, f"checked: {check.name}")
+    yield SelfTest(model.cfg.model_type, checks)
 
 
 def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:
@@ -132,6 +152,9 @@ def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:
         "step": captured.step,
         "pass_index": captured.pass_index,
         "positions": captured.positions,
+        "position_ids": captured.listed_positions,
+        "heads": captured.heads,
+        "reduce": captured.reduce,
         "is_input": captured.is_input,
     }
     return about, array

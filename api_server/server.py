@@ -7,6 +7,7 @@ server.run()                                             # until SystemExit, Key
 
 import socket
 import threading
+import time
 from typing import Any
 
 from flask import Flask
@@ -83,9 +84,24 @@ class Server:
         thread.start()
         return thread
 
-    def stop(self) -> None:
-        """Make ``run`` return; from any thread."""
+    def stop(self, drain: float = 0.0) -> None:
+        """Make ``run`` return; from any thread.
+
+        Args:
+            drain: seconds that requests have to end, and readers to take what was sent.
+        """
+        deadline = time.monotonic() + drain
+        while time.monotonic() < deadline and any(self._is_busy(channel) for channel in self._channels()):
+            time.sleep(0.02)
         self._server.trigger.pull_trigger(self._leave)
+
+    def _channels(self) -> list[HTTPChannel]:
+        # A copy made by one C call: the loop adds and removes channels meanwhile.
+        return [one for one in list(self._server._map.values()) if isinstance(one, HTTPChannel)]
+
+    @staticmethod
+    def _is_busy(channel: HTTPChannel) -> bool:
+        return bool(channel.requests or channel.total_outbufs_len)
 
     def _leave(self) -> None:
         # Waitress's loop ends when it has nothing left to watch.

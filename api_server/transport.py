@@ -1,7 +1,7 @@
 """What every view needs from HTTP: the body as a checked request, the worker, whether the caller is still there."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from flask import Response, current_app, g, request
 from pydantic import BaseModel, ValidationError
@@ -9,10 +9,14 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from neuroscope_bridge import payload
 
-from .errors import ApiError, BodyTooLarge, describe, invalid_request
-from .worker import Job, ModelWorker
+from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
+from .jobs import Job
+from .models import LoadedModel
+from .schemas.requests import NoQuery
+from .worker import ModelWorker
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 
 
 def worker() -> ModelWorker:
@@ -22,11 +26,12 @@ def worker() -> ModelWorker:
 
 
 def read(model: type[M]) -> M:
-    """The request's body as ``model``.
+    """The request's body as ``model``; an address that takes a body takes no query parameters.
 
     Raises:
         ApiError: 415 for another content type than JSON, 413 for a body over the limit, 400 for one that does not fit.
     """
+    read_query(NoQuery)
     # A page in a browser may post text/plain to any address without asking; JSON it may not.
     if request.mimetype != "application/json":
         got = f"not {request.mimetype!r}" if request.mimetype else "and none was sent"
@@ -39,6 +44,44 @@ def read(model: type[M]) -> M:
         raise BodyTooLarge(current_app.config["MAX_CONTENT_LENGTH"]) from error
     except ValidationError as error:
         raise invalid_request(error, model) from None
+
+
+def submit(work: Callable[[], Any], kind: str, model: LoadedModel | None = None, **about: Any) -> Job[Any]:
+    """Queue work for this request; the reply's header names the job."""
+    job = worker().submit(
+        work, kind=kind, model=model, caller=request.remote_addr or "", request_id=g.request_id, **about
+    )
+    g.job_id = job.id
+    return job
+
+
+def call(function: Callable[[], T], kind: str, model: LoadedModel | None = None) -> T:
+    """What a short function answers on the worker thread."""
+
+    def work() -> Iterator[T]:
+        yield function()
+
+    return cast(T, next(submit(work, kind, model, brief=True).results(reader_gone())))
+
+
+def in_background(job: Job[Any]) -> Response:
+    """202 and the job, which goes on without its caller."""
+    return json_reply(worker().shown(job), 202, {"Location": f"/v1/jobs/{job.id}"})
+
+
+def read_query(model: type[M]) -> M:
+    """The query parameters as ``model``, whose fields may be numbers and booleans: ``?top_k=5``.
+
+    Raises:
+        ApiError: 400 for an unknown parameter, which lists the known ones; one given twice; one that does not fit.
+    """
+    for name, values in request.args.lists():
+        if len(values) > 1:
+            raise ApiError(400, f"Query parameter {name!r} is given twice.", code="invalid_value", param=name)
+    try:
+        return model.model_validate_strings(request.args.to_dict())
+    except ValidationError as error:
+        raise invalid_request(error, model, "Query parameter") from None
 
 
 def reader_gone() -> Callable[[], bool]:

@@ -1,4 +1,4 @@
-"""The worker: one thread that owns every model and runs all MLX work, one job after the other.
+"""The worker: one thread that owns every model and runs all MLX work, a step of one job after a step of another.
 
 A job is a generator. The worker steps it and puts what it yields into the job's own queue, so it never waits for a
 reader; the reader takes the results in another thread. A job whose reader has gone is closed at its next step.
@@ -7,100 +7,40 @@ reader; the reader takes the results in another thread. A job whose reader has g
     worker.start()
     worker.load("neuroscope-tiny")
     for step in worker.submit(lambda: generation(worker.get(), request)).results(): ...
+
+Several jobs run at a time, each a token in turn, so a short request does not wait for the end of a long one; each
+computes what it would compute alone. The others wait, and the one that is taken next is of the caller who has least
+running, then of the one who was served longest ago.
 """
 
+import gc
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from mlx_hooks import HookedModel, HookSpec
+from mlx_hooks import HookedModel, loading
 
-from .errors import ApiError, Busy, Cancelled, NoModelLoaded, Stopping, UnknownHook, UnknownModel
+from .errors import ApiError, Busy, Cancelled, Stopping, UnknownJob
+from .jobs import Job, Progress, Work
+from .models import LoadedModel, LoadedModels
 from .schemas.requests import MODEL_ID_RULE, is_model_id
 
 log = logging.getLogger("api_server.worker")
 
 T = TypeVar("T")
-Work = Callable[[], Generator[T, None, None]]
 
-LOOK_FOR_READER_SECONDS = 0.25
-
-
-class Job(Generic[T]):
-    """One piece of work: a generator that the worker steps, and the results it has yielded so far.
-
-    What a generation can put here is bounded by its ``max_tokens``, so the queue needs no bound of its own.
-    """
-
-    def __init__(self, work: Work[T]) -> None:
-        self.work = work
-        self._outcomes: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self._cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        """Stop at the next step; safe from any thread, at any time, more than once."""
-        self._cancelled.set()
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled.is_set()
-
-    def put(self, result: T) -> None:
-        self._outcomes.put(("result", result))
-
-    def finish(self, error: BaseException | None = None) -> None:
-        self._outcomes.put(("end", error))
-
-    def results(self, reader_gone: Callable[[], bool] = lambda: False) -> Iterator[T]:
-        """What the work yields, as it comes; what it raises is raised here.
-
-        Args:
-            reader_gone: asked now and then while waiting; once true, the job is cancelled.
-
-        Raises:
-            Cancelled: the reader has gone.
-            Stopping: the worker was stopped first.
-        """
-        try:
-            while True:
-                if reader_gone():
-                    raise Cancelled
-                try:
-                    kind, value = self._outcomes.get(timeout=LOOK_FOR_READER_SECONDS)
-                except Empty:
-                    continue
-                if kind == "result":
-                    yield value
-                elif value is not None:
-                    raise value
-                else:
-                    return
-        finally:
-            self.cancel()
-
-
-@dataclass
-class LoadedModel:
-    """A model under the id that requests use, with the hooks that were registered for it.
-
-    Only code that runs on the worker thread may compute with ``model``; its configuration, its hook points and the
-    check of hook specs against them are plain data that any thread may use.
-    """
-
-    model_id: str
-    path: str
-    model: HookedModel
-    created: int
-    hooks: dict[str, HookSpec] = field(default_factory=dict)
+REMEMBERED_JOBS = 500
+REMEMBERED_SECONDS = 3600.0
+IDLE_SECONDS = 0.05
 
 
 class ModelWorker:
@@ -113,17 +53,31 @@ class ModelWorker:
     >>> worker.call(lambda: worker.get().model.generate("the cat").text)
 
     Args:
-        load: makes a model from a path or name; runs on the worker thread.
+        load: makes a model from a path or name; runs on the worker thread. By default mlx-lm's loader, step by step.
         max_queued: how many jobs may wait; one more raises ``Busy``.
+        max_active: how many jobs run at a time, token by token in turn.
+        max_model_bytes: how many bytes of weights may be loaded; the models used longest ago make room.
     """
 
-    def __init__(self, load: Callable[[str], HookedModel] = HookedModel.from_pretrained, max_queued: int = 64) -> None:
+    def __init__(
+        self,
+        load: Callable[[str], HookedModel] | None = None,
+        max_queued: int = 64,
+        max_active: int = 4,
+        max_model_bytes: int | None = None,
+    ) -> None:
         self.max_queued = max_queued
+        self.max_active = max_active
+        self.loaded = LoadedModels(max_model_bytes)
         self._load = load
-        self._models: dict[str, LoadedModel] = {}
         self._waiting: deque[Job[Any]] = deque()
+        self._active: deque[Job[Any]] = deque()
+        self._book: dict[str, Job[Any]] = {}
+        self._served: dict[str, int] = {}
+        self._idle_turns = 0
         self._changed = threading.Condition()
         self._stopping = threading.Event()
+        self._stop_at = 0.0
         self._thread = threading.Thread(target=self._run, name="model-worker", daemon=True)
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -132,21 +86,37 @@ class ModelWorker:
         self._thread.start()
         return self
 
-    def request_stop(self) -> None:
-        """Begin to stop without waiting; takes no lock, so a signal handler may call it."""
+    def request_stop(self, grace: float = 0.0) -> None:
+        """Begin to stop without waiting; takes no lock, so a signal handler may call it.
+
+        Args:
+            grace: seconds that running jobs have to end by themselves. Called again, the shorter time counts.
+        """
+        until = time.monotonic() + grace
+        self._stop_at = min(self._stop_at, until) if self._stopping.is_set() else until
         self._stopping.set()
 
-    def stop(self, timeout: float = 10.0) -> bool:
-        """Cancel the running job at its next step, refuse the waiting ones, end the thread.
+    def wait_for_stop(self, timeout: float) -> None:
+        """Wait until somebody asks the worker to stop, then until its thread has ended.
+
+        Args:
+            timeout: how long to wait for it after the grace.
+        """
+        self._stopping.wait()
+        while self._thread.is_alive() and time.monotonic() < self._stop_at + timeout:
+            self._thread.join(0.05)
+
+    def stop(self, timeout: float = 10.0, grace: float = 0.0) -> bool:
+        """Refuse the waiting jobs, let the running ones end for a while, cancel them, end the thread.
 
         Returns:
-            False if the thread is still busy after ``timeout`` seconds.
+            False if the thread is still busy ``timeout`` seconds after the grace.
         """
-        self.request_stop()
+        self.request_stop(grace)
         with self._changed:
             self._changed.notify_all()
         if self._thread.is_alive():
-            self._thread.join(timeout)
+            self._thread.join(timeout + grace)
         return not self._thread.is_alive()
 
     def __enter__(self) -> "ModelWorker":
@@ -157,75 +127,134 @@ class ModelWorker:
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
-    def submit(self, work: Work[T]) -> Job[T]:
+    def submit(self, work: Work[T], **about: Any) -> Job[T]:
         """Queue a generator function; its results are read from the job.
+
+        Args:
+            about: what else a ``Job`` takes: kind, model, caller, request_id, brief, render.
 
         Raises:
             Busy: ``max_queued`` jobs are waiting already.
             Stopping: the worker no longer takes work.
         """
-        job = Job(work)
+        job: Job[T] = Job(work, **about)
         with self._changed:
             if self._stopping.is_set():
                 raise Stopping
             waiting = [other for other in self._waiting if not other.cancelled]
             if len(waiting) >= self.max_queued:
                 raise Busy(len(waiting))
-            self._waiting = deque([*waiting, job])
+            self._waiting.append(job)
+            self._remember(job)
             self._changed.notify()
         return job
 
-    def call(self, function: Callable[[], T], reader_gone: Callable[[], bool] = lambda: False) -> T:
-        """Run one function on the worker thread and return what it returns."""
+    def call(self, function: Callable[[], T], reader_gone: Callable[[], bool] = lambda: False, **about: Any) -> T:
+        """Run one short function on the worker thread and return what it returns."""
 
-        def work() -> Generator[T, None, None]:
+        def work() -> Generator[T | Progress, None, None]:
             yield function()
 
-        return next(self.submit(work).results(reader_gone))
+        return next(self.submit(work, brief=True, **about).results(reader_gone))
+
+    def job(self, job_id: str) -> Job[Any]:
+        """A job that runs, waits or ended a while ago.
+
+        Raises:
+            UnknownJob: it was never there or has been forgotten.
+        """
+        with self._changed:
+            if job_id not in self._book:
+                raise UnknownJob(job_id)
+            return self._book[job_id]
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs that are remembered, the newest first, as plain data."""
+        with self._changed:
+            return [self._shown(job) for job in reversed(self._book.values())]
+
+    def shown(self, job: Job[Any]) -> dict[str, Any]:
+        """One job as plain data, with its place in the queue."""
+        with self._changed:
+            return self._shown(job)
+
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        """Cancel a job at its next step, and answer it as it stands then; one that has ended stays as it is.
+
+        Raises:
+            UnknownJob: it was never there or has been forgotten.
+        """
+        job = self.job(job_id)
+        job.cancel(Cancelled(f"The job {job_id} was cancelled."))
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.finish(Cancelled(f"The job {job_id} was cancelled before it began."))
+            return self._shown(job)
+
+    def _shown(self, job: Job[Any]) -> dict[str, Any]:
+        return job.to_dict(self._waiting.index(job) if job in self._waiting else None)
+
+    def _remember(self, job: Job[Any]) -> None:
+        self._book[job.id] = job
+        finished = [one for one in self._book.values() if one.finished is not None]
+        horizon = time.time() - REMEMBERED_SECONDS
+        for i, old in enumerate(finished):
+            if len(finished) - i > REMEMBERED_JOBS or (old.finished or 0) < horizon:
+                del self._book[old.id]
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            error = self._step_through(job)
-            job.finish(error)
-            # The last frame must not keep a large capture alive while nothing is asked.
-            del job, error
+            more = job.step()
+            self._idle_turns = self._idle_turns + 1 if more and job.progress.idle else 0
+            if more:
+                self._active.append(job)
+            # A finished job must not keep a large capture alive while nothing is asked.
+            del job
         with self._changed:
-            for job in self._waiting:
+            for job in (*self._active, *self._waiting):
                 job.finish(Stopping())
+            self._active.clear()
             self._waiting.clear()
         # MLX keeps streams per thread; left to the thread's own end, their cleanup can abort the interpreter's exit.
         mx.clear_streams()
 
     def _next(self) -> Job[Any] | None:
+        """The job whose turn it is; None when the thread is to end."""
         with self._changed:
-            # The timeout lets request_stop get by without taking this lock.
-            while not self._waiting and not self._stopping.is_set():
-                self._changed.wait(timeout=0.2)
-            return None if self._stopping.is_set() else self._waiting.popleft()
+            while True:
+                if self._stopping.is_set():
+                    for job in self._waiting:
+                        job.finish(Stopping())
+                    self._waiting.clear()
+                    if not self._active or time.monotonic() >= self._stop_at:
+                        return None
+                self._begin_waiting()
+                if self._active and self._idle_turns < len(self._active):
+                    return self._active.popleft()
+                # The timeout lets request_stop get by without taking this lock.
+                self._changed.wait(timeout=IDLE_SECONDS if self._active else 0.2)
+                self._idle_turns = 0
 
-    def _step_through(self, job: Job[Any]) -> BaseException | None:
-        """Run a job to its end; whatever it raises belongs to its reader, never to this thread."""
-        if job.cancelled:
-            return Cancelled()
-        try:
-            steps = job.work()
-            try:
-                for result in steps:
-                    if self._stopping.is_set():
-                        return Stopping()
-                    if job.cancelled:
-                        return Cancelled()
-                    job.put(result)
-            finally:
-                steps.close()
-        except BaseException as error:
-            return error
-        return None
+    def _begin_waiting(self) -> None:
+        """Let waiting jobs into the round: brief ones at once, the others as far as there is room, by caller."""
+        for job in [job for job in self._waiting if job.cancelled or job.brief]:
+            self._waiting.remove(job)
+            # A cancelled one has its turn too: that ends it.
+            self._active.appendleft(job)
+        while self._waiting and sum(not job.brief for job in self._active) < self.max_active:
+            running = [job.caller for job in self._active]
+            job = min(self._waiting, key=lambda job: (running.count(job.caller), self._served.get(job.caller, 0)))
+            self._waiting.remove(job)
+            self._served[job.caller] = max(self._served.values(), default=0) + 1
+            if len(self._served) > 10 * REMEMBERED_JOBS:
+                del self._served[min(self._served, key=self._served.__getitem__)]
+            self._active.append(job)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
     def load(self, path: str, model_id: str | None = None) -> LoadedModel:
-        """Load a model and make it the default; a model of the same id is replaced, with its hooks.
+        """Load a model, wait for it, and make it the default; a model of the same id is replaced, with its hooks.
 
         Args:
             path: a directory, or a name that the loader knows.
@@ -233,25 +262,48 @@ class ModelWorker:
 
         Raises:
             ModelLoadError: there is no such model or it cannot be read; what was loaded before stays.
+            NoRoomForModel: it needs more memory than models may take.
             ApiError: its id cannot stand in an address.
         """
+        return next(self.submit(lambda: self.loading(path, model_id), kind="load").results())
+
+    def loading(self, path: str, model_id: str | None = None) -> Generator["LoadedModel | Progress", None, None]:
+        """The work of ``load``: yields progress, then the model."""
         name = _own_name(path) if model_id is None else model_id
+        folder = model = None
+        if self._load is None:
+            folder = yield from _fetched(path)
+        else:
+            model = self._load(path)
+        if not is_model_id(name):
+            raise ApiError(
+                400,
+                f"The model cannot be called {name!r}: give a model_id of {MODEL_ID_RULE}.",
+                code="invalid_value",
+                param="model_id",
+            )
+        if folder is not None:
+            self._make_room(loading.weight_bytes(folder))
+            steps = _Result(loading.load_steps(folder, path))
+            for progress in steps:
+                yield Progress(progress.fraction, progress.message)
+            model = HookedModel(*steps.result)
+        assert model is not None
+        nbytes = sum(array.nbytes for _, array in tree_flatten(model.model.parameters()))
+        # Again, since weights in memory may be larger than their files; and others may have been loaded meanwhile.
+        self._make_room(nbytes)
+        loaded = LoadedModel(name, path, model, int(time.time()), nbytes)
+        self.loaded.put(loaded)
+        _release()
+        yield loaded
 
-        def work() -> LoadedModel:
-            loaded = LoadedModel(name, path, self._load(path), int(time.time()))
-            if not is_model_id(name):
-                raise ApiError(
-                    400,
-                    f"The model cannot be called {name!r}: give a model_id of {MODEL_ID_RULE}.",
-                    code="invalid_value",
-                    param="model_id",
-                )
-            with self._changed:
-                self._models.pop(name, None)
-                self._models[name] = loaded
-            return loaded
-
-        return self.call(work)
+    def _make_room(self, nbytes: int) -> None:
+        with self._changed:
+            in_use = [job.model for job in (*self._active, *self._waiting) if job.model is not None]
+        gone = self.loaded.make_room(nbytes, in_use)
+        if gone:
+            log.info("unloaded %s to make room", ", ".join(gone))
+            _release()
 
     def unload(self, model_id: str) -> None:
         """Forget a model; a job that already has it runs to its end.
@@ -261,67 +313,52 @@ class ModelWorker:
         """
 
         def work() -> None:
-            with self._changed:
-                if self._models.pop(model_id, None) is None:
-                    raise UnknownModel(model_id, list(self._models))
+            self.loaded.remove(model_id)
+            _release()
 
         self.call(work)
 
     def get(self, model_id: str | None = None) -> LoadedModel:
-        """A loaded model; the one loaded last if no id is given.
-
-        Raises:
-            UnknownModel: lists the loaded ones.
-            NoModelLoaded: there is none at all.
-        """
-        models = self.models()
-        if model_id is None:
-            if not models:
-                raise NoModelLoaded
-            return models[-1]
-        for loaded in models:
-            if loaded.model_id == model_id:
-                return loaded
-        raise UnknownModel(model_id, [loaded.model_id for loaded in models])
+        """A loaded model; the one loaded last if no id is given. See ``LoadedModels.get``."""
+        return self.loaded.get(model_id)
 
     def models(self) -> list[LoadedModel]:
         """All loaded models, the one loaded last at the end."""
-        with self._changed:
-            return list(self._models.values())
+        return self.loaded.all()
 
-    # -- registered hooks ---------------------------------------------------------------------------------------------
 
-    def register_hooks(self, specs: list[HookSpec], model_id: str | None = None) -> list[str]:
-        """Keep hooks for a model, after a check against it; one with a known id takes that one's place.
+def _release() -> None:
+    """Give back the memory of what nobody refers to: modules refer to each other in circles."""
+    gc.collect()
+    mx.clear_cache()
 
-        Raises:
-            HookError: an unknown layer or component, or two specs of one id; nothing was registered.
-        """
-        loaded = self.get(model_id)
-        ids = loaded.model.resolve_hooks(specs).hook_ids
-        with self._changed:
-            # A new dict: a request that is reading the old one must not see half of this.
-            loaded.hooks = loaded.hooks | {spec.hook_id: spec for spec in specs}
-        return ids
 
-    def clear_hooks(self, model_id: str | None = None) -> None:
-        """Forget the hooks of one model, or of all."""
-        for loaded in self.models() if model_id is None else [self.get(model_id)]:
-            loaded.hooks = {}
+class _Result:
+    """The steps of a generator, and what it returned once they are through."""
 
-    def remove_hook(self, hook_id: str, model_id: str | None = None) -> None:
-        """Forget one hook, in one model or wherever it is registered.
+    def __init__(self, steps: Generator[Any, None, Any]) -> None:
+        self._steps = steps
 
-        Raises:
-            UnknownHook: lists those that are registered.
-        """
-        models = self.models() if model_id is None else [self.get(model_id)]
-        with self._changed:
-            having = [loaded for loaded in models if hook_id in loaded.hooks]
-            if not having:
-                raise UnknownHook(hook_id, sorted({known for loaded in models for known in loaded.hooks}))
-            for loaded in having:
-                loaded.hooks = {known: spec for known, spec in loaded.hooks.items() if known != hook_id}
+    def __iter__(self) -> Generator[Any, None, None]:
+        self.result = yield from self._steps
+
+
+def _fetched(name: str) -> Generator[Progress, None, Path]:
+    """The folder of a model, downloaded if need be: in a thread of its own, since that takes no MLX and long."""
+    if not loading.is_remote(name):
+        return loading.fetch(name)
+    outcome: Future[Path] = Future()
+
+    def fetch() -> None:
+        try:
+            outcome.set_result(loading.fetch(name))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fetch, name="model-download", daemon=True).start()
+    while not outcome.done():
+        yield Progress(None, "downloading", idle=True)
+    return outcome.result()
 
 
 def _own_name(path: str) -> str:

@@ -1,35 +1,118 @@
 """Models and tokenizers by name: the bundled one, a folder, or a Hugging Face id, through mlx_lm."""
 
+import json
 import re
+from collections.abc import Generator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .errors import ModelLoadError
 
 BUNDLED = "neuroscope-tiny"
 
+STEPS = 20
+LARGEST_STEP = 2**30
+"""Bytes of weights that one step of loading reads at most."""
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far loading has come: the fraction of the weights' bytes that are in memory, and a message."""
+
+    fraction: float
+    message: str
+
 
 def load(name: str) -> tuple[nn.Module, Any]:
     """The model and tokenizer of a name, through mlx_lm."""
-    import mlx_lm
+    steps = load_steps(fetch(name), name)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
-    path = str(files("mlx_hooks") / "bundled" / BUNDLED) if name == BUNDLED else _model_folder(name)
+
+def fetch(name: str) -> Path:
+    """The folder of a model: the bundled one, a folder, or a Hugging Face id, which is downloaded if it is not there.
+
+    Raises:
+        ModelLoadError: one sentence on what is missing.
+    """
+    from mlx_lm.utils import _download
+
+    if name == BUNDLED:
+        return Path(str(files("mlx_hooks") / "bundled" / BUNDLED))
+    path = _model_folder(name)
     try:
-        model, tokenizer = mlx_lm.load(path)[:2]
+        return Path(_download(path))
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        if isinstance(error, KeyError):
-            reason = f"its config.json lacks {reason}"
-        if Path(path).exists():
-            raise ModelLoadError(f"mlx-lm could not load {_short(name)}: {reason}.") from error
         raise ModelLoadError(
-            f"There is no folder {_short(name)}, and it could not be had as a Hugging Face id ({reason}). "
+            f"There is no folder {_short(name)}, and it could not be had as a Hugging Face id ({_reason(error)}). "
             f"Bundled is {BUNDLED!r}."
         ) from error
+
+
+def is_remote(name: str) -> bool:
+    """Whether ``fetch`` may have to download."""
+    return name != BUNDLED and _is_hub_id(name) and not Path(name).exists()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a model, which are those that its weights take in memory."""
+    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+
+
+def load_steps(folder: Path, name: str | None = None) -> Generator[LoadProgress, None, tuple[nn.Module, Any]]:
+    """Load a model step by step; between the steps the caller may do other things, or give up.
+
+    Args:
+        folder: in mlx-lm's layout.
+        name: what messages call it.
+
+    Returns:
+        the model and its tokenizer.
+
+    Raises:
+        ModelLoadError: one sentence on what is missing. Nothing of the folder is run as code.
+    """
+    import mlx_lm
+
+    name = name or folder.name
+    try:
+        # mlx-lm's newest versions refuse this themselves; older ones run the file.
+        if code := json.loads((folder / "config.json").read_text()).get("model_file"):
+            raise ModelLoadError(f"{_short(name)} brings its own code ({code}), which is never run.")
+        model, tokenizer = mlx_lm.load(str(folder), lazy=True)[:2]
+        arrays = [array for _, array in tree_flatten(model.parameters())]
+        total = sum(array.nbytes for array in arrays)
+        size = min(LARGEST_STEP, total // STEPS)
+        waiting: list[mx.array] = []
+        done = pending = 0
+        for array in arrays:
+            waiting.append(array)
+            pending += array.nbytes
+            if pending > size:
+                mx.eval(waiting)
+                waiting, done, pending = [], done + pending, 0
+                yield LoadProgress(done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB of weights")
+        mx.eval(waiting)
+    except ModelLoadError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(f"mlx-lm could not load {_short(name)}: {_reason(error)}.") from error
     return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return f"its config.json lacks {reason}" if isinstance(error, KeyError) else reason
 
 
 def _model_folder(name: str) -> str:

@@ -108,7 +108,12 @@ class SelfTest:
 
 def selftest(model: Any) -> SelfTest:
     """Run every identity on a :class:`HookedModel`, with random tokens; takes about 15 short forward passes."""
-    return SelfTest(model.cfg.model_type, list(_checks(model, LENGTH, full=True)))
+    return SelfTest(model.cfg.model_type, list(selftest_steps(model)))
+
+
+def selftest_steps(model: Any) -> Iterator[Check]:
+    """The checks of ``selftest`` one by one; between them the model is plain."""
+    return _checks(model, LENGTH, full=True)
 
 
 def quick_selftest(model: Any) -> tuple[SelfTest, dict[str, tuple[int, ...]]]:

@@ -1,6 +1,6 @@
 """One blueprint per resource."""
 
-from . import analysis, chat, completions, health, hooks, models, tokens
+from . import analysis, chat, completions, description, health, hooks, jobs, models, tokens
 
 BLUEPRINTS = (
     health.blueprint,
@@ -10,4 +10,6 @@ BLUEPRINTS = (
     completions.blueprint,
     hooks.blueprint,
     analysis.blueprint,
+    jobs.blueprint,
+    description.blueprint,
 )

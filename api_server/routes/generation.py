@@ -11,10 +11,10 @@ from neuroscope_bridge import payload
 
 from .. import inference
 from ..errors import ApiError, json_reply
+from ..models import LoadedModel
 from ..replies import Reply
-from ..schemas.requests import CaptureRequest, GenerationRequest, HookRequest
-from ..transport import event_stream, reader_gone, worker
-from ..worker import LoadedModel
+from ..schemas.requests import CaptureRequest, ChatRequest, GenerationRequest, HookRequest
+from ..transport import event_stream, reader_gone, submit, worker
 
 
 def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response:
@@ -23,7 +23,8 @@ def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response
     with blame("activation_hooks"):
         plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
     edits = loaded.model.resolve_interventions(_interventions(asked) if isinstance(asked, CaptureRequest) else [])
-    job = worker().submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits))
+    kind = "chat.completion" if isinstance(asked, ChatRequest) else "text_completion"
+    job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded)
     reply, results = Reply(asked, loaded.model_id), job.results(reader_gone())
     if asked.stream:
         return event_stream(reply.events(results), job)

@@ -1,63 +1,92 @@
 """Models: list, load, describe, unload, and what can be hooked in them."""
 
+from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flask import Blueprint, Response
-from werkzeug.exceptions import MethodNotAllowed
 
-from mlx_hooks import ModelLoadError, UnsupportedModelError
+from mlx_hooks import ModelLoadError, SelfTest, UnsupportedModelError
 
+from .. import inference
+from ..description import described
 from ..errors import ApiError, json_reply
-from ..schemas.requests import LoadRequest, SelfTestRequest
-from ..transport import read, reader_gone, worker
-from ..worker import LoadedModel
+from ..jobs import Progress
+from ..models import LoadedModel
+from ..schemas.replies import (
+    HookPointsReply,
+    JobReply,
+    LoadedReply,
+    ModelReply,
+    ModelsReply,
+    SelfTestReply,
+    UnloadedReply,
+)
+from ..schemas.requests import LoadRequest, NoQuery, SelfTestRequest
+from ..transport import in_background, read, read_query, reader_gone, submit, worker
+from ..worker import ModelWorker
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
 
 @blueprint.get("")
+@described(replies=ModelsReply, tags=["Models"])
 def list_models() -> Response:
+    """The loaded models, the one loaded last at the end."""
+    read_query(NoQuery)
     models = [describe_model(loaded) for loaded in worker().models()]
     return json_reply({"object": "list", "data": models, "models": models})
 
 
 @blueprint.post("/load")
+@described(LoadRequest, replies={200: LoadedReply, 202: JobReply}, tags=["Models"], errors=(404, 503))
 def load_model() -> Response:
+    """Load the bundled model, a folder that the server can read, or a Hugging Face id.
+
+    It becomes the model that requests without a model mean. One of the same id is replaced, with its hooks. Models that
+    were not used for longest are unloaded where the memory for models would not suffice.
+    """
     asked = read(LoadRequest)
+    render = _loaded if asked.background else None
+    job = submit(partial(_loading, worker(), asked), "load", render=render)
+    return in_background(job) if render else json_reply(_loaded(next(job.results(reader_gone()))))
+
+
+def _loading(worker: ModelWorker, asked: LoadRequest) -> Generator[LoadedModel | Progress, None, None]:
     try:
-        loaded = worker().load(asked.model_path, asked.model_id)
+        yield from worker.loading(asked.model_path, asked.model_id)
     except (ModelLoadError, UnsupportedModelError) as error:
         status, code = (400, "model_not_loadable") if _exists(asked.model_path) else (404, "model_not_found")
         raise ApiError(status, str(error), code=code, param="model_path") from error
-    return json_reply({"status": "loaded"} | describe_model(loaded))
 
 
-@blueprint.get("/load")
-def load_is_no_model() -> Response:
-    """Without this, the address would mean a model of that id."""
-    raise MethodNotAllowed(["POST"])
+def _loaded(loaded: LoadedModel) -> dict[str, Any]:
+    return {"status": "loaded"} | describe_model(loaded)
 
 
-@blueprint.get("/<path:model_id>")
+@blueprint.get("/<model:model_id>")
+@described(replies=ModelReply, tags=["Models"], errors=(404,))
 def get_model(model_id: str) -> Response:
+    """The configuration of a loaded model."""
+    read_query(NoQuery)
     return json_reply(describe_model(worker().get(model_id)))
 
 
-@blueprint.get("/<path:model_id>/selftest")
-def selftest_is_no_model(model_id: str) -> Response:
-    """Without this, the address would mean a model of that id."""
-    raise MethodNotAllowed(["POST"])
-
-
-@blueprint.delete("/<path:model_id>")
+@blueprint.delete("/<model:model_id>")
+@described(replies=UnloadedReply, tags=["Models"], errors=(404, 503))
 def unload_model(model_id: str) -> Response:
+    """Unload a model; a request that already uses it runs to its end."""
+    read_query(NoQuery)
     worker().unload(model_id)
     return json_reply({"id": model_id, "object": "model", "deleted": True, "status": "unloaded"})
 
 
 @blueprint.get("/<path:model_id>/hook_points")
+@described(replies=HookPointsReply, tags=["Models"], errors=(404,))
 def hook_points(model_id: str) -> Response:
+    """Everything that can be hooked in a model, in forward order."""
+    read_query(NoQuery)
     loaded = worker().get(model_id)
     points = [
         {
@@ -73,11 +102,18 @@ def hook_points(model_id: str) -> Response:
 
 
 @blueprint.post("/<path:model_id>/selftest")
+@described(SelfTestRequest, replies={200: SelfTestReply, 202: JobReply}, tags=["Models"], errors=(404, 503))
 def selftest(model_id: str) -> Response:
-    read(SelfTestRequest)
+    """Prove on a loaded model that what is captured is what was computed."""
+    asked = read(SelfTestRequest)
     loaded = worker().get(model_id)
-    report = worker().call(loaded.model.selftest, reader_gone())
-    return json_reply({"model": loaded.model_id} | report.to_dict())
+
+    def render(report: SelfTest) -> dict[str, Any]:
+        return {"model": loaded.model_id} | report.to_dict()
+
+    work = partial(inference.selftest, loaded.model)
+    job = submit(work, "selftest", loaded, render=render if asked.background else None)
+    return in_background(job) if asked.background else json_reply(render(next(job.results(reader_gone()))))
 
 
 def _exists(path: str) -> bool:
@@ -96,6 +132,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "object": "model",
         "created": loaded.created,
         "owned_by": "local",
+        "weight_bytes": loaded.nbytes,
         "supports_activations": True,
         "untrusted_hook_points": loaded.model.untrusted,
         "num_layers": cfg.n_layers,

@@ -3,22 +3,28 @@
 from flask import Blueprint, Response
 
 from .. import inference
+from ..description import described
 from ..errors import json_reply
+from ..schemas.replies import DetokenizeReply, TokenizeReply
 from ..schemas.requests import DetokenizeRequest, TokenizeRequest
-from ..transport import read, reader_gone, worker
+from ..transport import call, read, worker
 
 blueprint = Blueprint("tokens", __name__, url_prefix="/v1")
 
 
 @blueprint.post("/tokenize")
+@described(TokenizeRequest, replies=TokenizeReply, tags=["Tokens"], errors=(404, 409, 503))
 def tokenize() -> Response:
+    """The tokens of a text, or of a chat as the model's template writes it."""
     asked = read(TokenizeRequest)
-    model = worker().get(asked.model).model
-    return json_reply(worker().call(lambda: inference.tokenize(model, asked.source), reader_gone()))
+    loaded = worker().get(asked.model)
+    return json_reply(call(lambda: inference.tokenize(loaded.model, asked.source), "tokenize", loaded))
 
 
 @blueprint.post("/detokenize")
+@described(DetokenizeRequest, replies=DetokenizeReply, tags=["Tokens"], errors=(404, 409, 503))
 def detokenize() -> Response:
+    """The text that token ids spell together."""
     asked = read(DetokenizeRequest)
-    model = worker().get(asked.model).model
-    return json_reply({"text": worker().call(lambda: inference.text_of(model, asked.tokens), reader_gone())})
+    loaded = worker().get(asked.model)
+    return json_reply({"text": call(lambda: inference.text_of(loaded.model, asked.tokens), "detokenize", loaded)})

@@ -7,6 +7,7 @@ refused, never ignored. These models know no transport.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,11 +16,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticUseDefault
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUseDefault, core_schema
 
 MAX_TOKENS = 32768
 DEFAULT_MAX_TOKENS = 100
@@ -41,7 +45,9 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
 
 ID_RULE = f"1 to {MAX_ID_LENGTH} printable characters, where no part between slashes is empty, '.' or '..'"
-MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in '/hook_points'"
+MODEL_PARTS = ("hook_points", "selftest")
+"""What stands behind a model's id in an address."""
+MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in {' or '.join(repr('/' + part) for part in MODEL_PARTS)}"
 
 
 def is_hook_id(text: str) -> bool:
@@ -51,7 +57,7 @@ def is_hook_id(text: str) -> bool:
 
 def is_model_id(text: str) -> bool:
     """The same, and no address of its own: ``load`` is one."""
-    return is_hook_id(text) and text != "load" and not text.endswith("/hook_points")
+    return is_hook_id(text) and text != "load" and text.split("/")[-1] not in MODEL_PARTS
 
 
 def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
@@ -65,8 +71,30 @@ def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
     return check
 
 
+@dataclass(frozen=True)
 class _Inert(AfterValidator):
-    """Marks a field that has no effect."""
+    """Marks a field that has no effect, and describes it by the values that it takes."""
+
+    values: tuple[Any, ...] = ()
+
+    def __get_pydantic_json_schema__(self, schema: Any, describe: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.values), "description": "Accepted, without effect."}
+
+
+class _OrNull:
+    """Marks a field whose null is the default, which its type does not show."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, describe: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [describe(schema), {"type": "null"}]}
+
+    @staticmethod
+    def _check(value: Any) -> Any:
+        if value is None:
+            raise PydanticUseDefault
+        return value
 
 
 def _only(*values: Any) -> _Inert:
@@ -79,7 +107,7 @@ def _only(*values: Any) -> _Inert:
         said = " or ".join(json.dumps(one) for one in values)
         raise PydanticCustomError("only", "only {said} is supported", {"said": said})
 
-    return _Inert(check)
+    return _Inert(check, values)
 
 
 def supported(model: type[BaseModel]) -> list[str]:
@@ -185,22 +213,6 @@ class ChatMessage(Request):
         return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
-class HookRequest(Request):
-    """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``."""
-
-    layer_name: Annotated[str, Field(min_length=1, max_length=500)]
-    component: Annotated[str, Field(min_length=1, max_length=100)]
-    hook_id: HookId | None = None
-    capture_input: bool = False
-    capture_output: bool = True
-
-    @model_validator(mode="after")
-    def _captures_something(self) -> "HookRequest":
-        if not (self.capture_input or self.capture_output):
-            raise PydanticCustomError("captures_nothing", "capture_input or capture_output must be true")
-        return self
-
-
 def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_TOKEN_ID
 
@@ -223,11 +235,103 @@ def _is_source(value: Any) -> bool:
 
 
 _SELECTION = "an index from 0 up, a list of them, or an object with 'start', 'stop' or both"
-Selection = Annotated[Any, BeforeValidator(_must(_is_selection, _SELECTION))]
-Positions = Annotated[
-    Any, BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}"))
+_HEADS = "an index from 0 up or a list of them"
+
+# What these check themselves, and say in one sentence, is told to the description in JSON Schema.
+_INDEX: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+_INDICES: dict[str, Any] = {"type": "array", "items": _INDEX, "minItems": 1, "uniqueItems": True}
+_INTERVAL: dict[str, Any] = {
+    "type": "object",
+    "properties": {"start": _INDEX, "stop": _INDEX},
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+_NULL: dict[str, Any] = {"type": "null"}
+
+
+def _lists_of_numbers(depth: int) -> dict[str, Any]:
+    """A number, null, or lists of these nested up to ``depth`` deep: as many axes as an activation has."""
+    if not depth:
+        return {"type": ["number", "null"]}
+    inner = _lists_of_numbers(depth - 1)
+    return {"anyOf": [{"type": ["number", "null"]}, {"type": "array", "items": inner, "minItems": 1}]}
+
+
+_RECORD: dict[str, Any] = {
+    "type": "object",
+    "description": "an activation record, as this server returns it",
+    "required": ["hook_point", "axes", "positions", "shape", "dtype", "data"],
+}
+
+Selection = Annotated[
+    Any,
+    BeforeValidator(_must(_is_selection, _SELECTION)),
+    WithJsonSchema({"anyOf": [_INDEX, _INDICES, _INTERVAL, _NULL], "description": _SELECTION}),
 ]
-Numbers = Annotated[Any, BeforeValidator(_must(_are_numbers, "a number, or lists of numbers"))]
+Positions = Annotated[
+    Any,
+    BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}")),
+    WithJsonSchema(
+        {"anyOf": [{"const": "last"}, _INDEX, _INDICES, _INTERVAL, _NULL], "description": f"'last', {_SELECTION}"}
+    ),
+]
+Heads = Annotated[
+    Any,
+    BeforeValidator(_must(lambda value: not isinstance(value, dict) and _is_selection(value), _HEADS)),
+    WithJsonSchema({"anyOf": [_INDEX, _INDICES, _NULL], "description": _HEADS}),
+]
+Numbers = Annotated[
+    Any,
+    BeforeValidator(_must(_are_numbers, "a number, or lists of numbers")),
+    WithJsonSchema(_lists_of_numbers(5) | {"description": "a number, or lists of numbers; null is -inf"}),
+]
+Source = Annotated[
+    Any,
+    BeforeValidator(_must(_is_source, "an activation record or a list of records")),
+    WithJsonSchema({"anyOf": [_RECORD, {"type": "array", "items": _RECORD, "minItems": 1}, _NULL]}),
+]
+
+
+def _null_is_none(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A field that checks itself takes null as not given."""
+    return None if value is None else check(value)
+
+
+class HookRequest(Request):
+    """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``.
+
+    Either ``layer_name`` (``"*"`` for every layer) and ``component``, or ``hook_point``, a name or a glob.
+    ``positions``, ``heads`` and ``reduce`` limit what is computed and sent.
+    """
+
+    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    hook_point: HookId | None = None
+    hook_id: HookId | None = None
+    capture_input: bool = False
+    capture_output: bool = True
+    positions: Positions = None
+    heads: Heads = None
+    reduce: Literal["mean", "max", "last", "norm"] | None = None
+
+    _nulls = field_validator("positions", "heads", mode="wrap")(_null_is_none)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "HookRequest":
+        named = (self.layer_name is not None, self.component is not None)
+        if named != ((False, False) if self.hook_point is not None else (True, True)):
+            raise PydanticCustomError("one_place", "A hook has 'layer_name' and 'component', or else 'hook_point'")
+        if self.hook_point is not None and self.capture_input:
+            raise PydanticCustomError(
+                "one_side", "A hook_point is one place: capture_input belongs to 'layer_name' and 'component'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captures_something(self) -> "HookRequest":
+        if not (self.capture_input or self.capture_output):
+            raise PydanticCustomError("captures_nothing", "capture_input or capture_output must be true")
+        return self
 
 
 class InterventionRequest(Request):
@@ -244,7 +348,7 @@ class InterventionRequest(Request):
     phase: Literal["prefill", "decode"] | None = None
     passes: Selection = None
     values: Numbers = None
-    source: Annotated[Any, BeforeValidator(_must(_is_source, "an activation record or a list of records"))] = None
+    source: Source = None
     over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     vector: Numbers = None
     coefficient: float | None = None
@@ -255,10 +359,7 @@ class InterventionRequest(Request):
     std: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
-    @field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")
-    @classmethod
-    def _null_is_none(cls, value: Any, check: Callable[[Any], Any]) -> Any:
-        return None if value is None else check(value)
+    _nulls = field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")(_null_is_none)
 
 
 class StreamOptions(Request):
@@ -274,18 +375,18 @@ class GenerationRequest(Request):
     model: Name | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(0.7, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1_000_000)
-    min_p: float = Field(0.0, ge=0, le=1)
+    temperature: Annotated[float, _OrNull()] = Field(0.7, ge=0, le=2)
+    top_p: Annotated[float, _OrNull()] = Field(1.0, gt=0, le=1)
+    top_k: Annotated[int, _OrNull()] = Field(0, ge=0, le=1_000_000)
+    min_p: Annotated[float, _OrNull()] = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Annotated[float, _OrNull()] = Field(0.0, ge=-2, le=2)
+    presence_penalty: Annotated[float, _OrNull()] = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias | None = None
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    n: Annotated[int, _OrNull()] = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: Stop | None = None
-    stream: bool = False
+    stream: Annotated[bool, _OrNull()] = False
     stream_options: StreamOptions | None = None
     user: str | None = None
 
@@ -294,15 +395,6 @@ class GenerationRequest(Request):
     tool_choice: Annotated[Any, _only("none", None)] = None
     store: Annotated[Any, _only(False, None)] = None
     echo: Annotated[Any, _only(False, None)] = None
-
-    @field_validator(
-        "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "n", "stream", mode="before"
-    )
-    @classmethod
-    def _null_is_the_default(cls, value: Any) -> Any:
-        if value is None:
-            raise PydanticUseDefault
-        return value
 
     @model_validator(mode="after")
     def _one_limit(self) -> "GenerationRequest":
@@ -343,8 +435,8 @@ class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Annotated[bool, _OrNull()] = False
+    top_logprobs: Annotated[int, _OrNull()] = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
 
     audio: Annotated[Any, _only(None)] = None
     function_call: Annotated[Any, _only("none", None)] = None
@@ -362,11 +454,6 @@ class ChatRequest(GenerationRequest):
     service_tier: Annotated[Any, _only("auto", "default", None)] = None
     verbosity: Annotated[Any, _only(None)] = None
     web_search_options: Annotated[Any, _only(None)] = None
-
-    @field_validator("logprobs", "top_logprobs", mode="before")
-    @classmethod
-    def _null_asks_for_none(cls, value: Any) -> Any:
-        return cls._null_is_the_default(value)
 
     @field_validator("top_logprobs")
     @classmethod
@@ -402,7 +489,7 @@ class CompletionRequest(GenerationRequest):
 class CaptureRequest(GenerationRequest):
     """What capturing adds; ``max_tokens: 0`` only reads the prompt. There is one answer, whose activations come."""
 
-    n: Annotated[Any, _only(1, None)] = 1
+    n: Annotated[Any, _only(1), _OrNull()] = 1
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
@@ -419,15 +506,28 @@ class CompletionCaptureRequest(CaptureRequest, CompletionRequest):
     """``POST /v1/completions/with_activations``"""
 
 
+class NoQuery(Request):
+    """The query of an address that takes no parameters."""
+
+
+class ModelQuery(Request):
+    """``?model=``"""
+
+    model: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(None, description="A loaded model's id.")
+
+
 class LoadRequest(Request):
-    """``POST /v1/models/load``"""
+    """``POST /v1/models/load``; in the background, the reply is the job."""
 
     model_path: Annotated[str, Field(min_length=1, max_length=4096)]
     model_id: ModelId | None = None
+    background: bool = False
 
 
 class SelfTestRequest(Request):
-    """POST /v1/models/{id}/selftest: nothing to say."""
+    """``POST /v1/models/{id}/selftest``; in the background, the reply is the job."""
+
+    background: bool = False
 
 
 class RegisterHooksRequest(Request):
@@ -468,7 +568,7 @@ class LogitLensRequest(Request):
     prompt: Prompt | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     model: Name | None = None
-    top_k: int = Field(5, ge=1, le=1000)
+    top_k: Annotated[int, _OrNull()] = Field(5, ge=1, le=1000)
     position: int = Field(-1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID)
 
     @model_validator(mode="after")
