@@ -244,11 +244,46 @@ class AssistantMessage(Reply):
     content: str
 
 
+class LikelyToken(Reply):
+    """A token with the natural log of the probability that the model itself gave it: the softmax of its logits, before
+    bias, penalties, temperature and filters, and after interventions. -9999.0 stands for 0 probability."""
+
+    token: str = Field(description="Its own text; bytes that are no character by themselves as `\\xf0`.")
+    logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = Field(
+        description="Its true bytes, which may be part of a character; null without a tokenizer."
+    )
+
+
+class ChosenToken(LikelyToken):
+    top_logprobs: list[LikelyToken] = Field(description="The likeliest first.")
+
+
+class ChatLogprobs(Reply):
+    """With `logprobs: true`: in a whole reply of all tokens, an end token included, in an event of its own ones."""
+
+    content: list[ChosenToken]
+    refusal: None = None
+
+
+class TextLogprobs(Reply):
+    """With `logprobs` from 0 to 5: four lists with an entry per token, an end token included."""
+
+    tokens: list[str] = Field(description="Their texts; `bytes:\\xf0` for bytes that are no character by themselves.")
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] = Field(
+        description="By text, the likeliest and the chosen one, so there may be one more than asked for."
+    )
+    text_offset: list[int] = Field(
+        description="How many characters of the choice's text come before the token; a stop text counts."
+    )
+
+
 class ChatChoice(Reply):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class Delta(Reply):
@@ -260,14 +295,14 @@ class ChatChunkChoice(Reply):
     index: int
     delta: Delta
     finish_reason: FinishReason | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class TextChoice(Reply):
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: TextLogprobs | None = None
 
 
 class Generated(Reply):
