@@ -30,17 +30,25 @@ import numpy as np
 import orjson
 
 from .errors import NumberTooLargeError, PayloadError
+from .tensors import array_bytes, npy_header, read_npy, read_safetensors, safetensors_buffers, safetensors_header
 
 __all__ = [
     "DTYPES",
     "ENCODINGS",
     "NumberTooLargeError",
     "PayloadError",
+    "array_bytes",
+    "as_wire_dtype",
     "decode_activation",
     "dumps",
     "encode_activation",
     "encode_intervention",
+    "npy_header",
+    "read_npy",
+    "read_safetensors",
     "receipt",
+    "safetensors_buffers",
+    "safetensors_header",
     "stack_records",
 ]
 
@@ -101,7 +109,7 @@ def encode_activation(
         raise PayloadError(
             f"Hook {hook_id!r}: shape {list(array.shape)} has {array.ndim} axes, {len(axes)} are named: {list(axes)}."
         )
-    array = _as_wire_dtype(array, dtype, hook_id)
+    array = as_wire_dtype(array, dtype, hook_id)
     record: dict[str, Any] = {
         "hook_id": hook_id,
         "layer_name": layer_name,
@@ -310,7 +318,13 @@ def _is_scores(record: Mapping[str, Any]) -> bool:
     return str(hook_point).endswith("hook_attn_scores")
 
 
-def _as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+def as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+    """The array as it travels: floats as ``dtype``, one of `DTYPES`, integers and booleans as int32.
+
+    Raises:
+        PayloadError: no such dtype, or an array that has no wire format.
+        NumberTooLargeError: a finite number that the dtype cannot hold.
+    """
     if dtype not in DTYPES:
         raise PayloadError(f"Unknown activation dtype {dtype!r}. Choose from: {', '.join(DTYPES)}.")
     if array.dtype.kind not in "biuf":
