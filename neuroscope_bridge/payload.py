@@ -43,6 +43,7 @@ __all__ = [
     "dumps",
     "encode_activation",
     "encode_intervention",
+    "key_padding",
     "npy_header",
     "read_npy",
     "read_safetensors",
@@ -302,13 +303,18 @@ def _pad_keys(arrays: list[np.ndarray], records: Sequence[Mapping[str, Any]], ax
                 f"{record['positions']} do not start at position 0 and cannot be stacked."
             )
     longest = max(array.shape[axis] for array in arrays)
-    fill = -np.inf if _is_scores(records[0]) else 0.0
+    fill = key_padding(records[0].get("hook_point"), records[0].get("component"))
     padded = []
     for array in arrays:
         width = [(0, 0)] * array.ndim
         width[axis] = (0, longest - array.shape[axis])
         padded.append(np.pad(array, width, constant_values=fill))
     return padded
+
+
+def key_padding(hook_point: str | None, component: str | None) -> float:
+    """What a query has at keys that come after it: 0 in a pattern, -inf in scores."""
+    return -math.inf if _is_scores({"hook_point": hook_point, "component": component}) else 0.0
 
 
 def _is_scores(record: Mapping[str, Any]) -> bool:
