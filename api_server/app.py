@@ -58,6 +58,7 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     config = config or ServerConfig()
     app = Flask("api_server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
+    app.config["API_KEY"] = config.api_key
     app.url_map.merge_slashes = False
     app.extensions["model_worker"] = worker
     errors.register(app)

@@ -231,23 +231,30 @@ def _of_http(error: HTTPException) -> ApiError:
     return ApiError(status, message, code=code, headers=headers)
 
 
-def invalid_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
-    """The reply to a body that does not fit ``model``: the first fault, named, with what is allowed."""
+def invalid_request(error: ValidationError, model: type[BaseModel], part: str = "Field") -> ApiError:
+    """The reply to what does not fit ``model``: the first fault, named, with what is allowed.
+
+    Args:
+        error: what pydantic found.
+        model: what was wanted.
+        part: what a field is called: "Query parameter" where it is one.
+    """
     fault = error.errors(include_url=False)[0]
     kind, loc = fault["type"], fault["loc"]
     if kind == "json_invalid":
         return ApiError(400, f"The body is not valid JSON: {fault['msg'].split(': ', 1)[-1]}.", code="invalid_json")
     param = _spell(loc)
     if kind == "extra_forbidden":
-        message = f"Field {param!r} is not supported here. Supported: {', '.join(supported(_model_at(model, loc)))}."
+        known = ", ".join(supported(_model_at(model, loc))) or "none"
+        message = f"{part} {param!r} is not supported here. Supported: {known}."
     elif kind == "missing":
-        message = f"Field {param!r} is required."
+        message = f"{part} {param!r} is required."
     elif kind == "model_type" and not param:
         message = "The body must be a JSON object."
     elif not param:
         message = f"{fault['msg']}."
     else:
-        message = f"Field {param!r} {_wanted(fault)}."
+        message = f"{part} {param!r} {_wanted(fault)}."
     return ApiError(400, message, code="invalid_value", param=param or None)
 
 

@@ -12,6 +12,7 @@ from neuroscope_bridge import payload
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
 from .jobs import Job
 from .models import LoadedModel
+from .schemas.requests import NoQuery
 from .worker import ModelWorker
 
 M = TypeVar("M", bound=BaseModel)
@@ -25,11 +26,12 @@ def worker() -> ModelWorker:
 
 
 def read(model: type[M]) -> M:
-    """The request's body as ``model``.
+    """The request's body as ``model``; an address that takes a body takes no query parameters.
 
     Raises:
         ApiError: 415 for another content type than JSON, 413 for a body over the limit, 400 for one that does not fit.
     """
+    read_query(NoQuery)
     # A page in a browser may post text/plain to any address without asking; JSON it may not.
     if request.mimetype != "application/json":
         got = f"not {request.mimetype!r}" if request.mimetype else "and none was sent"
@@ -65,6 +67,21 @@ def call(function: Callable[[], T], kind: str, model: LoadedModel | None = None)
 def in_background(job: Job[Any]) -> Response:
     """202 and the job, which goes on without its caller."""
     return json_reply(worker().shown(job), 202, {"Location": f"/v1/jobs/{job.id}"})
+
+
+def read_query(model: type[M]) -> M:
+    """The query parameters as ``model``, whose fields may be numbers and booleans: ``?top_k=5``.
+
+    Raises:
+        ApiError: 400 for an unknown parameter, which lists the known ones; one given twice; one that does not fit.
+    """
+    for name, values in request.args.lists():
+        if len(values) > 1:
+            raise ApiError(400, f"Query parameter {name!r} is given twice.", code="invalid_value", param=name)
+    try:
+        return model.model_validate_strings(request.args.to_dict())
+    except ValidationError as error:
+        raise invalid_request(error, model, "Query parameter") from None
 
 
 def reader_gone() -> Callable[[], bool]:

@@ -13,6 +13,7 @@ computes what it would compute alone. The others wait, and the one that is taken
 running, then of the one who was served longest ago.
 """
 
+import gc
 import logging
 import os
 import threading
@@ -293,6 +294,7 @@ class ModelWorker:
         self._make_room(nbytes)
         loaded = LoadedModel(name, path, model, int(time.time()), nbytes)
         self.loaded.put(loaded)
+        _release()
         yield loaded
 
     def _make_room(self, nbytes: int) -> None:
@@ -301,7 +303,7 @@ class ModelWorker:
         gone = self.loaded.make_room(nbytes, in_use)
         if gone:
             log.info("unloaded %s to make room", ", ".join(gone))
-            mx.clear_cache()
+            _release()
 
     def unload(self, model_id: str) -> None:
         """Forget a model; a job that already has it runs to its end.
@@ -312,7 +314,7 @@ class ModelWorker:
 
         def work() -> None:
             self.loaded.remove(model_id)
-            mx.clear_cache()
+            _release()
 
         self.call(work)
 
@@ -323,6 +325,12 @@ class ModelWorker:
     def models(self) -> list[LoadedModel]:
         """All loaded models, the one loaded last at the end."""
         return self.loaded.all()
+
+
+def _release() -> None:
+    """Give back the memory of what nobody refers to: modules refer to each other in circles."""
+    gc.collect()
+    mx.clear_cache()
 
 
 class _Result:

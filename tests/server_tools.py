@@ -1,9 +1,16 @@
 """What the server's tests share: a tiny model with a tokenizer, in memory and as a folder, and a running server."""
 
 import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -70,3 +77,30 @@ def running_server(worker: ModelWorker, config: ServerConfig | None = None) -> I
         server.stop()
         thread.join(10)
         assert not thread.is_alive(), "the server's thread did not end"
+
+
+@contextmanager
+def server_process(*arguments: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    """A server process, which a test that fails does not wait for."""
+    command, pipe = [sys.executable, "-m", "api_server", *arguments], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | env) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def url_of(process: subprocess.Popen[str]) -> str:
+    """The URL in the line that a server process writes when it is ready."""
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], 60)[0]
+    line = process.stdout.readline()
+    assert re.fullmatch(r"NeuroScope server on http://127\.0\.0\.1:\d+\n", line)
+    return line.split()[-1]
+
+
+def until(holds: Any, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)

@@ -1,18 +1,13 @@
 """The server: its contract through Flask's client; streams, threads and signals through a real one."""
 
 import json
-import os
 import re
-import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,17 @@ import pytest
 import requests
 from flask import Flask
 from flask.testing import FlaskClient
-from server_tools import HOOKS, MESSAGES, PROMPT_LENGTH, load_tiny, running_server, save_tiny
+from server_tools import (
+    HOOKS,
+    MESSAGES,
+    PROMPT_LENGTH,
+    load_tiny,
+    running_server,
+    save_tiny,
+    server_process,
+    until,
+    url_of,
+)
 
 from api_server import ModelWorker, Server, ServerConfig, create_app
 from api_server.__main__ import main
@@ -580,13 +585,6 @@ def test_health_answers_and_the_queue_refuses_while_the_worker_is_busy() -> None
             assert [job.result(10) for job in (running, *waiting)] == [None, "done", "done"]
 
 
-def until(holds: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
 def paced(worker: ModelWorker, pause: Callable[[], Any]) -> list[int]:
     """Call ``pause`` after each step of the worker's next generations; the list collects the steps' indices."""
     model, done = worker.get().model, []
@@ -762,29 +760,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
-@contextmanager
-def start(*arguments: str, **env: str) -> Iterator[subprocess.Popen[str]]:
-    """A server process, which a test that fails does not wait for."""
-    command, pipe = [sys.executable, "-m", "api_server", *arguments], subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | env) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def url_of(process: subprocess.Popen[str]) -> str:
-    """The URL in the line that a server process writes when it is ready."""
-    assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 60)[0]
-    line = process.stdout.readline()
-    assert re.fullmatch(r"NeuroScope server on http://127\.0\.0\.1:\d+\n", line)
-    return line.split()[-1]
-
-
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_process_serves_and_ends_cleanly_in_the_middle_of_a_stream(folder: Path, signum: signal.Signals) -> None:
-    with start("--port", "0", "--model", str(folder), "--model-id", "mine") as process:
+    with server_process("--port", "0", "--model", str(folder), "--model-id", "mine") as process:
         url = url_of(process)
         assert requests.get(f"{url}/health", timeout=10).json()["models"] == ["mine"]
         body = {"messages": MESSAGES, "max_tokens": 500, "stream": True}
@@ -799,7 +777,7 @@ def test_process_serves_and_ends_cleanly_in_the_middle_of_a_stream(folder: Path,
 
 def test_process_keeps_to_its_key_its_limit_and_its_model_s_id(folder: Path) -> None:
     arguments = ["--port", "0", "--model", str(folder), "--model-id", "mine", "--max-body-mb", "0.25"]
-    with start(*arguments, NEUROSCOPE_API_KEY="k3y") as process:
+    with server_process(*arguments, NEUROSCOPE_API_KEY="k3y") as process:
         url, key = url_of(process), {"Authorization": "Bearer k3y"}
         assert requests.get(f"{url}/health", timeout=10).json()["models"] == ["mine"]
         assert requests.get(f"{url}/v1/models", timeout=10).status_code == 401
@@ -823,7 +801,7 @@ def test_key_of_the_arguments_goes_before_that_of_the_environment(monkeypatch: p
 
 
 def test_process_that_cannot_load_its_model_says_so_and_ends(tmp_path: Path) -> None:
-    with start("--port", "0", "--model", str(tmp_path / "nothing")) as process:
+    with server_process("--port", "0", "--model", str(tmp_path / "nothing")) as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     assert "There is no model at" in err

@@ -1,6 +1,6 @@
 """One blueprint per resource."""
 
-from . import analysis, chat, completions, health, hooks, jobs, models, tokens
+from . import analysis, chat, completions, description, health, hooks, jobs, models, tokens
 
 BLUEPRINTS = (
     health.blueprint,
@@ -11,4 +11,5 @@ BLUEPRINTS = (
     hooks.blueprint,
     analysis.blueprint,
     jobs.blueprint,
+    description.blueprint,
 )

@@ -3,7 +3,9 @@
 from flask import Blueprint, Response
 
 from .. import inference
+from ..description import described
 from ..errors import json_reply
+from ..schemas.replies import LogitLensReply
 from ..schemas.requests import LogitLensRequest
 from ..transport import call, read, worker
 
@@ -11,7 +13,9 @@ blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
 
 
 @blueprint.post("/logit_lens")
+@described(LogitLensRequest, replies=LogitLensReply, tags=["Analysis"], errors=(404, 409, 503))
 def logit_lens() -> Response:
+    """What the model would predict after each layer at one position of a prompt."""
     asked = read(LogitLensRequest)
     loaded = worker().get(asked.model)
     found = call(

@@ -2,6 +2,8 @@
 
 from flask import Blueprint, Response
 
+from ..description import described
+from ..schemas.replies import CompletionCaptureEvent, CompletionCaptureReply, CompletionEvent, CompletionReply
 from ..schemas.requests import CompletionCaptureRequest, CompletionRequest
 from ..transport import read
 from .generation import answer
@@ -10,12 +12,24 @@ blueprint = Blueprint("completions", __name__, url_prefix="/v1/completions")
 
 
 @blueprint.post("")
+@described(
+    CompletionRequest, replies=CompletionReply, event=CompletionEvent, tags=["Generation"], errors=(404, 409, 503)
+)
 def complete() -> Response:
+    """Continue a text or token ids, in OpenAI's format."""
     asked = read(CompletionRequest)
     return answer(asked, asked.prompt)
 
 
 @blueprint.post("/with_activations")
+@described(
+    CompletionCaptureRequest,
+    replies=CompletionCaptureReply,
+    event=CompletionCaptureEvent,
+    tags=["Generation"],
+    errors=(404, 409, 503),
+)
 def complete_with_activations() -> Response:
+    """Continue a text or token ids, and bring back what the hooks captured."""
     asked = read(CompletionCaptureRequest)
     return answer(asked, asked.prompt)

@@ -1,17 +1,21 @@
 """Registered hooks: they belong to a model and serve requests with activations that name none."""
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 
+from ..description import described
 from ..errors import json_reply
-from ..schemas.requests import RegisterHooksRequest
-from ..transport import read, worker
+from ..schemas.replies import HookRemovedReply, HooksClearedReply, HooksRegisteredReply, HooksReply
+from ..schemas.requests import ModelQuery, RegisterHooksRequest
+from ..transport import read, read_query, worker
 from .generation import blame, spec_of
 
 blueprint = Blueprint("hooks", __name__, url_prefix="/v1/activations/hooks")
 
 
 @blueprint.post("")
+@described(RegisterHooksRequest, replies=HooksRegisteredReply, tags=["Hooks"], errors=(404, 409))
 def register_hooks() -> Response:
+    """Register hooks for the requests that name none of their own."""
     asked = read(RegisterHooksRequest)
     with blame("hooks"):
         ids = worker().loaded.register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
@@ -19,22 +23,26 @@ def register_hooks() -> Response:
 
 
 @blueprint.get("")
+@described(query=ModelQuery, replies=HooksReply, tags=["Hooks"], errors=(404,))
 def list_hooks() -> Response:
-    """The hooks of ``?model=``, or of the model that requests without a model mean; none if none is loaded."""
-    wanted = request.args.get("model")
+    """The hooks of a model, by default of the one that requests without a model mean; none if none is loaded."""
+    wanted = read_query(ModelQuery).model
     loaded = worker().get(wanted) if wanted is not None or worker().models() else None
     hooks = [spec.to_dict() for spec in loaded.hooks.values()] if loaded else []
     return json_reply({"model": loaded.model_id if loaded else None, "hooks": hooks})
 
 
 @blueprint.delete("")
+@described(query=ModelQuery, replies=HooksClearedReply, tags=["Hooks"], errors=(404,))
 def clear_hooks() -> Response:
-    """Forget the hooks of ``?model=``, or of every model."""
-    worker().loaded.clear_hooks(request.args.get("model"))
+    """Forget the hooks of a model, by default of every model."""
+    worker().loaded.clear_hooks(read_query(ModelQuery).model)
     return json_reply({"status": "hooks_cleared"})
 
 
 @blueprint.delete("/<path:hook_id>")
+@described(query=ModelQuery, replies=HookRemovedReply, tags=["Hooks"], errors=(404,))
 def remove_hook(hook_id: str) -> Response:
-    worker().loaded.remove_hook(hook_id, request.args.get("model"))
+    """Forget one hook, in one model or wherever it is registered."""
+    worker().loaded.remove_hook(hook_id, read_query(ModelQuery).model)
     return json_reply({"status": "hook_removed", "hook_id": hook_id})

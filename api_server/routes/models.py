@@ -11,24 +11,43 @@ from werkzeug.exceptions import MethodNotAllowed
 from mlx_hooks import ModelLoadError, SelfTest, UnsupportedModelError
 
 from .. import inference
+from ..description import described
 from ..errors import ApiError, json_reply
 from ..jobs import Progress
 from ..models import LoadedModel
-from ..schemas.requests import LoadRequest, SelfTestRequest
-from ..transport import in_background, read, reader_gone, submit, worker
+from ..schemas.replies import (
+    HookPointsReply,
+    JobReply,
+    LoadedReply,
+    ModelReply,
+    ModelsReply,
+    SelfTestReply,
+    UnloadedReply,
+)
+from ..schemas.requests import LoadRequest, NoQuery, SelfTestRequest
+from ..transport import in_background, read, read_query, reader_gone, submit, worker
 from ..worker import ModelWorker
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
 
 
 @blueprint.get("")
+@described(replies=ModelsReply, tags=["Models"])
 def list_models() -> Response:
+    """The loaded models, the one loaded last at the end."""
+    read_query(NoQuery)
     models = [describe_model(loaded) for loaded in worker().models()]
     return json_reply({"object": "list", "data": models, "models": models})
 
 
 @blueprint.post("/load")
+@described(LoadRequest, replies={200: LoadedReply, 202: JobReply}, tags=["Models"], errors=(404, 503))
 def load_model() -> Response:
+    """Load the bundled model, a folder that the server can read, or a Hugging Face id.
+
+    It becomes the model that requests without a model mean. One of the same id is replaced, with its hooks. Models that
+    were not used for longest are unloaded where the memory for models would not suffice.
+    """
     asked = read(LoadRequest)
     render = _loaded if asked.background else None
     job = submit(partial(_loading, worker(), asked), "load", render=render)
@@ -54,7 +73,10 @@ def load_is_no_model() -> Response:
 
 
 @blueprint.get("/<path:model_id>")
+@described(replies=ModelReply, tags=["Models"], errors=(404,))
 def get_model(model_id: str) -> Response:
+    """The configuration of a loaded model."""
+    read_query(NoQuery)
     return json_reply(describe_model(worker().get(model_id)))
 
 
@@ -65,13 +87,19 @@ def selftest_is_no_model(model_id: str) -> Response:
 
 
 @blueprint.delete("/<path:model_id>")
+@described(replies=UnloadedReply, tags=["Models"], errors=(404, 503))
 def unload_model(model_id: str) -> Response:
+    """Unload a model; a request that already uses it runs to its end."""
+    read_query(NoQuery)
     worker().unload(model_id)
     return json_reply({"id": model_id, "object": "model", "deleted": True, "status": "unloaded"})
 
 
 @blueprint.get("/<path:model_id>/hook_points")
+@described(replies=HookPointsReply, tags=["Models"], errors=(404,))
 def hook_points(model_id: str) -> Response:
+    """Everything that can be hooked in a model, in forward order."""
+    read_query(NoQuery)
     loaded = worker().get(model_id)
     points = [
         {
@@ -87,7 +115,9 @@ def hook_points(model_id: str) -> Response:
 
 
 @blueprint.post("/<path:model_id>/selftest")
+@described(SelfTestRequest, replies={200: SelfTestReply, 202: JobReply}, tags=["Models"], errors=(404, 503))
 def selftest(model_id: str) -> Response:
+    """Prove on a loaded model that what is captured is what was computed."""
     asked = read(SelfTestRequest)
     loaded = worker().get(model_id)
 

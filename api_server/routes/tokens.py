@@ -3,7 +3,9 @@
 from flask import Blueprint, Response
 
 from .. import inference
+from ..description import described
 from ..errors import json_reply
+from ..schemas.replies import DetokenizeReply, TokenizeReply
 from ..schemas.requests import DetokenizeRequest, TokenizeRequest
 from ..transport import call, read, worker
 
@@ -11,14 +13,18 @@ blueprint = Blueprint("tokens", __name__, url_prefix="/v1")
 
 
 @blueprint.post("/tokenize")
+@described(TokenizeRequest, replies=TokenizeReply, tags=["Tokens"], errors=(404, 409, 503))
 def tokenize() -> Response:
+    """The tokens of a text, or of a chat as the model's template writes it."""
     asked = read(TokenizeRequest)
     loaded = worker().get(asked.model)
     return json_reply(call(lambda: inference.tokenize(loaded.model, asked.source), "tokenize", loaded))
 
 
 @blueprint.post("/detokenize")
+@described(DetokenizeRequest, replies=DetokenizeReply, tags=["Tokens"], errors=(404, 409, 503))
 def detokenize() -> Response:
+    """The text that token ids spell together."""
     asked = read(DetokenizeRequest)
     loaded = worker().get(asked.model)
     return json_reply({"text": call(lambda: inference.text_of(loaded.model, asked.tokens), "detokenize", loaded)})

@@ -7,9 +7,19 @@ refused, never ignored. These models know no transport.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, PydanticUseDefault
 
 MAX_TOKENS = 32768
@@ -50,8 +60,21 @@ def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
     return check
 
 
+@dataclass(frozen=True)
 class _Inert(AfterValidator):
-    """Marks a field that has no effect."""
+    """Marks a field that has no effect, and describes it by the values that it takes."""
+
+    values: tuple[Any, ...] = ()
+
+    def __get_pydantic_json_schema__(self, schema: Any, describe: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.values), "description": "Accepted, without effect."}
+
+
+class _OrNull:
+    """Describes a field whose null is the default, which its type does not show."""
+
+    def __get_pydantic_json_schema__(self, schema: Any, describe: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [describe(schema), {"type": "null"}]}
 
 
 def _only(*values: Any) -> _Inert:
@@ -64,7 +87,7 @@ def _only(*values: Any) -> _Inert:
         said = " or ".join(json.dumps(one) for one in values)
         raise PydanticCustomError("only", "only {said} is supported", {"said": said})
 
-    return _Inert(check)
+    return _Inert(check, values)
 
 
 def supported(model: type[BaseModel]) -> list[str]:
@@ -204,14 +227,14 @@ class GenerationRequest(Request):
     model: Name | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(0.7, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, le=1_000_000)
-    min_p: float = Field(0.0, ge=0, le=1)
+    temperature: Annotated[float, _OrNull()] = Field(0.7, ge=0, le=2)
+    top_p: Annotated[float, _OrNull()] = Field(1.0, gt=0, le=1)
+    top_k: Annotated[int, _OrNull()] = Field(0, ge=0, le=1_000_000)
+    min_p: Annotated[float, _OrNull()] = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: Stop | None = None
-    stream: bool = False
+    stream: Annotated[bool, _OrNull()] = False
     stream_options: StreamOptions | None = None
     user: str | None = None
 
@@ -284,6 +307,16 @@ class CompletionCaptureRequest(CaptureRequest, CompletionRequest):
     """``POST /v1/completions/with_activations``"""
 
 
+class NoQuery(Request):
+    """The query of an address that takes no parameters."""
+
+
+class ModelQuery(Request):
+    """``?model=``"""
+
+    model: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(None, description="A loaded model's id.")
+
+
 class LoadRequest(Request):
     """``POST /v1/models/load``; in the background, the reply is the job."""
 
@@ -336,7 +369,7 @@ class LogitLensRequest(Request):
     prompt: Prompt | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     model: Name | None = None
-    top_k: int = Field(5, ge=1, le=1000)
+    top_k: Annotated[int, _OrNull()] = Field(5, ge=1, le=1000)
     position: int = Field(-1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID)
 
     @model_validator(mode="after")

@@ -1,0 +1,227 @@
+"""The description of the API, ``/openapi.json``, from the models that validate requests and those that name replies.
+
+Each view says what it takes and gives, in one decorator under its route:
+
+    @blueprint.post("/tokenize")
+    @described(TokenizeRequest, replies=TokenizeReply, tags=["Tokens"], errors=(404, 409))
+    def tokenize() -> Response:
+        \"\"\"The tokens of a text.\"\"\"
+
+The docstring's first line is the summary. SpecTree makes the document; nothing of it runs during a request.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from flask import Flask
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from spectree import Response as Replies
+from spectree import SpecTree
+from spectree.plugins.flask_plugin import FlaskPlugin
+
+from .schemas.replies import ErrorReply
+
+View = TypeVar("View", bound=Callable[..., Any])
+Schema = dict[str, Any]
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+_SCHEMA = "#/components/schemas/{name}"
+
+OPEN_OPERATIONS = frozenset({"health"})
+"""Operations that need no API key."""
+
+_ABOUT = """Capture and edit what language models compute, exactly. Shapes are OpenAI's where OpenAI has one.
+
+Bodies are JSON, strictly typed; an unknown field or query parameter is a 400 that lists the known ones. Every error
+has one shape, `ErrorReply`. Every answer has an `X-Request-Id`, the client's own if it sent one. Replies may gain
+fields; clients pass over those that they do not know."""
+
+_PATH_PARAMETERS = {
+    "model_id": "A loaded model. Slashes in an id may be sent as they are or as %2F.",
+    "hook_id": "A hook. Slashes in an id may be sent as they are or as %2F.",
+    "capture_id": "A kept capture.",
+    "job_id": "A job, as in the header `X-Job-Id` of the reply that it made.",
+}
+
+_ERRORS = {
+    400: "The request does not fit; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    403: "The Host header is not one that this server answers to.",
+    404: "Unknown; the message lists what there is.",
+    409: "The server's state does not allow it: no model is loaded, say.",
+    413: "The body is larger than this server reads.",
+    415: "The body is not application/json.",
+    416: "The range lies outside.",
+    500: "A fault in the server.",
+    503: "Busy, stopping or cancelled; see Retry-After.",
+}
+
+REQUEST_ID_HEADER = "X-Request-Id"
+RETRY_AFTER_HEADER = "Retry-After"
+_HEADERS: Schema = {
+    REQUEST_ID_HEADER: {
+        "description": "Names this request in errors and in the server's log.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    },
+    RETRY_AFTER_HEADER: {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+}
+
+
+@dataclass(frozen=True)
+class _Extras:
+    """What an operation has beyond JSON bodies and JSON replies."""
+
+    errors: frozenset[int]
+    event: type[BaseModel] | None
+    media: Mapping[str, Schema]
+    headers: Mapping[str, str]
+
+
+class _SilentPlugin(FlaskPlugin):
+    """SpecTree's own would read a streamed reply whole; ``transport.read`` validates, and words the errors."""
+
+    def validate(self, func: Callable[..., Any], *settings: Any, **arguments: Any) -> Any:
+        return func(**arguments)
+
+
+_tree = SpecTree(
+    backend=_SilentPlugin,
+    mode="strict",
+    annotations=False,
+    path="docs",
+    title="NeuroScope for MLX",
+    description=_ABOUT,
+    version=version("neuroscope-mlx"),
+    openapi_version="3.1.0",
+    validation_error_status=400,
+    validation_error_model=ErrorReply,
+    naming_strategy=lambda model: model.__name__,
+    nested_naming_strategy=lambda parent, child: child,
+)
+_extras: dict[str, _Extras] = {}
+
+
+def described(
+    body: type[BaseModel] | None = None,
+    *,
+    replies: type[BaseModel] | Mapping[int, type[BaseModel] | None],
+    tags: Sequence[str],
+    query: type[BaseModel] | None = None,
+    errors: Sequence[int] = (),
+    event: type[BaseModel] | None = None,
+    media: Mapping[str, Schema] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Callable[[View], View]:
+    """Describe a view. Its name is the operation's id, its docstring the text; the view itself stays as it is.
+
+    Args:
+        body: the model of the JSON body; adds the errors 413 and 415.
+        replies: the model of the reply, or one per status; None for a reply without a body.
+        query: the model of the query parameters.
+        errors: statuses beyond those that any request can get (400, 401, 403, 500).
+        event: the model of one server-sent event, where ``stream`` asks for events.
+        media: other content types of replies 200 and 206, with their schemas.
+        headers: headers of the replies below 400 besides X-Request-Id, with a sentence each.
+    """
+    by_status = dict(replies) if isinstance(replies, Mapping) else {200: replies}
+    answers: dict[str, Any] = {f"HTTP_{status}": model for status, model in by_status.items()}
+    possible = frozenset({400, 403, 500, *errors, *((413, 415) if body else ())})
+
+    def decorate(view: View) -> View:
+        name = view.__name__
+        if name in _extras:
+            raise ValueError(f"Two views are called {name!r}: an operation's id must be its own.")
+        _extras[name] = _Extras(possible, event, media or {}, headers or {})
+        decorated: View = _tree.validate(
+            query=query,
+            json=body,
+            resp=Replies(**answers),
+            tags=tuple(tags),
+            path_parameter_descriptions=_PATH_PARAMETERS,
+            skip_validation=True,
+            operation_id=name,
+        )(view)
+        return decorated
+
+    return decorate
+
+
+def is_described(view: Callable[..., Any]) -> bool:
+    """Whether a view stands in the description."""
+    return _tree.get_function_metadata(view) is not None
+
+
+def describe_api(app: Flask, *, api_key: bool) -> Schema:
+    """The OpenAPI document of an application whose views are registered.
+
+    Args:
+        app: the application.
+        api_key: whether it wants one.
+    """
+    with app.app_context():
+        document: Schema = copy.deepcopy(_tree.spec)
+    events = [extras.event for extras in _extras.values() if extras.event]
+    _, schemas = models_json_schema(
+        [(event, "serialization") for event in events], ref_template=_SCHEMA.format(name="{model}")
+    )
+    components = document["components"]
+    components["schemas"] |= schemas["$defs"]
+    components["headers"] = copy.deepcopy(_HEADERS)
+    components["responses"] = {f"Error{status}": _error(status) for status in _ERRORS}
+    if api_key:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    for path in document["paths"].values():
+        for operation in path.values():
+            _complete(operation, _extras[operation["operationId"]], api_key)
+    document["paths"] = dict(sorted(document["paths"].items()))
+    return document
+
+
+def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
+    """Add what SpecTree has no words for: errors, events, other content types, headers."""
+    for parameter in operation["parameters"]:
+        if parameter["in"] == "path":
+            # An empty one would be another address.
+            parameter["schema"] = {"type": "string", "minLength": 1}
+    wants_key = api_key and operation["operationId"] not in OPEN_OPERATIONS
+    operation["security"] = [{"bearer": []}] if wants_key else []
+    responses = {status: one for status, one in operation["responses"].items() if int(status) < 400}
+    for response in responses.values():
+        response["headers"] = {REQUEST_ID_HEADER: {"$ref": f"#/components/headers/{REQUEST_ID_HEADER}"}}
+        response["headers"] |= {name: _header(text) for name, text in extras.headers.items()}
+    for status in ("200", "206"):
+        if status in responses:
+            responses[status].setdefault("content", {}).update(_other_content(extras))
+    for status in {*extras.errors, *((401,) if wants_key else ())}:
+        responses[str(status)] = {"$ref": f"#/components/responses/Error{status}"}
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _other_content(extras: _Extras) -> Schema:
+    content = {kind: {"schema": schema} for kind, schema in extras.media.items()}
+    if extras.event:
+        content[EVENTS] = {
+            "schema": {"type": "string", "description": "Lines `data: {...}` with an empty one after each."},
+            # OpenAPI 3.1 has no word for it.
+            "x-event-schema": {"$ref": _SCHEMA.format(name=extras.event.__name__)},
+        }
+    return content
+
+
+def _error(status: int) -> Schema:
+    names = [REQUEST_ID_HEADER, *([RETRY_AFTER_HEADER] if status == 503 else [])]
+    return {
+        "description": _ERRORS[status],
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+        "content": {JSON: {"schema": {"$ref": _SCHEMA.format(name=ErrorReply.__name__)}}},
+    }
+
+
+def _header(description: str) -> Schema:
+    return {"description": description, "schema": {"type": "string"}}

@@ -1,0 +1,394 @@
+"""What replies hold, for the description in ``/openapi.json``. Views answer with plain data of these shapes: running
+megabytes of numbers through a model would only cost time. The tests hold every answer to them.
+
+A field with a default is one that some answers lack. Fields may be added later; none is taken away or changes its type.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Reply(BaseModel):
+    """The base of all replies."""
+
+    model_config = ConfigDict(strict=True, frozen=True, protected_namespaces=())
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+class ErrorFault(Reply):
+    message: str = Field(description="One sentence: what was got, what is allowed.")
+    type: Literal["invalid_request_error", "server_error"]
+    code: str | None = Field(description="A short name to compare, such as `model_not_found`.")
+    param: str | None = Field(description="The field at fault, such as `activation_hooks[0].component`.")
+    request_id: str | None = Field(None, description="The same as the header `X-Request-Id`.")
+
+
+class ErrorReply(Reply):
+    """Every error, OpenAI's shape."""
+
+    error: ErrorFault
+
+
+# -- server and models ------------------------------------------------------------------------------------------------
+
+
+class HealthReply(Reply):
+    status: Literal["healthy"]
+    service: Literal["neuroscope-mlx"]
+    version: str
+    models: list[str] = Field(description="Ids of the loaded models, the one loaded last at the end.")
+
+
+class ModelReply(Reply):
+    """OpenAI's model object, with the configuration."""
+
+    id: str
+    model_id: str = Field(description="The same as `id`.")
+    object: Literal["model"]
+    created: int = Field(description="When it was loaded, in seconds since 1970.")
+    owned_by: str
+    supports_activations: bool
+    weight_bytes: int = Field(description="What its weights take in memory.")
+    untrusted_hook_points: list[str] = Field(description="Hook points at which an identity of the self-test fails.")
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    model_type: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    max_positions: int | None = Field(description="The longest context in tokens; null if none is stated.")
+    quantization: dict[str, Any] | None = Field(description='Such as `{"group_size": 64, "bits": 4}`.')
+
+
+class ModelsReply(Reply):
+    object: Literal["list"]
+    data: list[ModelReply]
+    models: list[ModelReply] = Field(description="The same as `data`.")
+
+
+class LoadedReply(ModelReply):
+    status: Literal["loaded"]
+
+
+class UnloadedReply(Reply):
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
+    status: Literal["unloaded"]
+
+
+class HookPointReply(Reply):
+    name: str = Field(description="The canonical name, such as `blocks.2.attn.hook_z`.")
+    layer: int | None = Field(description="null outside the blocks.")
+    component: str
+    axes: list[str]
+    sizes: list[int | None] = Field(description="One per axis; null where it depends on the request.")
+
+
+class HookPointsReply(Reply):
+    model: str
+    hook_points: list[HookPointReply] = Field(description="In forward order.")
+
+
+class CheckReply(Reply):
+    name: str
+    passed: bool
+    deviation: float | None = Field(description="The largest one found; null if it is not finite.")
+    tolerance: float | None = Field(description="null allows everything.")
+    why: str
+    compared: int
+    hook_points: list[str] = Field(description="Those at which the identity does not hold.")
+
+
+class SelfTestReply(Reply):
+    model: str
+    model_type: str
+    passed: bool
+    untrusted: list[str]
+    checks: list[CheckReply]
+
+
+class JobReply(Reply):
+    """Work that the server does for one request; times are in seconds since 1970."""
+
+    id: str
+    object: Literal["job"]
+    kind: str = Field(description="What it is: `chat.completion`, `text_completion`, `load`, `selftest` and so on.")
+    model: str | None
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    fraction: float | None = Field(ge=0, le=1, description="How far it has come; null where nobody knows.")
+    message: str = Field(description="The same for a person: `12 of at most 100 tokens`.")
+    cancelling: bool = Field(description="It will be cancelled at its next step.")
+    created: float
+    started: float | None
+    finished: float | None
+    request_id: str | None = Field(description="Of the request that began it.")
+    result: dict[str, Any] | None = Field(
+        description="Of work in the background: what the request would have been answered."
+    )
+    error: ErrorFault | None
+
+
+class JobsReply(Reply):
+    object: Literal["list"]
+    data: list[JobReply] = Field(description="The newest first; those that ended are forgotten after a while.")
+
+
+class TokenizeReply(Reply):
+    tokens: list[int]
+    token_strings: list[str]
+    count: int
+
+
+class DetokenizeReply(Reply):
+    text: str
+
+
+# -- activations ------------------------------------------------------------------------------------------------------
+
+
+class ActivationRecord(Reply):
+    """One array, and where in the model and the text it was taken."""
+
+    hook_id: str
+    layer_name: str
+    component: str
+    shape: list[Annotated[int, Field(ge=0)]] = Field(description="Of `data`.")
+    dtype: Literal["float32", "float16", "int32"]
+    is_input: bool
+    hook_point: str
+    layer_index: int | None = Field(description="null outside the blocks.")
+    axes: list[str]
+    phase: Literal["prefill", "decode"]
+    step: int = Field(description="0 is the prompt, then one per generated token.")
+    pass_index: int = Field(description="Which pass, for a layer that runs several times.")
+    positions: Annotated[list[int], Field(min_length=2, max_length=2)] = Field(
+        description="Absolute token positions [start, stop)."
+    )
+    position_ids: list[int] | None = Field(
+        None, description="The rows' absolute positions where they are not all of start..stop-1."
+    )
+    heads: list[int] | None = Field(None, description="The heads that are kept; null for all.")
+    reduce: Literal["mean", "max", "last", "norm"] | None = None
+    encoding: Literal["json", "base64", "none"]
+    data: list[Any] | float | str | None = Field(
+        None,
+        description="`json`: nested lists, null for what is not finite. `base64`: little-endian bytes in C order. "
+        "`none`: the field is absent.",
+    )
+
+
+Activations = dict[str, list[ActivationRecord]]
+
+
+class Receipt(Reply):
+    """What a hook delivered in the whole request."""
+
+    fired: int = Field(ge=1, description="How many records.")
+    positions: Annotated[list[int], Field(min_length=2, max_length=2)]
+    bytes: int = Field(description="Size of the arrays before encoding.")
+
+
+class InterventionReceipt(Reply):
+    """What an intervention did in the whole request."""
+
+    index: int
+    type: str
+    hook_points: list[str]
+    fired: int
+    positions: list[int]
+    phases: list[Literal["prefill", "decode"]]
+    norm_before: float | None
+    norm_after: float | None
+
+
+class SpelledTokens(Reply):
+    """All tokens; the index in either list is the absolute position."""
+
+    ids: list[int]
+    strings: list[str]
+    prompt_length: int
+
+
+class Omitted(Reply):
+    """Why the records have no data, and how to fetch it."""
+
+    bytes: int
+    limit: int
+    message: str
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+class Usage(Reply):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+FinishReason = Literal["stop", "length"]
+
+
+class AssistantMessage(Reply):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(Reply):
+    index: int
+    message: AssistantMessage
+    finish_reason: FinishReason
+    logprobs: dict[str, Any] | None = None
+
+
+class Delta(Reply):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Reply):
+    index: int
+    delta: Delta
+    finish_reason: FinishReason | None
+    logprobs: dict[str, Any] | None = None
+
+
+class TextChoice(Reply):
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    logprobs: dict[str, Any] | None = None
+
+
+class Generated(Reply):
+    """What every reply to a generation has."""
+
+    id: str
+    created: int
+    model: str
+
+
+class Captured(Reply):
+    """What capturing adds to a whole reply."""
+
+    activations: Activations = Field(description="Records by hook id.")
+    hooks: dict[str, Receipt]
+    interventions: list[InterventionReceipt] = Field([], description="One receipt per intervention, in order.")
+    tokens: SpelledTokens
+    capture_id: str | None = Field(None, description="Where the activations can be fetched later; null if not kept.")
+    omitted: Omitted | None = None
+
+
+class CapturedEvent(Reply):
+    """What capturing adds to an event: the activations of its step; to the last one, the accounts."""
+
+    activations: Activations | None = None
+    hooks: dict[str, Receipt] | None = None
+    interventions: list[InterventionReceipt] | None = None
+    tokens: SpelledTokens | None = None
+    capture_id: str | None = None
+    omitted: Omitted | None = None
+
+
+class ChatReply(Generated):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatEvent(Generated):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionReply(Generated):
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class CompletionEvent(Generated):
+    object: Literal["text_completion"]
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class ChatCaptureReply(Captured, ChatReply):
+    """A chat reply with activations."""
+
+
+class ChatCaptureEvent(CapturedEvent, ChatEvent):
+    """One event of a chat reply with activations."""
+
+
+class CompletionCaptureReply(Captured, CompletionReply):
+    """A completion with activations."""
+
+
+class CompletionCaptureEvent(CapturedEvent, CompletionEvent):
+    """One event of a completion with activations."""
+
+
+# -- hooks and analysis -----------------------------------------------------------------------------------------------
+
+
+class HooksRegisteredReply(Reply):
+    status: Literal["hooks_registered"]
+    registered_hooks: list[str] = Field(description="The ids, those that the server made up included.")
+
+
+class HookReply(Reply):
+    layer_name: str | None = None
+    component: str | None = None
+    hook_id: str
+    hook_point: str | None = None
+    capture_input: bool
+    capture_output: bool
+    positions: Any = None
+    heads: Any = None
+    reduce: str | None = None
+
+
+class HooksReply(Reply):
+    model: str | None = Field(description="null if no model is loaded.")
+    hooks: list[HookReply]
+
+
+class HooksClearedReply(Reply):
+    status: Literal["hooks_cleared"]
+
+
+class HookRemovedReply(Reply):
+    status: Literal["hook_removed"]
+    hook_id: str
+
+
+class Prediction(Reply):
+    token_id: int
+    token: str
+    probability: float | None
+
+
+class LayerPredictions(Reply):
+    layer: int
+    hook_point: str
+    predictions: list[Prediction]
+
+
+class LogitLensReply(Reply):
+    model: str
+    position: int
+    token: str
+    prompt_tokens: list[int]
+    layers: list[LayerPredictions]

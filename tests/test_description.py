@@ -1,0 +1,117 @@
+"""The description says what the server does."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from flask import Flask
+from server_tools import load_tiny
+
+from api_server import ModelWorker, ServerConfig, create_app
+from api_server.description import is_described
+
+# The description's own addresses, and those that only say which method another one has.
+NOT_DESCRIBED = {"openapi", "docs", "asset", "load_is_no_model", "selftest_is_no_model"}
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[Flask]:
+    with ModelWorker(load_tiny) as worker:
+        worker.load("llama", "tiny")
+        yield create_app(worker)
+
+
+@pytest.fixture(scope="module")
+def document(app: Flask) -> dict[str, Any]:
+    return app.test_client().get("/openapi.json").json
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {one["operationId"]: one for path in document["paths"].values() for one in path.values()}
+
+
+def test_every_address_is_described_or_left_out_on_purpose(app: Flask, document: dict[str, Any]) -> None:
+    names = {rule.endpoint.split(".")[-1]: rule for rule in app.url_map.iter_rules()}
+    described = {name for name, rule in names.items() if is_described(app.view_functions[rule.endpoint])}
+    assert set(names) - described == NOT_DESCRIBED
+    assert set(operations(document)) == described
+
+
+def test_the_models_that_validate_are_the_ones_described(document: dict[str, Any]) -> None:
+    body = operations(document)["chat"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    schema = document["components"]["schemas"]["ChatRequest"]
+    assert schema["additionalProperties"] is False
+    assert schema["required"] == ["messages"]
+    assert schema["properties"]["top_p"]["anyOf"] == [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        {"type": "null"},
+    ]
+    assert schema["properties"]["tools"]["enum"] == [[], None]
+
+
+def test_every_operation_says_what_it_does_and_how_it_fails(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        assert operation["summary"].endswith("."), name
+        assert operation["tags"], name
+        assert {"400", "403", "500"} <= set(operation["responses"]), name
+        assert "401" not in operation["responses"], name
+
+
+def test_a_server_with_a_key_says_so(app: Flask) -> None:
+    guarded = create_app(app.extensions["model_worker"], ServerConfig(api_key="secret")).test_client()
+    document = guarded.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json
+    assert document["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
+    for name, operation in operations(document).items():
+        assert operation["security"] == ([] if name == "health" else [{"bearer": []}])
+        assert ("401" in operation["responses"]) == (name != "health")
+
+
+@pytest.mark.parametrize("address", ["/docs", "/docs/swagger_bundle.js", "/docs/swagger_style.css", "/docs/start.js"])
+def test_the_page_and_its_parts_are_served(app: Flask, address: str) -> None:
+    reply = app.test_client().get(address)
+    assert reply.status_code == 200
+    assert len(reply.data) > 100
+
+
+def test_the_page_may_load_from_this_server_only(app: Flask) -> None:
+    reply = app.test_client().get("/docs")
+    policy = dict(part.split(" ", 1) for part in reply.headers["Content-Security-Policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["connect-src"] == "'self'"
+    assert "http" not in reply.text.replace("http-equiv", "")
+
+
+def test_another_file_is_not_served(app: Flask) -> None:
+    for name in ("redoc.js", "..%2Ftemplates.py", "__init__.py"):
+        assert app.test_client().get(f"/docs/{name}").status_code == 404
+
+
+QUERIES = {
+    ("GET", "/health"): (),
+    ("GET", "/v1/activations/hooks"): ("model",),
+    ("POST", "/v1/tokenize"): (),
+}
+
+
+@pytest.mark.parametrize(("method", "address"), QUERIES)
+def test_an_unknown_query_parameter_is_refused_with_the_known_ones(app: Flask, method: str, address: str) -> None:
+    reply = app.test_client().open(f"{address}?modle=x", method=method, json={} if method == "POST" else None)
+    assert reply.status_code == 400
+    known = ", ".join(QUERIES[method, address]) or "none"
+    assert reply.json["error"]["message"] == f"Query parameter 'modle' is not supported here. Supported: {known}."
+    assert reply.json["error"]["param"] == "modle"
+
+
+def test_no_described_address_passes_over_an_unknown_query_parameter(app: Flask, document: dict[str, Any]) -> None:
+    client = app.test_client()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            address = path.replace("{model_id}", "none").replace("{", "").replace("}", "") + "?nonsense=1"
+            reply = client.open(address, method=method.upper(), json={} if method == "post" else None)
+            assert (reply.status_code, reply.json["error"]["param"]) == (400, "nonsense"), (method, path)
+
+
+def test_a_query_parameter_that_comes_twice_is_refused(app: Flask) -> None:
+    reply = app.test_client().get("/v1/activations/hooks?model=tiny&model=other")
+    assert (reply.status_code, reply.json["error"]["param"]) == (400, "model")
