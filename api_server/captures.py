@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neuroscope_bridge import payload
 
-from .errors import CapturesBusy, CapturesUnwritable, CaptureTooLarge, UnknownCapture
+from .errors import CapturesBusy, CapturesUnwritable, CaptureTooLarge, Stopping, UnknownCapture
 
 log = logging.getLogger("api_server.captures")
 
@@ -201,6 +201,7 @@ class CaptureStore:
         self._kept = 0
         self._claimed = 0
         self._folder: Path | None = None
+        self._closed = False
         self._leave: Callable[[], object] = lambda: None
         if folder is not None:
             self._open(Path(folder).expanduser())
@@ -268,6 +269,7 @@ class CaptureStore:
             self._entries.clear()
             self._kept = 0
             self._folder = None
+            self._closed = True
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -279,6 +281,8 @@ class CaptureStore:
                 from its ``claim`` on: nothing is removed for its sake before.
         """
         with self._lock:
+            if self._closed:
+                raise Stopping
             if self._folder is None:
                 self._open(None)
             return CaptureWriter(self, claimed)
@@ -301,6 +305,8 @@ class CaptureStore:
                 self._claimed -= writer.reserved
                 writer.reserved = 0
                 _remove_folder(writer.folder)
+                if manifest is not None:
+                    raise Stopping
                 return
             os.utime(writer.folder, (manifest.created, manifest.created))
             writer.folder.rename(self._path(manifest.capture_id))

@@ -60,13 +60,16 @@ class Keeping:
 
     def take(self, step: Step) -> dict[str, list[Record]]:
         """The step's records for the reply; without data once they are too large for one."""
-        fields = step.records("none", self._dtype if self._encoding != "none" else "float32")
-        sizes = [payload.receipt(records)["bytes"] for records in fields.values()]
-        self._bytes += sum(sizes)
+        plain = step.records("none", "float32")
+        self._bytes += sum(self._sent_bytes(record) for records in plain.values() for record in records)
         if self._wanted or self._limit < math.inf:
-            self._keep(step)
+            self._keep(plain, step)
         if self.too_large:
-            return fields
+            sent = {"float32": self._dtype}
+            return {
+                hook_id: [record | {"dtype": sent.get(record["dtype"], record["dtype"])} for record in records]
+                for hook_id, records in plain.items()
+            }
         return step.records(self._encoding, self._dtype)
 
     def finish(
@@ -84,6 +87,7 @@ class Keeping:
         if not (self._wanted or self.too_large):
             return {"capture_id": None}
         writer = self._begun()
+        self._write(writer)
         writer.finish(
             CaptureAbout(
                 model=self._loaded.model_id,
@@ -108,11 +112,17 @@ class Keeping:
         if self._writer is not None:
             self._writer.discard()
 
-    def _keep(self, step: Step) -> None:
+    def _sent_bytes(self, record: Record) -> int:
+        nbytes = int(payload.receipt([record])["bytes"])
+        return nbytes // 2 if record["dtype"] == "float32" and self._dtype == "float16" else nbytes
+
+    def _keep(self, plain: dict[str, list[Record]], step: Step) -> None:
         """Hold a step, or write it, and what was held before."""
-        arrays = [(about, payload.as_wire_dtype(a, "float32", about["hook_id"])) for about, a in step.arrays()]
-        self._held += arrays
-        self._held_bytes += sum(array.nbytes for _, array in arrays)
+        if self._refusal is None:
+            for hook_id, found in step.captured.items():
+                arrays = [payload.as_wire_dtype(array, "float32", hook_id) for _, array in found]
+                self._held += zip(plain[hook_id], arrays, strict=True)
+                self._held_bytes += sum(array.nbytes for array in arrays)
         if self._wanted or self.too_large:
             self._write(self._begun())
         elif self._held_bytes > self._hold and self._refusal is None:

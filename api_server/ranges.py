@@ -9,7 +9,6 @@ sequence would give, keys of attention padded to the longest as ``stack_records`
 """
 
 import math
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,6 @@ from .errors import ApiError
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Numbers that must be put together lie in memory up to this size, else in a temporary file."""
-
-_INDEX = r"-?\d{1,9}"
-RANGE_PATTERN = rf"({_INDEX})?:({_INDEX})?|{_INDEX}(,{_INDEX})*"
-POSITIONS_PATTERN = rf"last|{RANGE_PATTERN}"
 
 FEATURELESS = ("batch", "head", *POSITION_AXES)
 
@@ -56,6 +51,10 @@ class Tensor:
     def wire_dtype(self, dtype: str) -> np.dtype[Any]:
         """What its numbers travel as where floats travel as ``dtype``."""
         return np.dtype(dtype) if self.dtype.kind == "f" else self.dtype
+
+    def nbytes(self, dtype: str) -> int:
+        """Its size where floats travel as ``dtype``."""
+        return math.prod(self.shape) * self.wire_dtype(dtype).itemsize
 
     def pieces(self, dtype: str = "float32") -> list[np.ndarray]:
         """Arrays whose bytes, one after the other, are the tensor's; views of the file where they can be.
@@ -371,6 +370,8 @@ def _check_reducible(part: _Part, reduce: str | None) -> None:
         raise _unfit(part.first, "reduce", f"has no position axis to take the {reduce} over")
     if reduce == "norm" and (not part.axes or part.axes[-1] in FEATURELESS):
         raise _unfit(part.first, "reduce", "has no axis of features to take the norm over")
+    if reduce == "norm" and payload.key_padding(part.first.hook_point, part.first.component) != 0:
+        raise _unfit(part.first, "reduce", "has -inf at masked keys, and so no norm")
 
 
 def _about(part: _Part, reduce: str | None) -> dict[str, Any]:
@@ -439,7 +440,3 @@ def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         return np.empty(shape, dtype)
     with tempfile.TemporaryFile() as file:
         return np.memmap(file, dtype, "w+", shape=shape)
-
-
-def fits(pattern: str, text: str) -> bool:
-    return re.fullmatch(pattern, text) is not None

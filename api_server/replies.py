@@ -3,12 +3,14 @@
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from neuroscope_bridge import payload
 
 from .errors import ApiError
 from .inference import Start, Step
+from .keeping import Keeping
 from .schemas.requests import CaptureRequest, ChatRequest, GenerationRequest
 
 Record = dict[str, Any]
@@ -24,7 +26,8 @@ class Reply:
     A hook that captured nothing is an error.
     """
 
-    def __init__(self, request: GenerationRequest, model_id: str) -> None:
+    def __init__(self, request: GenerationRequest, model_id: str, keeping: Keeping | None = None) -> None:
+        self._keeping = keeping
         self._chat = isinstance(request, ChatRequest)
         self._capture = request if isinstance(request, CaptureRequest) else None
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -42,24 +45,32 @@ class Reply:
         """One object with all text and all activations."""
         texts: list[str] = []
         activations: dict[str, list[Record]] = {}
-        for step in self._steps(results):
-            texts.append(step.text)
-            for hook_id, records in self._take(step).items():
-                activations.setdefault(hook_id, []).extend(records)
+        with self._keeping or nullcontext():
+            for step in self._steps(results):
+                texts.append(step.text)
+                records = self._take(step)
+                if self._keeping is not None and self._keeping.too_large:
+                    activations = self._seen
+                    continue
+                for hook_id, found in records.items():
+                    activations.setdefault(hook_id, []).extend(found)
+            closing = self._closing()
         text = "".join(texts)
         said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         body = self._envelope("chat.completion" if self._chat else "text_completion", said, self._finish_reason)
-        return body | ({"activations": activations} if self._capture else {}) | self._closing()
+        return body | ({"activations": activations} if self._capture else {}) | closing
 
     def events(self, results: Iterator[Start | Step]) -> Iterator[dict[str, Any]]:
         """One object per step that has something to tell, then one with the finish reason and the accounts."""
         first = True
-        for step in self._steps(results):
-            records = self._take(step)
-            if first or step.text or self._capture:
-                yield self._chunk(step.text, first) | ({"activations": records} if self._capture else {})
-            first = False
-        yield self._chunk(None, False) | self._closing()
+        with self._keeping or nullcontext():
+            for step in self._steps(results):
+                records = self._take(step)
+                if first or step.text or self._capture:
+                    yield self._chunk(step.text, first) | ({"activations": records} if self._capture else {})
+                first = False
+            closing = self._closing()
+        yield self._chunk(None, False) | closing
 
     def _steps(self, results: Iterator[Start | Step]) -> Iterator[Step]:
         for result in results:
@@ -74,11 +85,11 @@ class Reply:
             yield result
 
     def _take(self, step: Step) -> dict[str, list[Record]]:
-        if self._capture is None:
+        if self._keeping is None:
             return {}
-        records = step.records(self._capture.activation_encoding, self._capture.activation_dtype)
+        records = self._keeping.take(step)
         for hook_id, found in records.items():
-            light = [{k: v for k, v in record.items() if k != "data"} for record in found]
+            light = [{k: v for k, v in record.items() if k != "data"} | {"encoding": "none"} for record in found]
             self._seen.setdefault(hook_id, []).extend(light)
         return records
 
@@ -104,10 +115,12 @@ class Reply:
     def _closing(self) -> dict[str, Any]:
         n_prompt, n_new = len(self._start.tokens), len(self._tokens)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
-        if self._capture is None:
+        if self._capture is None or self._keeping is None:
             return {"usage": usage}
         edited = {"interventions": self._interventions} if self._capture.interventions else {}
-        return {"usage": usage, "hooks": self._receipts(), **edited, "tokens": self._spelled()}
+        receipts, tokens = self._receipts(), self._spelled()
+        kept = self._keeping.finish(tokens, receipts, self._interventions, self._finish_reason)
+        return {"usage": usage, "hooks": receipts, **edited, "tokens": tokens, **kept}
 
     def _receipts(self) -> dict[str, dict[str, Any]]:
         receipts = {hook_id: payload.receipt(self._seen.get(hook_id, [])) for hook_id in self._start.hook_ids}

@@ -43,6 +43,7 @@ __all__ = [
     "dumps",
     "encode_activation",
     "encode_intervention",
+    "encoded",
     "key_padding",
     "npy_header",
     "read_npy",
@@ -127,12 +128,14 @@ def encode_activation(
         "positions": [int(position) for position in positions],
         "encoding": encoding,
     }
-    if encoding == "json":
-        record["data"] = array
-    elif encoding == "base64":
-        little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        record["data"] = base64.b64encode(little_endian.tobytes()).decode("ascii")
+    if encoding != "none":
+        record["data"] = encoded(array, encoding)
     return record
+
+
+def encoded(array: np.ndarray, encoding: str) -> np.ndarray | str:
+    """What `data` of a record is: for `json` the array, which `dumps` writes as nested lists, for `base64` a text."""
+    return array if encoding == "json" else base64.b64encode(array_bytes(array)).decode("ascii")
 
 
 def decode_activation(record: Mapping[str, Any]) -> np.ndarray:
