@@ -213,6 +213,8 @@ def shown(error: BaseException, request_id: str) -> ApiError:
 
 
 def _of_hook(error: HookError) -> ApiError:
+    if error.hook_id is not None:
+        return ApiError(400, str(error), code="invalid_hook", param="activation_hooks")
     if error.intervention is None:
         return ApiError(400, str(error), code="invalid_value")
     code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_intervention"

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_hooks import CapturedActivation, HookedModel, SelfTest
 from mlx_hooks.analysis.logit_lens import LogitLens
-from mlx_hooks.interventions import InterventionPlan
+from mlx_hooks.interventions import InterventionPlan, Reach
 from mlx_hooks.manager import CapturePlan
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
@@ -23,11 +23,15 @@ PromptSource = str | Sequence[int] | Sequence[ChatMessage]
 
 @dataclass(frozen=True)
 class Start:
-    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire."""
+    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire.
+
+    ``due_from`` has for each the first position that it keeps: a text that ends before it leaves it silent.
+    """
 
     tokens: list[int]
     strings: list[str]
     hook_ids: list[str]
+    due_from: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,9 @@ def generate(
     """The start first, then one step per forward pass, with its progress; closing it stops the model."""
     tokens = prompt_tokens(model, prompt)
     room = room_for(model, tokens)
-    yield Start(tokens, token_strings(model, tokens), plan.hook_ids)
     limit = min(request.token_limit, room)
+    due_from = plan.due_from(Reach.of_generation(len(tokens), limit))
+    yield Start(tokens, token_strings(model, tokens), plan.hook_ids, due_from)
     yield Progress(0.0, f"reading {len(tokens)} tokens")
     steps = model.generate_steps(
         tokens,
@@ -123,6 +128,9 @@ def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:
         "step": captured.step,
         "pass_index": captured.pass_index,
         "positions": captured.positions,
+        "position_ids": captured.listed_positions,
+        "heads": captured.heads,
+        "reduce": captured.reduce,
         "is_input": captured.is_input,
     }
     return about, array

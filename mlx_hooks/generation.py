@@ -17,6 +17,7 @@ from .hooks import Hook
 from .instrument import Instrument
 from .interventions import Firing, InterventionPlan, InterventionReceipt, InterventionSession, Reach
 from .manager import CapturePlan
+from .reductions import finish
 from .sampling import Sampler, Sampling
 
 Activations = dict[str, list[CapturedActivation]]
@@ -54,8 +55,8 @@ class GenerationResult:
         tokens: the generated ids, an end token included.
         prompt_tokens: the ids of the prompt.
         finish_reason: "stop" or "length".
-        activations: records by hook id: one per forward pass and hook point, prefill first. The last generated token
-            was never fed to the model, so it has none.
+        activations: records by hook id: one per forward pass and hook point, prefill first; none of passes at whose
+            positions the hook keeps nothing. The last generated token was never fed to the model, so it has none.
         cache: the same activations by hook-point name, prompt and generated tokens as one sequence.
         interventions: what each intervention did.
     """
@@ -89,11 +90,10 @@ def generate_steps(
             for an intervention that cannot be done, and in place of the last for one that never fired.
     """
     _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, sampling)
-    # The last token is handed out but never fed.
-    reach = Reach(0, len(prompt_tokens), len(prompt_tokens) + max(0, max_tokens - 1))
+    reach = Reach.of_generation(len(prompt_tokens), max_tokens)
     interventions = interventions or InterventionPlan([], instrument.architecture.cfg)
     session = interventions.session(instrument.run, reach)
-    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampling)
+    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampling, reach)
     token, logprob, activations, firings = forward.prefill(prefill_step_size, sample=max_tokens > 0)
     session.keep(firings)
     if max_tokens == 0:
@@ -150,6 +150,7 @@ class _Forward:
         session: InterventionSession,
         prompt: Sequence[int],
         sampling: Sampling,
+        reach: Reach,
     ) -> None:
         self.instrument = instrument
         self.model = instrument.architecture.model
@@ -157,9 +158,12 @@ class _Forward:
         self.kv_cache = make_prompt_cache(self.model)
         self.sampler = Sampler(sampling, instrument.architecture.cfg.d_vocab)
         self.records: list[CapturedActivation] = []
-        recorders = plan.hooks(instrument.run, self.records.append)
+        self.recorders = plan.hooks(instrument.run, self.records.append, reach)
         self.session = session
-        self.attached = instrument.plan([*session.hooks, *hooks, *recorders])
+        self.hooks = [*session.hooks, *hooks]
+        self.due: list[Hook] = []
+        self.attached = instrument.plan(self.hooks)
+        self.position = 0
         self.hook_ids = plan.hook_ids
 
     def prefill(self, chunk: int, *, sample: bool) -> _Pass:
@@ -189,6 +193,11 @@ class _Forward:
 
     def _forward(self, tokens: mx.array, phase: str, step: int) -> mx.array:
         """Logits [1, d_vocab] after the last of the tokens."""
+        # Those that keep nothing of this call are left out: nothing is computed for them.
+        due = [hook for hook in self.recorders if hook.is_due(self.position, tokens.size)]
+        if due != self.due:
+            self.due, self.attached = due, self.instrument.plan([*self.hooks, *due])
+        self.position += tokens.size
         self.sampler.read(tokens)
         with self.instrument.attached(self.attached, phase=phase, step=step):
             return self.model(tokens[None], cache=self.kv_cache)[:, -1, :]
@@ -211,8 +220,9 @@ class _Forward:
                 # The state after the prompt is the one that its last chunk leaves.
                 group = group[-1:]
             elif joining and group[0].hook_point.position_axis is not None:
-                group = [join(group)]
-            by_id[hook_id] += group
+                # A part of the prompt that is kept has keys for the whole of it, however it ran.
+                group = [join(group, n_keys=self.prompt.size)]
+            by_id[hook_id] += [finish(record) for record in group]
         return by_id
 
 
@@ -264,9 +274,8 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order
     """Run the steps to their end and join what they say; ``order`` lists hook-point names in forward order."""
     text, tokens = "", []
     activations: Activations = {}
-    records: dict[str, list[CapturedActivation]] = {}
+    by_source: dict[str, dict[tuple[str, bool], list[CapturedActivation]]] = {}
     reason = "length"
-    owner: dict[str, tuple[str, bool]] = {}
     receipts: tuple[InterventionReceipt, ...] = ()
     for step in steps:
         text += step.text
@@ -276,10 +285,13 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order
         for hook_id, group in step.activations.items():
             activations.setdefault(hook_id, []).extend(group)
             for record in group:
-                name, source = record.hook_point.name, (hook_id, record.is_input)
-                # Two hooks may ask for one point: the cache keeps it once.
-                if owner.setdefault(name, source) == source:
-                    records.setdefault(name, []).append(record)
+                sources = by_source.setdefault(record.hook_point.name, {})
+                sources.setdefault((hook_id, record.is_input), []).append(record)
+    # Two hooks may ask for one point: the cache keeps it once, as it is rather than reduced.
+    records = {
+        name: min(sources.values(), key=lambda group: group[0].reduce is not None)
+        for name, sources in by_source.items()
+    }
     in_order = [name for name in order if name in records]
     cache = ActivationCache({name: records[name] for name in [*in_order, *(n for n in records if n not in in_order)]})
     return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache, receipts)

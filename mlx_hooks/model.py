@@ -24,6 +24,7 @@ from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
+from .reductions import finish
 from .sampling import Sampling
 from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
 from .storage.spill import SpillFolder
@@ -299,8 +300,7 @@ class HookedModel:
         plan = self._prepared(interventions)
         if run.stop_at_layer is not None:
             self._points_before([point.name for _, points in plan.asked for point in points], run.stop_at_layer)
-        start, (batch, length) = kv_offset(run.kv_cache), run.inputs.shape
-        return plan.session(self.instrument.run, Reach(start, start + length, start + length, batch=batch))
+        return plan.session(self.instrument.run, run.reach)
 
     def _registered(self, run: CaptureRun) -> tuple[CapturePlan, Callable[[CapturedActivation], None]] | None:
         """The registered hooks and where this run's records of them go."""
@@ -395,12 +395,17 @@ class HookedModel:
         inputs = self.to_tokens(tokens)
         run = self.instrument.run
         self._check_kv_cache(kv_cache)
+        start, (batch, length) = kv_offset(kv_cache), inputs.shape
         if len(self.activation_hook_manager):
-            hooks = hooks + self.activation_hook_manager.plan().hooks(run, self.activation_hook_manager.start())
-        start = kv_offset(kv_cache)
+            reach = Reach(start, start + length, start + length, batch=batch)
+            keep = self.activation_hook_manager.start()
+            found = self.activation_hook_manager.plan().hooks(
+                run, lambda record: keep(finish(record)), reach, whole=kv_cache is None
+            )
+            hooks = hooks + [hook for hook in found if hook.is_due(start, length)]
         with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
             logits = self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
-        remember_offset(kv_cache, start + inputs.shape[1])
+        remember_offset(kv_cache, start + length)
         return logits
 
     def _check_kv_cache(self, kv_cache: list | None) -> None:
@@ -524,19 +529,27 @@ class HookedModel:
 
     def register_activation_hook(
         self,
-        layer_name: str,
-        component: str,
+        layer_name: str = "",
+        component: str = "",
         hook_id: str = "",
         capture_input: bool = False,
         capture_output: bool = True,
+        **selection: Any,
     ) -> str:
-        """Record a component in every run from now on; answers the hook id. See :class:`HookSpec`.
+        """Record a component in every run from now on; answers the hook id.
+
+            model.register_activation_hook("transformer.h.*", "residual", positions="last")
+            model.register_activation_hook(hook_point="blocks.*.attn.hook_z", heads=[0, 3], reduce="norm")
 
         The records of the latest run are ``model.captured_activations(hook_id)``.
+
+        Args:
+            selection: ``hook_point``, ``positions``, ``heads`` and ``reduce`` of :class:`HookSpec`, which tells of the
+                others too.
         """
-        return self.activation_hook_manager.register(
-            HookSpec(layer_name, component, hook_id, capture_input, capture_output)
-        )
+        sides = {"capture_input": capture_input, "capture_output": capture_output}
+        place = {"layer_name": layer_name, "component": component, "hook_id": hook_id}
+        return self.activation_hook_manager.register(HookSpec.of(place | sides | selection))
 
     def unregister_activation_hook(self, hook_id: str) -> None:
         """Stop recording; an unknown id is an error that lists the registered ones."""

@@ -110,8 +110,20 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"model": 5}, "model", "string"),
     ({"activation_hooks": HOOK}, "activation_hooks", "array"),
     ({"activation_hooks": ["transformer.h.0"]}, "activation_hooks[0]", "object"),
-    ({"activation_hooks": [{"component": "residual"}]}, "activation_hooks[0].layer_name", "required"),
-    ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_id"),
+    ({"activation_hooks": [{"component": "residual"}]}, "activation_hooks[0]", "or else 'hook_point'"),
+    ({"activation_hooks": [HOOK | {"hook_point": "hook_embed"}]}, "activation_hooks[0]", "or else 'hook_point'"),
+    ({"activation_hooks": [{"hook_point": "a", "capture_input": True}]}, "activation_hooks[0]", "is one place"),
+    ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_point"),
+    ({"activation_hooks": [HOOK | {"positions": [-1]}]}, "activation_hooks[0].positions", "'last', an index from 0"),
+    ({"activation_hooks": [HOOK | {"positions": "first"}]}, "activation_hooks[0].positions", "'last', an index from 0"),
+    ({"activation_hooks": [HOOK | {"positions": [2, 2]}]}, "activation_hooks", "a list of different ones"),
+    (
+        {"activation_hooks": [HOOK | {"heads": {"start": 1}}]},
+        "activation_hooks[0].heads",
+        "an index from 0 up or a list",
+    ),
+    ({"activation_hooks": [HOOK | {"heads": True}]}, "activation_hooks[0].heads", "an index from 0 up or a list"),
+    ({"activation_hooks": [HOOK | {"reduce": "sum"}]}, "activation_hooks[0].reduce", "'mean', 'max', 'last' or 'norm'"),
     ({"activation_hooks": [HOOK | {"capture_input": 1}]}, "activation_hooks[0].capture_input", "boolean"),
     ({"activation_hooks": [HOOK | {"capture_output": False}]}, "activation_hooks[0]", "must be true"),
     ({"activation_hooks": [HOOK | {"hook_id": ".."}]}, "activation_hooks[0].hook_id", "printable characters"),
@@ -535,11 +547,11 @@ def test_half_a_body_holds_up_nobody(url: str) -> None:
 
 def test_unknown_field_deep_inside_lists_the_fields_of_its_own_object() -> None:
     with pytest.raises(ValidationError) as caught:
-        ChatCaptureRequest.model_validate({"messages": MESSAGES, "activation_hooks": [HOOK | {"heads": [0]}]})
+        ChatCaptureRequest.model_validate({"messages": MESSAGES, "activation_hooks": [HOOK | {"rows": [0]}]})
     error = invalid_request(caught.value, ChatCaptureRequest)
     assert isinstance(error, ApiError)
-    assert error.param == "activation_hooks[0].heads"
-    assert error.message.endswith("Supported: layer_name, component, hook_id, capture_input, capture_output.")
+    assert error.param == "activation_hooks[0].rows"
+    assert error.message.endswith("capture_input, capture_output, positions, heads, reduce.")
 
 
 def test_unknown_field_is_not_answered_with_fields_that_do_nothing() -> None:

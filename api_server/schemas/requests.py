@@ -142,22 +142,6 @@ class ChatMessage(Request):
     content: str
 
 
-class HookRequest(Request):
-    """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``."""
-
-    layer_name: Annotated[str, Field(min_length=1, max_length=500)]
-    component: Annotated[str, Field(min_length=1, max_length=100)]
-    hook_id: HookId | None = None
-    capture_input: bool = False
-    capture_output: bool = True
-
-    @model_validator(mode="after")
-    def _captures_something(self) -> "HookRequest":
-        if not (self.capture_input or self.capture_output):
-            raise PydanticCustomError("captures_nothing", "capture_input or capture_output must be true")
-        return self
-
-
 def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_TOKEN_ID
 
@@ -180,11 +164,103 @@ def _is_source(value: Any) -> bool:
 
 
 _SELECTION = "an index from 0 up, a list of them, or an object with 'start', 'stop' or both"
-Selection = Annotated[Any, BeforeValidator(_must(_is_selection, _SELECTION))]
-Positions = Annotated[
-    Any, BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}"))
+_HEADS = "an index from 0 up or a list of them"
+
+# What these check themselves, and say in one sentence, is told to the description in JSON Schema.
+_INDEX: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+_INDICES: dict[str, Any] = {"type": "array", "items": _INDEX, "minItems": 1, "uniqueItems": True}
+_INTERVAL: dict[str, Any] = {
+    "type": "object",
+    "properties": {"start": _INDEX, "stop": _INDEX},
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+_NULL: dict[str, Any] = {"type": "null"}
+
+
+def _lists_of_numbers(depth: int) -> dict[str, Any]:
+    """A number, null, or lists of these nested up to ``depth`` deep: as many axes as an activation has."""
+    if not depth:
+        return {"type": ["number", "null"]}
+    inner = _lists_of_numbers(depth - 1)
+    return {"anyOf": [{"type": ["number", "null"]}, {"type": "array", "items": inner, "minItems": 1}]}
+
+
+_RECORD: dict[str, Any] = {
+    "type": "object",
+    "description": "an activation record, as this server returns it",
+    "required": ["hook_point", "axes", "positions", "shape", "dtype", "data"],
+}
+
+Selection = Annotated[
+    Any,
+    BeforeValidator(_must(_is_selection, _SELECTION)),
+    WithJsonSchema({"anyOf": [_INDEX, _INDICES, _INTERVAL, _NULL], "description": _SELECTION}),
 ]
-Numbers = Annotated[Any, BeforeValidator(_must(_are_numbers, "a number, or lists of numbers"))]
+Positions = Annotated[
+    Any,
+    BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}")),
+    WithJsonSchema(
+        {"anyOf": [{"const": "last"}, _INDEX, _INDICES, _INTERVAL, _NULL], "description": f"'last', {_SELECTION}"}
+    ),
+]
+Heads = Annotated[
+    Any,
+    BeforeValidator(_must(lambda value: not isinstance(value, dict) and _is_selection(value), _HEADS)),
+    WithJsonSchema({"anyOf": [_INDEX, _INDICES, _NULL], "description": _HEADS}),
+]
+Numbers = Annotated[
+    Any,
+    BeforeValidator(_must(_are_numbers, "a number, or lists of numbers")),
+    WithJsonSchema(_lists_of_numbers(5) | {"description": "a number, or lists of numbers; null is -inf"}),
+]
+Source = Annotated[
+    Any,
+    BeforeValidator(_must(_is_source, "an activation record or a list of records")),
+    WithJsonSchema({"anyOf": [_RECORD, {"type": "array", "items": _RECORD, "minItems": 1}, _NULL]}),
+]
+
+
+def _null_is_none(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A field that checks itself takes null as not given."""
+    return None if value is None else check(value)
+
+
+class HookRequest(Request):
+    """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``.
+
+    Either ``layer_name`` (``"*"`` for every layer) and ``component``, or ``hook_point``, a name or a glob.
+    ``positions``, ``heads`` and ``reduce`` limit what is computed and sent.
+    """
+
+    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    hook_point: HookId | None = None
+    hook_id: HookId | None = None
+    capture_input: bool = False
+    capture_output: bool = True
+    positions: Positions = None
+    heads: Heads = None
+    reduce: Literal["mean", "max", "last", "norm"] | None = None
+
+    _nulls = field_validator("positions", "heads", mode="wrap")(_null_is_none)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "HookRequest":
+        named = (self.layer_name is not None, self.component is not None)
+        if named != ((False, False) if self.hook_point is not None else (True, True)):
+            raise PydanticCustomError("one_place", "A hook has 'layer_name' and 'component', or else 'hook_point'")
+        if self.hook_point is not None and self.capture_input:
+            raise PydanticCustomError(
+                "one_side", "A hook_point is one place: capture_input belongs to 'layer_name' and 'component'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captures_something(self) -> "HookRequest":
+        if not (self.capture_input or self.capture_output):
+            raise PydanticCustomError("captures_nothing", "capture_input or capture_output must be true")
+        return self
 
 
 class InterventionRequest(Request):
@@ -201,7 +277,7 @@ class InterventionRequest(Request):
     phase: Literal["prefill", "decode"] | None = None
     passes: Selection = None
     values: Numbers = None
-    source: Annotated[Any, BeforeValidator(_must(_is_source, "an activation record or a list of records"))] = None
+    source: Source = None
     over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     vector: Numbers = None
     coefficient: float | None = None
@@ -212,10 +288,7 @@ class InterventionRequest(Request):
     std: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
-    @field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")
-    @classmethod
-    def _null_is_none(cls, value: Any, check: Callable[[Any], Any]) -> Any:
-        return None if value is None else check(value)
+    _nulls = field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")(_null_is_none)
 
 
 class StreamOptions(Request):
