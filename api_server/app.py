@@ -6,12 +6,14 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
 from werkzeug.routing import PathConverter
 
 from . import errors
+from .captures import CaptureStore
 from .errors import ApiError
 from .routes import BLUEPRINTS
 from .schemas.requests import MODEL_PARTS
@@ -34,6 +36,11 @@ class ServerConfig:
         max_active: how many requests run at a time, token by token in turn.
         max_model_bytes: how many bytes of weights may be loaded; None for no limit.
         grace_seconds: how long running requests may go on once the server was asked to stop.
+        max_reply_bytes: the most bytes of activations, before encoding, in a JSON reply or stream; a larger run is
+            kept as a capture, and the reply says how to fetch it.
+        captures_dir: where captures are kept, and found again at the next start; a temporary folder if None.
+        captures_max_bytes: how many bytes on disk captures may take; those unused for longest make room.
+        captures_max_age: seconds after which a capture that nobody reads is deleted.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +51,10 @@ class ServerConfig:
     max_active: int = 4
     max_model_bytes: int | None = None
     grace_seconds: float = 5.0
+    max_reply_bytes: int = 64 * 2**20
+    captures_dir: Path | None = None
+    captures_max_bytes: int = 4 * 2**30
+    captures_max_age: float = 3600.0
 
     @property
     def is_local(self) -> bool:
@@ -51,7 +62,7 @@ class ServerConfig:
 
 
 def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask:
-    """The WSGI application around a started worker.
+    """The WSGI application around a started worker. What it opens is closed with it, or by ``close_app``.
 
     >>> with ModelWorker() as worker:
     ...     create_app(worker).test_client().get("/health").json["status"]
@@ -63,7 +74,9 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     app.config["API_KEY"] = config.api_key
     app.url_map.merge_slashes = False
     app.url_map.converters["model"] = _ModelId
+    app.config["MAX_REPLY_BYTES"] = config.max_reply_bytes
     app.extensions["model_worker"] = worker
+    app.extensions["captures"] = CaptureStore(config.captures_dir, config.captures_max_bytes, config.captures_max_age)
     errors.register(app)
 
     @app.before_request
@@ -92,6 +105,11 @@ class _ModelId(PathConverter):
     """A model's id as the end of an address, slashes included; what means something else there is none."""
 
     regex = rf"(?!load$)(?!.*/(?:{'|'.join(MODEL_PARTS)})$)[^/].*?"
+
+
+def close_app(app: Flask) -> None:
+    """Let go of the folder of captures; a temporary one is removed."""
+    app.extensions["captures"].close()
 
 
 def is_loopback(host: str) -> bool:

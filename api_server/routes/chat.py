@@ -25,7 +25,7 @@ def chat() -> Response:
     replies=ChatCaptureReply,
     event=ChatCaptureEvent,
     tags=["Generation"],
-    errors=(404, 409, 503),
+    errors=(404, 409, 413, 503, 507),
 )
 def chat_with_activations() -> Response:
     """Answer a chat, and bring back what the hooks captured."""

@@ -27,7 +27,7 @@ def complete() -> Response:
     replies=CompletionCaptureReply,
     event=CompletionCaptureEvent,
     tags=["Generation"],
-    errors=(404, 409, 503),
+    errors=(404, 409, 413, 503, 507),
 )
 def complete_with_activations() -> Response:
     """Continue a text or token ids, and bring back what the hooks captured."""
