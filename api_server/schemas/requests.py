@@ -519,9 +519,9 @@ class ModelQuery(Request):
     model: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(None, description="A loaded model's id.")
 
 
-_SPELLED_INDEX = r"-?[0-9]{1,9}"
-_RANGE = rf"({_SPELLED_INDEX})?:({_SPELLED_INDEX})?|{_SPELLED_INDEX}(,{_SPELLED_INDEX})*"
-_SPELLED = "'2', '0,2,5' or '2:10', where negative ones count from the end"
+_NUMBER = r"-?[0-9]{1,9}"
+_SPAN = rf"({_NUMBER})?:({_NUMBER})?|{_NUMBER}(,{_NUMBER})*"
+_WANTED = "'2', '0,2,5' or '2:10', where negative ones count from the end"
 
 
 def _is_spelled(pattern: str, wanted: str) -> AfterValidator:
@@ -533,8 +533,8 @@ def _pattern(pattern: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "pattern": f"^({pattern})$", "maxLength": MAX_RANGE_LENGTH})
 
 
-Range = Annotated[str, _is_spelled(_RANGE, _SPELLED), _pattern(_RANGE)]
-PositionRange = Annotated[str, _is_spelled(f"last|{_RANGE}", f"'last', {_SPELLED}"), _pattern(f"last|{_RANGE}")]
+Range = Annotated[str, _is_spelled(_SPAN, _WANTED), _pattern(_SPAN)]
+PositionRange = Annotated[str, _is_spelled(f"last|{_SPAN}", f"'last', {_WANTED}"), _pattern(f"last|{_SPAN}")]
 
 
 class CapturesQuery(Request):
