@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
         prog: the program's name in the usage message.
     """
     options = _parser(prog).parse_args(argv)
-    logs.configure(options.log_level, options.log_format)
+    api_key = options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None
+    logs.configure(options.log_level, options.log_format, secret=api_key)
     try:
         config = ServerConfig(
             host=options.host,
             port=options.port,
-            api_key=options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None,
+            api_key=api_key,
             allowed_hosts=tuple(options.allowed_host),
             cors_origins=tuple(options.cors_origin),
             model_roots=tuple(options.model_root),

@@ -89,11 +89,11 @@ def account(response: Response) -> None:
 
 
 class _Discreet:
-    """Makes a line of a record: of an exception its type, message and way, of a path its last part."""
+    """Makes a line of a record: of an exception its type, message and way, of a path its last part, no secret."""
 
-    def __init__(self, *arguments: Any, tracebacks: bool, **options: Any) -> None:
+    def __init__(self, *arguments: Any, tracebacks: bool, secret: str | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._tracebacks = tracebacks
+        self._tracebacks, self._secret = tracebacks, secret
 
     def format(self, record: logging.LogRecord) -> str:
         record = copy.copy(record)
@@ -104,7 +104,7 @@ class _Discreet:
         if not self._tracebacks:
             record.exc_info = record.exc_text = record.stack_info = None
         line: str = super().format(record)  # type: ignore[misc]
-        return line
+        return line.replace(self._secret, "***") if self._secret else line
 
 
 class TextFormatter(_Discreet, logging.Formatter):
@@ -121,21 +121,32 @@ class JsonLineFormatter(_Discreet, JsonFormatter):
     """``{"time": ..., "level": "INFO", "logger": "api_server.access", "message": "request", "status": 200, ...}``"""
 
 
-def configure(level: str, form: str) -> None:
+_SHOWN = "%(asctime)s %(levelname)s %(name)s %(message)s"
+_NAMES = {"asctime": "time", "levelname": "level", "name": "logger"}
+
+
+def formatter(form: str, *, tracebacks: bool = False, secret: str | None = None) -> logging.Formatter:
+    """What makes lines of records.
+
+    Args:
+        form: one of ``FORMATS``.
+        tracebacks: whether to write them.
+        secret: what is never written, whoever says it.
+    """
+    if form == "json":
+        return JsonLineFormatter(_SHOWN, rename_fields=_NAMES, tracebacks=tracebacks, secret=secret)
+    return TextFormatter(_SHOWN, tracebacks=tracebacks, secret=secret)
+
+
+def configure(level: str, form: str, secret: str | None = None) -> None:
     """Write the log to standard error.
 
     Args:
         level: debug, info (a line per request), warning or error.
         form: one of ``FORMATS``.
+        secret: what is never written.
     """
-    tracebacks = level == "debug"
     handler = logging.StreamHandler()
-    if form == "json":
-        names = {"asctime": "time", "levelname": "level", "name": "logger"}
-        shown = "%(asctime)s %(levelname)s %(name)s %(message)s"
-        handler.setFormatter(JsonLineFormatter(shown, rename_fields=names, tracebacks=tracebacks))
-    else:
-        shown = "%(asctime)s %(levelname)s %(name)s %(message)s"
-        handler.setFormatter(TextFormatter(shown, tracebacks=tracebacks))
+    handler.setFormatter(formatter(form, tracebacks=level == "debug", secret=secret))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
