@@ -25,7 +25,7 @@ def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response
         plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
     edits = loaded.model.resolve_interventions(_interventions(asked) if isinstance(asked, CaptureRequest) else [])
     kind = "chat.completion" if isinstance(asked, ChatRequest) else "text_completion"
-    job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded)
+    job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded, asked.user)
     reply, results = Reply(asked, loaded.model_id, _keeping(asked, loaded)), job.results(reader_gone())
     if asked.stream:
         return event_stream(reply.events(results), job)
