@@ -1,4 +1,4 @@
-"""Every error that leaves the server, in one shape: ``{"error": {"message", "type", "code", "param"}}``.
+"""Every error that leaves the server, in one shape: ``{"error": {"message", "type", "code", "param", "request_id"}}``.
 
 Views and the worker raise; only this module renders. ``describe`` knows nothing of Flask, so an event stream that
 breaks after its first event sends the same object.
@@ -51,9 +51,9 @@ class ApiError(Exception):
         self.param = param
         self.headers = headers or {}
 
-    def body(self) -> dict[str, Any]:
+    def body(self, request_id: str | None) -> dict[str, Any]:
         """The reply's JSON object."""
-        return error_body(self.status, self.message, self.code, self.param)
+        return error_body(self.status, self.message, self.code, self.param, request_id)
 
 
 class UnknownModel(ApiError):
@@ -70,6 +70,47 @@ class UnknownHook(ApiError):
     def __init__(self, hook_id: str, registered: list[str]) -> None:
         known = f"Registered: {', '.join(registered)}." if registered else "None is registered."
         super().__init__(404, f"Unknown hook {hook_id!r}. {known}", code="hook_not_found", param="hook_id")
+
+
+class UnknownCapture(ApiError):
+    """A capture id that the store does not have; the message lists the newest that it has."""
+
+    def __init__(self, capture_id: str, kept: list[str], shown: int = 10) -> None:
+        more = f" and {len(kept) - shown} more" if len(kept) > shown else ""
+        known = f"Kept: {', '.join(kept[:shown])}{more}." if kept else "None is kept: send keep_capture with a request."
+        message = f"Unknown capture {capture_id[:100]!r}. {known}"
+        super().__init__(404, message, code="capture_not_found", param="capture_id")
+
+
+class CaptureTooLarge(ApiError):
+    """A capture larger than all that the store may hold."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            413,
+            f"The capture is larger than this server keeps: {limit} bytes ({limit / 2**20:.4g} MiB). "
+            "Capture fewer hook points, positions or heads, or reduce them.",
+            code="capture_too_large",
+        )
+
+
+class CapturesBusy(ApiError):
+    """Captures that are being written take all the room there is."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            503,
+            f"Captures that are being written fill this server's {limit} bytes. Try again later.",
+            code="captures_busy",
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+
+
+class CapturesUnwritable(ApiError):
+    """The disk refuses."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(507, f"The capture could not be written: {reason}.", code="captures_unwritable")
 
 
 class NoModelLoaded(ApiError):
@@ -146,17 +187,19 @@ class NoRoomForModel(ApiError):
         )
 
 
-def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, code: str, param: str | None = None, request_id: str | None = None
+) -> dict[str, Any]:
     """The one error shape; ``type`` follows from the status."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+    return {"error": {"message": message, "type": kind, "code": code, "param": param, "request_id": request_id}}
 
 
 def describe(error: BaseException, request_id: str) -> ApiError:
     """The ``ApiError`` that any exception is answered with; an unexpected one is logged under ``request_id``."""
     known = shown(error, request_id)
     if known.code == "internal_error":
-        log.error("request %s failed", request_id, exc_info=error)
+        log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
     return known
 
 
@@ -270,5 +313,5 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def render(error: Exception) -> Response:
-        known = describe(error, g.get("request_id", "-"))
-        return json_reply(known.body(), known.status, known.headers)
+        known = describe(error, g.request_id)
+        return json_reply(known.body(g.request_id), known.status, known.headers)

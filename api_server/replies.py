@@ -3,12 +3,14 @@
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from neuroscope_bridge import payload
 
 from .errors import ApiError
 from .inference import Start, Step
+from .keeping import Keeping
 from .logprobs import TokenScore, chat_logprobs, text_logprobs
 from .schemas.requests import CaptureRequest, ChatRequest, GenerationRequest
 
@@ -44,7 +46,8 @@ class Reply:
     A hook that captured nothing is an error, unless the text ended before the positions that it keeps.
     """
 
-    def __init__(self, request: GenerationRequest, model_id: str) -> None:
+    def __init__(self, request: GenerationRequest, model_id: str, keeping: Keeping | None = None) -> None:
+        self._keeping = keeping
         self._chat = isinstance(request, ChatRequest)
         self._capture = request if isinstance(request, CaptureRequest) else None
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -63,18 +66,24 @@ class Reply:
         texts: list[list[str]] = [[] for _ in self._choices]
         scores: list[list[TokenScore]] = [[] for _ in self._choices]
         activations: dict[str, list[Record]] = {}
-        for step in self._steps(results):
-            texts[step.choice].append(step.text)
-            scores[step.choice] += [step.score] if step.score else []
-            for hook_id, records in self._take(step).items():
-                activations.setdefault(hook_id, []).extend(records)
+        with self._keeping or nullcontext():
+            for step in self._steps(results):
+                texts[step.choice].append(step.text)
+                scores[step.choice] += [step.score] if step.score else []
+                records = self._take(step)
+                if self._keeping is not None and self._keeping.too_large:
+                    activations = self._seen
+                    continue
+                for hook_id, found in records.items():
+                    activations.setdefault(hook_id, []).extend(found)
+            closing = self._closing(self._usage())
         choices = []
         for index, choice in enumerate(self._choices):
             text = "".join(texts[index])
             said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
             choices.append(self._choice(index, said, choice.finish_reason, scores[index]))
         body = self._envelope("chat.completion" if self._chat else "text_completion", choices)
-        return body | ({"activations": activations} if self._capture else {}) | self._closing(self._usage())
+        return body | ({"activations": activations} if self._capture else {}) | closing
 
     def events(self, results: Iterator[Start | Step]) -> Iterator[dict[str, Any]]:
         """One object per step that has something to tell, and one per choice with its finish reason.
@@ -82,15 +91,17 @@ class Reply:
         The last of these has the accounts, save that the usage comes after it where that was asked for.
         """
         usage_later = {"usage": None} if self._include_usage else {}
-        for step in self._steps(results):
-            records = self._take(step)
-            first = self._choices[step.choice].n_tokens <= 1
-            if first or step.text or step.score or self._capture:
-                yield self._said(step, first) | ({"activations": records} if self._capture else {}) | usage_later
-            if step.finish_reason and step.choice < len(self._choices) - 1:
-                yield self._finished(step.choice) | usage_later
-        usage = self._usage()
-        yield self._finished(len(self._choices) - 1) | self._closing(usage) | usage_later
+        with self._keeping or nullcontext():
+            for step in self._steps(results):
+                records = self._take(step)
+                first = self._choices[step.choice].n_tokens <= 1
+                if first or step.text or step.score or self._capture:
+                    yield self._said(step, first) | ({"activations": records} if self._capture else {}) | usage_later
+                if step.finish_reason and step.choice < len(self._choices) - 1:
+                    yield self._finished(step.choice) | usage_later
+            usage = self._usage()
+            closing = self._closing(usage)
+        yield self._finished(len(self._choices) - 1) | closing | usage_later
         if self._include_usage:
             yield self._envelope(self._event_kind, []) | {"usage": usage}
 
@@ -104,11 +115,11 @@ class Reply:
             yield result
 
     def _take(self, step: Step) -> dict[str, list[Record]]:
-        if self._capture is None:
+        if self._keeping is None:
             return {}
-        records = step.records(self._capture.activation_encoding, self._capture.activation_dtype)
+        records = self._keeping.take(step)
         for hook_id, found in records.items():
-            light = [{k: v for k, v in record.items() if k != "data"} for record in found]
+            light = [{k: v for k, v in record.items() if k != "data"} | {"encoding": "none"} for record in found]
             self._seen.setdefault(hook_id, []).extend(light)
         return records
 
@@ -151,10 +162,12 @@ class Reply:
         return {"prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}
 
     def _closing(self, usage: dict[str, int]) -> dict[str, Any]:
-        if self._capture is None:
+        if self._capture is None or self._keeping is None:
             return {"usage": usage}
         edited = {"interventions": self._interventions} if self._capture.interventions else {}
-        return {"usage": usage, "hooks": self._receipts(), **edited, "tokens": self._spelled()}
+        receipts, tokens = self._receipts(), self._spelled()
+        kept = self._keeping.finish(tokens, receipts, self._interventions, self._choices[0].finish_reason)
+        return {"usage": usage, "hooks": receipts, **edited, "tokens": tokens, **kept}
 
     def _receipts(self) -> dict[str, dict[str, Any]]:
         receipts = {hook_id: payload.receipt(self._seen.get(hook_id, [])) for hook_id in self._start.hook_ids}

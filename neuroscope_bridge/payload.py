@@ -30,18 +30,28 @@ import numpy as np
 import orjson
 
 from .errors import NumberTooLargeError, PayloadError
+from .tensors import array_bytes, npy_header, read_npy, read_safetensors, safetensors_buffers, safetensors_header
 
 __all__ = [
     "DTYPES",
     "ENCODINGS",
     "NumberTooLargeError",
     "PayloadError",
+    "array_bytes",
+    "as_wire_dtype",
     "decode_activation",
     "dumps",
     "encode_activation",
     "encode_intervention",
+    "encoded",
+    "key_padding",
+    "npy_header",
+    "read_npy",
+    "read_safetensors",
     "receipt",
     "row_positions",
+    "safetensors_buffers",
+    "safetensors_header",
     "stack_records",
 ]
 
@@ -108,7 +118,7 @@ def encode_activation(
         raise PayloadError(
             f"Hook {hook_id!r}: shape {list(array.shape)} has {array.ndim} axes, {len(axes)} are named: {list(axes)}."
         )
-    array = _as_wire_dtype(array, dtype, hook_id)
+    array = as_wire_dtype(array, dtype, hook_id)
     record: dict[str, Any] = {
         "hook_id": hook_id,
         "layer_name": layer_name,
@@ -128,12 +138,14 @@ def encode_activation(
         "reduce": reduce,
         "encoding": encoding,
     }
-    if encoding == "json":
-        record["data"] = array
-    elif encoding == "base64":
-        little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        record["data"] = base64.b64encode(little_endian.tobytes()).decode("ascii")
+    if encoding != "none":
+        record["data"] = encoded(array, encoding)
     return record
+
+
+def encoded(array: np.ndarray, encoding: str) -> np.ndarray | str:
+    """What `data` of a record is: for `json` the array, which `dumps` writes as nested lists, for `base64` a text."""
+    return array if encoding == "json" else base64.b64encode(array_bytes(array)).decode("ascii")
 
 
 def decode_activation(record: Mapping[str, Any]) -> np.ndarray:
@@ -324,13 +336,18 @@ def _pad_keys(arrays: list[np.ndarray], records: Sequence[Mapping[str, Any]], ax
                 f"{record['positions']} do not start at position 0 and cannot be stacked."
             )
     longest = max(array.shape[axis] for array in arrays)
-    fill = -np.inf if _is_scores(records[0]) else 0.0
+    fill = key_padding(records[0].get("hook_point"), records[0].get("component"))
     padded = []
     for array in arrays:
         width = [(0, 0)] * array.ndim
         width[axis] = (0, longest - array.shape[axis])
         padded.append(np.pad(array, width, constant_values=fill))
     return padded
+
+
+def key_padding(hook_point: str | None, component: str | None) -> float:
+    """What a query has at keys that come after it: 0 in a pattern, -inf in scores."""
+    return -math.inf if _is_scores({"hook_point": hook_point, "component": component}) else 0.0
 
 
 def _is_scores(record: Mapping[str, Any]) -> bool:
@@ -340,7 +357,13 @@ def _is_scores(record: Mapping[str, Any]) -> bool:
     return str(hook_point).endswith("hook_attn_scores")
 
 
-def _as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+def as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+    """The array as it travels: floats as ``dtype``, one of `DTYPES`, integers and booleans as int32.
+
+    Raises:
+        PayloadError: no such dtype, or an array that has no wire format.
+        NumberTooLargeError: a finite number that the dtype cannot hold.
+    """
     if dtype not in DTYPES:
         raise PayloadError(f"Unknown activation dtype {dtype!r}. Choose from: {', '.join(DTYPES)}.")
     if array.dtype.kind not in "biuf":

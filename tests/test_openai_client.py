@@ -286,7 +286,7 @@ def test_with_activations_there_is_one_choice(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.post(route, body={"messages": MESSAGES, "activation_hooks": hooks, "n": 2}, cast_to=object)
     assert caught.value.param == "n"
-    assert "is supported, not 2" in str(caught.value)
+    assert "only 1 is supported, not 2" in str(caught.value)
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
