@@ -10,11 +10,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
+from werkzeug.routing import PathConverter
 
 from . import errors
 from .captures import CaptureStore
 from .errors import ApiError
 from .routes import BLUEPRINTS
+from .schemas.requests import MODEL_PARTS
 from .worker import ModelWorker
 
 log = logging.getLogger("api_server.access")
@@ -71,6 +73,7 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
     app.config["API_KEY"] = config.api_key
     app.url_map.merge_slashes = False
+    app.url_map.converters["model"] = _ModelId
     app.config["MAX_REPLY_BYTES"] = config.max_reply_bytes
     app.extensions["model_worker"] = worker
     app.extensions["captures"] = CaptureStore(config.captures_dir, config.captures_max_bytes, config.captures_max_age)
@@ -101,6 +104,12 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
 def close_app(app: Flask) -> None:
     """Let go of the folder of captures; a temporary one is removed."""
     app.extensions["captures"].close()
+
+
+class _ModelId(PathConverter):
+    """A model's id as the end of an address, slashes included; what means something else there is none."""
+
+    regex = rf"(?!load$)(?!.*/(?:{'|'.join(MODEL_PARTS)})$)[^/].*?"
 
 
 def is_loopback(host: str) -> bool:

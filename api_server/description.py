@@ -207,11 +207,12 @@ def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
 def _other_content(extras: _Extras) -> Schema:
     content = {kind: {"schema": schema} for kind, schema in extras.media.items()}
     if extras.event:
-        content[EVENTS] = {
-            "schema": {"type": "string", "description": "Lines `data: {...}` with an empty one after each."},
-            # OpenAPI 3.1 has no word for it.
-            "x-event-schema": {"$ref": _SCHEMA.format(name=extras.event.__name__)},
-        }
+        said = [{"$ref": _SCHEMA.format(name=model.__name__)} for model in (extras.event, ErrorReply)]
+        done = {"const": "[DONE]", "description": "The end; it does not come after an error."}
+        data = {"type": "string", "contentMediaType": JSON, "contentSchema": {"anyOf": said}}
+        # The schema of one event: OpenAPI 3.1 has no word for the sequence.
+        one = {"type": "object", "properties": {"data": {"anyOf": [done, data]}}, "required": ["data"]}
+        content[EVENTS] = {"schema": one}
     return content
 
 

@@ -453,6 +453,7 @@ class HookedModel:
         capture: Iterable[Capture] | CapturePlan | None = None,
         fwd_hooks: ForwardHooks = (),
         interventions: Interventions = (),
+        top_logprobs: int | None = None,
         **sampling: Any,
     ) -> Iterator[GenerationStep]:
         """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
@@ -480,6 +481,7 @@ class HookedModel:
             plan=plan,
             interventions=self._prepared(interventions),
             hooks=hooks,
+            top_logprobs=top_logprobs,
         )
         return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
 
@@ -497,8 +499,10 @@ class HookedModel:
             fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass; they run after the interventions.
             interventions: edits, in the order in which they are made; the result holds their receipts. See
                 :class:`Intervention`.
-            temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`sampling.Sampling`;
-                the default takes the most probable token.
+            top_logprobs: tell with each token how probable the model found it, and this many of the likeliest ones:
+                see :class:`TokenLogprobs`. None computes nothing.
+            temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed:
+                see :class:`sampling.Sampling`; the default takes the most probable token.
         """
         tokens = self.to_tokens(prompt)
         return generation.collect(id_list(tokens[0]), self.generate_steps(tokens, **options), self.hook_points)
@@ -590,6 +594,7 @@ def load_model(name_or_path: str | Path) -> HookedModel:
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:
-        allowed = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", *Sampling.__dataclass_fields__]
+        own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs"]
+        allowed = [*own, *Sampling.__dataclass_fields__]
         raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
     return Sampling(**options)

@@ -10,8 +10,8 @@ from server_tools import load_tiny
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.description import is_described
 
-# The description's own addresses, and those that only say which method another one has.
-NOT_DESCRIBED = {"openapi", "docs", "asset", "load_is_no_model", "selftest_is_no_model"}
+# The description's own addresses.
+NOT_DESCRIBED = {"openapi", "docs", "asset"}
 
 
 @pytest.fixture(scope="module")

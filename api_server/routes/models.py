@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from flask import Blueprint, Response
-from werkzeug.exceptions import MethodNotAllowed
 
 from mlx_hooks import ModelLoadError, SelfTest, UnsupportedModelError
 
@@ -66,13 +65,7 @@ def _loaded(loaded: LoadedModel) -> dict[str, Any]:
     return {"status": "loaded"} | describe_model(loaded)
 
 
-@blueprint.get("/load")
-def load_is_no_model() -> Response:
-    """Without this, the address would mean a model of that id."""
-    raise MethodNotAllowed(["POST"])
-
-
-@blueprint.get("/<path:model_id>")
+@blueprint.get("/<model:model_id>")
 @described(replies=ModelReply, tags=["Models"], errors=(404,))
 def get_model(model_id: str) -> Response:
     """The configuration of a loaded model."""
@@ -80,13 +73,7 @@ def get_model(model_id: str) -> Response:
     return json_reply(describe_model(worker().get(model_id)))
 
 
-@blueprint.get("/<path:model_id>/selftest")
-def selftest_is_no_model(model_id: str) -> Response:
-    """Without this, the address would mean a model of that id."""
-    raise MethodNotAllowed(["POST"])
-
-
-@blueprint.delete("/<path:model_id>")
+@blueprint.delete("/<model:model_id>")
 @described(replies=UnloadedReply, tags=["Models"], errors=(404, 503))
 def unload_model(model_id: str) -> Response:
     """Unload a model; a request that already uses it runs to its end."""

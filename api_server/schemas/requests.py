@@ -17,12 +17,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticUseDefault
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUseDefault, core_schema
 
 MAX_TOKENS = 32768
 DEFAULT_MAX_TOKENS = 100
@@ -33,13 +35,21 @@ MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_TEXT_LOGPROBS = 5
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_CONTENT_PARTS = 1024
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
 MAX_RANGE_LENGTH = 10_000
 
 ID_RULE = f"1 to {MAX_ID_LENGTH} printable characters, where no part between slashes is empty, '.' or '..'"
-MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in '/hook_points'"
+MODEL_PARTS = ("hook_points", "selftest")
+"""What stands behind a model's id in an address."""
+MODEL_ID_RULE = f"{ID_RULE}, neither 'load' nor ending in {' or '.join(repr('/' + part) for part in MODEL_PARTS)}"
 
 
 def is_hook_id(text: str) -> bool:
@@ -49,7 +59,7 @@ def is_hook_id(text: str) -> bool:
 
 def is_model_id(text: str) -> bool:
     """The same, and no address of its own: ``load`` is one."""
-    return is_hook_id(text) and text != "load" and not text.endswith("/hook_points")
+    return is_hook_id(text) and text != "load" and text.split("/")[-1] not in MODEL_PARTS
 
 
 def _must(fits: Callable[[Any], bool], wanted: str) -> Callable[[Any], Any]:
@@ -74,10 +84,19 @@ class _Inert(AfterValidator):
 
 
 class _OrNull:
-    """Describes a field whose null is the default, which its type does not show."""
+    """Marks a field whose null is the default, which its type does not show."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, describe: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [describe(schema), {"type": "null"}]}
+
+    @staticmethod
+    def _check(value: Any) -> Any:
+        if value is None:
+            raise PydanticUseDefault
+        return value
 
 
 def _only(*values: Any) -> _Inert:
@@ -131,15 +150,69 @@ Prompt = Annotated[
 ]
 
 
+def _is_bias(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= MAX_BIASES
+        and all(key.isascii() and key.isdigit() and len(key) < 11 and str(int(key)) == key for key in value)
+        and all(type(bias) in (int, float) and -MAX_BIAS <= bias <= MAX_BIAS for bias in value.values())
+    )
+
+
+LogitBias = Annotated[
+    dict[str, float],
+    BeforeValidator(
+        _must(
+            _is_bias,
+            f"an object of at most {MAX_BIASES} token ids, each with a number from -{MAX_BIAS} to {MAX_BIAS}",
+        )
+    ),
+]
+
+
 class Request(BaseModel):
     """The base of all requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class TextPart(Request):
+    """Part of a message: ``{"type": "text", "text": "hello"}``; other types than text are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise PydanticCustomError("unfit", "Input should be a string or a list of text parts")
+    return value
+
+
 class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    """What somebody said. ``developer`` is OpenAI's newer name of ``system``; the parts of a text are joined."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    # A list in any case: the error about a part then has the address of that part.
+    content: Annotated[
+        list[TextPart],
+        Field(min_length=1, max_length=MAX_CONTENT_PARTS),
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
+    ]
+
+    # An answer's other fields, with which it may come back as a message.
+    refusal: Annotated[Any, _only(None)] = None
+    annotations: Annotated[Any, _only([], None)] = None
+    audio: Annotated[Any, _only(None)] = None
+    function_call: Annotated[Any, _only(None)] = None
+    tool_calls: Annotated[Any, _only([], None)] = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 def _is_index(value: Any) -> bool:
@@ -292,9 +365,10 @@ class InterventionRequest(Request):
 
 
 class StreamOptions(Request):
-    """OpenAI's; the last event has the usage in any case."""
+    """OpenAI's. With ``include_usage`` the usage has a last event of its own, without it the finishing one has it."""
 
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False, None)] = None
 
 
 class GenerationRequest(Request):
@@ -308,30 +382,21 @@ class GenerationRequest(Request):
     top_k: Annotated[int, _OrNull()] = Field(0, ge=0, le=1_000_000)
     min_p: Annotated[float, _OrNull()] = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: Annotated[float, _OrNull()] = Field(0.0, ge=-2, le=2)
+    presence_penalty: Annotated[float, _OrNull()] = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias | None = None
+    n: Annotated[int, _OrNull()] = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: Stop | None = None
     stream: Annotated[bool, _OrNull()] = False
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    n: Annotated[Any, _only(1, None)] = None
-    logprobs: Annotated[Any, _only(False, None)] = None
-    top_logprobs: Annotated[Any, _only(0, None)] = None
-    frequency_penalty: Annotated[Any, _only(0, None)] = None
-    presence_penalty: Annotated[Any, _only(0, None)] = None
-    logit_bias: Annotated[Any, _only({}, None)] = None
     response_format: Annotated[Any, _only({"type": "text"}, None)] = None
     tools: Annotated[Any, _only([], None)] = None
     tool_choice: Annotated[Any, _only("none", None)] = None
     store: Annotated[Any, _only(False, None)] = None
     echo: Annotated[Any, _only(False, None)] = None
-
-    @field_validator("temperature", "top_p", "top_k", "min_p", "stream", mode="before")
-    @classmethod
-    def _null_is_the_default(cls, value: Any) -> Any:
-        if value is None:
-            raise PydanticUseDefault
-        return value
 
     @model_validator(mode="after")
     def _one_limit(self) -> "GenerationRequest":
@@ -340,6 +405,22 @@ class GenerationRequest(Request):
                 "one_limit", "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one"
             )
         return self
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream", True):
+            raise PydanticCustomError("no_stream", "it is allowed with 'stream': true only")
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell with each token; None if nothing is asked about probabilities."""
+        return None
 
     @property
     def token_limit(self) -> int:
@@ -356,17 +437,61 @@ class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: Annotated[bool, _OrNull()] = False
+    top_logprobs: Annotated[int, _OrNull()] = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+
+    audio: Annotated[Any, _only(None)] = None
+    function_call: Annotated[Any, _only("none", None)] = None
+    functions: Annotated[Any, _only([], None)] = None
+    metadata: Annotated[Any, _only({}, None)] = None
+    modalities: Annotated[Any, _only(["text"], None)] = None
+    moderation: Annotated[Any, _only(None)] = None
+    parallel_tool_calls: Annotated[Any, _only(True, False, None)] = None
+    prediction: Annotated[Any, _only(None)] = None
+    prompt_cache_key: Annotated[Any, _only(None)] = None
+    prompt_cache_options: Annotated[Any, _only(None)] = None
+    prompt_cache_retention: Annotated[Any, _only(None)] = None
+    reasoning_effort: Annotated[Any, _only("none", None)] = None
+    safety_identifier: Annotated[Any, _only(None)] = None
+    service_tier: Annotated[Any, _only("auto", "default", None)] = None
+    verbosity: Annotated[Any, _only(None)] = None
+    web_search_options: Annotated[Any, _only(None)] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs", True):
+            raise PydanticCustomError("no_logprobs", "it is allowed with 'logprobs': true only")
+        return value
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
 
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``"""
 
     prompt: Prompt
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None,
+        # A chat's way to ask for none.
+        BeforeValidator(lambda value: None if value is False else value),
+    ] = None
+
+    top_logprobs: Annotated[Any, _only(0, None)] = None
+    best_of: Annotated[Any, _only(1, None)] = None
+    suffix: Annotated[Any, _only(None)] = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class CaptureRequest(GenerationRequest):
-    """What capturing adds; ``max_tokens: 0`` only reads the prompt."""
+    """What capturing adds; ``max_tokens: 0`` only reads the prompt. There is one answer, whose activations come."""
 
+    n: Annotated[Any, _only(1), _OrNull()] = 1
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
