@@ -61,6 +61,8 @@ class LMStudioNeuroScopeClient:
         timeout: Seconds that the server may stay silent before `ServerTimeoutError`. Without `stream` it is
             silent for the whole of a generation.
         api_key: The key that the server was started with, sent as a Bearer token.
+        compress: Whether the server may compress its answers: worth it over a slow network, on the same machine it
+            only costs time.
 
     Every method raises `ServerUnreachableError`, `ServerTimeoutError`, `NeuroScopeAPIError` (the server said
     no) or `ResponseFormatError` (the answer is not NeuroScope's), all of them `NeuroScopeError`.
@@ -71,7 +73,11 @@ class LMStudioNeuroScopeClient:
     """
 
     def __init__(
-        self, base_url: str = DEFAULT_BASE_URL, timeout: float = DEFAULT_TIMEOUT, api_key: str | None = None
+        self,
+        base_url: str = DEFAULT_BASE_URL,
+        timeout: float = DEFAULT_TIMEOUT,
+        api_key: str | None = None,
+        compress: bool = False,
     ) -> None:
         parts = _server_address(base_url)
         if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout <= MAX_TIMEOUT:
@@ -84,6 +90,8 @@ class LMStudioNeuroScopeClient:
         self.timeout = timeout
         self._session = requests.Session()
         self._session.headers.update({"Content-Type": "application/json", "Accept": "application/json"})
+        if not compress:
+            self._session.headers["Accept-Encoding"] = "identity"
         # Proxies of the environment are for the world outside; a loopback server is never behind one.
         self._session.trust_env = not _is_loopback(parts.hostname or "")
         self._session.auth = _Bearer(api_key)

@@ -124,7 +124,9 @@ def error_of(body: Reply, status: int | None, source: str) -> NeuroScopeAPIError
     if not isinstance(error, dict):
         return NeuroScopeAPIError(f"{source}: {error}", status, body=body)
     message = error.get("message") or "the server gave no reason"
-    return NeuroScopeAPIError(message, status, error.get("type"), error.get("code"), error.get("param"), body)
+    return NeuroScopeAPIError(
+        message, status, error.get("type"), error.get("code"), error.get("param"), body, error.get("request_id")
+    )
 
 
 def timed_out(source: str, timeout: float) -> ServerTimeoutError:

@@ -1,10 +1,16 @@
-"""The description says what the server does."""
+"""The description says what the server does, and the server does what it says."""
 
+import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema_rs
 import pytest
+import schemathesis
 from flask import Flask
+from hypothesis import HealthCheck, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from server_tools import load_tiny
 
 from api_server import ModelWorker, ServerConfig, create_app
@@ -13,17 +19,76 @@ from api_server.description import is_described
 # The description's own addresses.
 NOT_DESCRIBED = {"openapi", "docs", "asset"}
 
+# Schemathesis asks for the description when tests are collected; the fixture starts the worker.
+WORKER = ModelWorker(load_tiny)
+APP = create_app(WORKER, ServerConfig(max_tokens=4))
+DOCUMENT: dict[str, Any] = APP.test_client().get("/openapi.json").json
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="module", autouse=True)
 def app() -> Iterator[Flask]:
-    with ModelWorker(load_tiny) as worker:
-        worker.load("llama", "tiny")
-        yield create_app(worker)
+    with WORKER:
+        WORKER.load("neuroscope-tiny", "tiny")
+        yield APP
 
 
-@pytest.fixture(scope="module")
-def document(app: Flask) -> dict[str, Any]:
-    return app.test_client().get("/openapi.json").json
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return copy.deepcopy(DOCUMENT)
+
+
+def closed(document: dict[str, Any]) -> dict[str, Any]:
+    """The description with replies that hold nothing else: a field that nobody described is found."""
+    document = copy.deepcopy(document)
+    for name, schema in document["components"]["schemas"].items():
+        if not name.endswith(("Request", "Query")) and "properties" in schema:
+            schema["additionalProperties"] = False
+    return document
+
+
+# What the description cannot say is left out: an unknown layer is well-formed and refused.
+UNCHECKED = [positive_data_acceptance]
+api = schemathesis.openapi.from_dict(closed(DOCUMENT))
+api.app = APP
+
+
+@api.parametrize()
+@settings(max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+def test_every_answer_is_as_described(case: schemathesis.Case) -> None:
+    case.call_and_validate(headers={"Accept-Encoding": "identity"}, excluded_checks=UNCHECKED)
+
+
+def test_the_description_is_a_valid_document() -> None:
+    api.validate()
+
+
+def bodies() -> list[Any]:
+    found = [
+        (path, operation["requestBody"]["content"]["application/json"]["example"])
+        for path, methods in DOCUMENT["paths"].items()
+        for operation in methods.values()
+        if "requestBody" in operation
+    ]
+    return [pytest.param(path, body, id=path) for path, body in found]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("path", "body"), bodies())
+def test_every_example_is_answered_well(app: Flask, path: str, body: dict[str, Any], stream: bool) -> None:
+    if stream and "completions" not in path:
+        pytest.skip("has no stream")
+    reply = app.test_client().post(path.replace("{model_id}", "tiny"), json=body | ({"stream": True} if stream else {}))
+    assert reply.status_code == 200, reply.text
+    content = closed(DOCUMENT)["paths"][path]["post"]["responses"]["200"]["content"][reply.mimetype]["schema"]
+    schema = {**content, "components": closed(DOCUMENT)["components"]}
+    if not stream:
+        return jsonschema_rs.validate(schema, reply.json)
+    *events, end = [line.removeprefix("data: ") for line in reply.text.split("\n\n")[:-1]]
+    assert end == "[DONE]"
+    payload = content["properties"]["data"]["anyOf"][1]["contentSchema"]["anyOf"][0]
+    for event in events:
+        jsonschema_rs.validate({**payload, "components": schema["components"]}, json.loads(event))
+    return None
 
 
 def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -177,6 +177,8 @@ def test_bytes_are_true_where_a_token_is_part_of_a_character(client: OpenAI, mod
     assert [bytes(one.bytes) for one in content] == [*SAID, b"<end>"]
     assert [one.token for one in content[2:6]] == ["\\xf0\\x9f", "\\x98\\x80", "\\xc3", "\\xa9"]
     assert [one.top_logprobs[0].bytes for one in content] == [one.bytes for one in content]
+    chunks = list(chat(client, logprobs=True, top_logprobs=1, stream=True, **ask))
+    assert [one for chunk in chunks[:-1] for one in chunk.choices[0].logprobs.content] == content
     found = complete(client, model=model, prompt="?", logprobs=1, temperature=0, max_tokens=20).choices[0].logprobs
     assert found.tokens == ["h", "i", *(f"bytes:{one.token}" for one in content[2:6]), "x", "<end>"]
     assert found.text_offset == [0, 1, 2, 2, 3, 3, 4, 5]
@@ -253,7 +255,7 @@ def test_with_activations_there_is_one_choice(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.post(route, body={"messages": MESSAGES, "activation_hooks": hooks, "n": 2}, cast_to=object)
     assert caught.value.param == "n"
-    assert "only 1 or null is supported, not 2" in str(caught.value)
+    assert "only 1 is supported, not 2" in str(caught.value)
 
 
 @pytest.mark.parametrize("ask", [chat, complete])
@@ -296,7 +298,7 @@ def test_a_bias_makes_and_forbids_tokens(client: OpenAI, ask: Callable[..., Any]
     assert plain[0] not in text_of(ask(client, logit_bias=banned, temperature=0)).split()
 
 
-def greedy(worker: ModelWorker, prompt: list[int], bend: Callable[[np.ndarray, list[int]], np.ndarray]) -> list[int]:
+def greedy(worker: Any, prompt: list[int], bend: Callable[[np.ndarray, list[int]], np.ndarray]) -> list[int]:
     """Six greedy tokens of logits that ``bend`` changed, knowing what was generated."""
     new: list[int] = []
     for _ in range(6):
@@ -315,26 +317,30 @@ def test_penalties_are_openai_s(client: OpenAI, worker: ModelWorker, frequency: 
     assert ids_of(text_of(answer).split()) == greedy(worker, PROMPT_IDS, bend)
 
 
-def test_other_servers_options_go_into_extra_body(client: OpenAI, worker: ModelWorker) -> None:
+def test_filters_and_other_servers_options_in_extra_body(client: OpenAI, worker: ModelWorker) -> None:
     import mlx.core as mx
 
-    (processor,) = make_logits_processors(repetition_penalty=1.8)
+    (processor,) = make_logits_processors(repetition_penalty=5.0)
 
     def bend(row: np.ndarray, new: list[int]) -> np.ndarray:
-        return np.array(processor(mx.array(PROMPT_IDS + new), mx.array(row[None], mx.float32)))[0]
+        tokens = mx.array(ids_of(prompt.split()) + new)
+        return np.array(processor(tokens, mx.array(row[None], mx.float32)))[0]
 
-    penalised = complete(client, temperature=0, extra_body={"repetition_penalty": 1.8})
-    assert ids_of(text_of(penalised).split()) == worker.call(lambda: greedy_here(worker, bend))
+    prompt = f"{PROMPT} {text_of(complete(client, temperature=0))}"
+    plain = complete(client, prompt=prompt, temperature=0)
+    penalised = complete(client, prompt=prompt, temperature=0, extra_body={"repetition_penalty": 5.0})
+    expected = worker.call(lambda: greedy_here(worker, ids_of(prompt.split()), bend))
+    assert ids_of(text_of(penalised).split()) == expected != ids_of(text_of(plain).split())
     likeliest = text_of(complete(client, temperature=0))
     assert text_of(complete(client, temperature=2, extra_body={"top_k": 1})) == likeliest
     assert text_of(complete(client, temperature=2, extra_body={"min_p": 1.0})) == likeliest
     assert text_of(complete(client, temperature=2)) != likeliest
+    assert text_of(complete(client, temperature=2, top_p=0.001)) == likeliest
 
 
-def greedy_here(worker: ModelWorker, bend: Callable[[np.ndarray, list[int]], np.ndarray]) -> list[int]:
+def greedy_here(worker: ModelWorker, prompt: list[int], bend: Callable[[np.ndarray, list[int]], np.ndarray]) -> Any:
     """``greedy`` on the worker's own thread."""
-    inline = SimpleNamespace(call=lambda function: function(), get=worker.get)
-    return greedy(inline, PROMPT_IDS, bend)  # type: ignore[arg-type]
+    return greedy(SimpleNamespace(call=lambda function: function(), get=worker.get), prompt, bend)
 
 
 def test_the_same_seed_is_the_same_text(client: OpenAI) -> None:

@@ -23,7 +23,9 @@ class ErrorFault(Reply):
     type: Literal["invalid_request_error", "server_error"]
     code: str | None = Field(description="A short name to compare, such as `model_not_found`.")
     param: str | None = Field(description="The field at fault, such as `activation_hooks[0].component`.")
-    request_id: str | None = Field(None, description="The same as the header `X-Request-Id`.")
+    request_id: str | None = Field(
+        description="The same as the header `X-Request-Id`; null for a job that no request began."
+    )
 
 
 class ErrorReply(Reply):

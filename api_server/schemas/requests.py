@@ -477,6 +477,9 @@ class CompletionRequest(GenerationRequest):
         Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None,
         # A chat's way to ask for none.
         BeforeValidator(lambda value: None if value is False else value),
+        WithJsonSchema(
+            {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_TEXT_LOGPROBS}, {"enum": [False, None]}]}
+        ),
     ] = None
 
     top_logprobs: Annotated[Any, _only(0, None)] = None
