@@ -13,7 +13,8 @@ from types import FrameType
 from mlx_hooks import HookError
 
 from . import logs
-from .app import create_app
+from .app import close_app, create_app
+from .captures import CannotOpenCaptures
 from .config import ServerConfig
 from .errors import ApiError
 from .schemas.requests import MAX_HOOKS, MAX_TOKENS
@@ -32,7 +33,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
     api_key = options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None
     logs.configure(options.log_level, options.log_format, secret=api_key)
     try:
-        config = ServerConfig(
+        return _serve(_config(options, api_key), options.model, options.model_id)
+    except CannotStart as error:
+        sys.stderr.write(f"neuroscope: {error}\n")
+        return 1
+
+
+# A forward pass cannot be interrupted: after the grace and this, the process ends all the same.
+STUCK_SECONDS = 10.0
+DRAIN_SECONDS = 5.0
+
+
+class CannotStart(Exception):
+    """One sentence that says why."""
+
+
+def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
+    try:
+        return ServerConfig(
             host=options.host,
             port=options.port,
             api_key=api_key,
@@ -48,20 +66,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
             max_active=options.max_active,
             max_model_bytes=int(options.max_models_gb * 2**30) if options.max_models_gb else _most_of_memory(),
             grace_seconds=options.grace,
+            max_reply_bytes=int(options.max_reply_mb * 2**20),
+            captures_dir=options.captures_dir,
+            captures_max_bytes=int(options.captures_max_gb * 2**30),
+            captures_max_age=options.captures_max_age,
         )
-        return _serve(config, options.model, options.model_id)
-    except (CannotStart, ValueError) as error:
-        sys.stderr.write(f"neuroscope: {error}\n")
-        return 1
-
-
-# A forward pass cannot be interrupted: after the grace and this, the process ends all the same.
-STUCK_SECONDS = 10.0
-DRAIN_SECONDS = 5.0
-
-
-class CannotStart(Exception):
-    """One sentence that says why."""
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
 
 
 def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int:
@@ -71,7 +82,11 @@ def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int
         max_queued=config.max_queued, max_active=config.max_active, max_model_bytes=config.max_model_bytes
     )
     try:
-        server = Server(create_app(worker, config), config, waiting=worker.max_queued + worker.max_active)
+        app = create_app(worker, config)
+    except CannotOpenCaptures as error:
+        raise CannotStart(str(error)) from error
+    try:
+        server = Server(app, config, waiting=worker.max_queued + worker.max_active)
     except OSError as error:
         why = (error.strerror or str(error)).split(" (while ")[0]  # socket.create_server repeats the address there
         raise CannotStart(f"cannot listen on {config.host} port {config.port}: {why}. Choose another.") from error
@@ -91,6 +106,8 @@ def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int
     except SystemExit:
         pass
     finally:
+        # Unfinished ones of requests that still run go at the next start, or with the folder.
+        close_app(app)
         if not worker.stop():
             # A forward pass or a load cannot be interrupted, and ending the interpreter under it would abort.
             logging.shutdown()
@@ -178,6 +195,25 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--compress-binary", action="store_true", help="compress npy and safetensors too, for those who ask"
     )
     parser.add_argument(
+        "--max-reply-mb",
+        type=_size,
+        default=64,
+        help="MiB of activations in a reply; a larger run is kept, to be fetched in ranges (default 64)",
+    )
+    parser.add_argument(
+        "--captures-dir", type=Path, metavar="DIR", help="keep captures here, over restarts (default: while it runs)"
+    )
+    parser.add_argument(
+        "--captures-max-gb", type=_size, default=4, metavar="GB", help="GiB that captures may take (default 4)"
+    )
+    parser.add_argument(
+        "--captures-max-age",
+        type=_lifetime,
+        default=3600.0,
+        metavar="SECONDS",
+        help="delete a capture that nobody has read for so long (default 3600)",
+    )
+    parser.add_argument(
         "--log-level",
         default="warning",
         choices=["debug", "info", "warning", "error"],
@@ -209,6 +245,16 @@ def _seconds(text: str) -> float:
         seconds = -1.0
     if not 0 <= seconds <= 86400:
         raise argparse.ArgumentTypeError(f"seconds from 0 to 86400, not {text!r}")
+    return seconds
+
+
+def _lifetime(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 10 * 365 * 86400:
+        raise argparse.ArgumentTypeError(f"seconds from 1 to {10 * 365 * 86400}, not {text!r}")
     return seconds
 
 

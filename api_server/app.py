@@ -8,6 +8,7 @@ from flask import Flask, Response, g, request
 from werkzeug.routing import PathConverter
 
 from . import compression, cors, errors, logs
+from .captures import CaptureStore
 from .config import ServerConfig
 from .description import REQUEST_ID_HEADER
 from .errors import ApiError
@@ -20,7 +21,7 @@ OPEN_ENDPOINTS = frozenset({"health.health", "description.openapi", "description
 
 
 def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask:
-    """The WSGI application around a started worker.
+    """The WSGI application around a started worker. What it opens is closed with it, or by ``close_app``.
 
     >>> with ModelWorker() as worker:
     ...     create_app(worker).test_client().get("/health").json["status"]
@@ -33,6 +34,7 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     app.url_map.converters["model"] = _ModelId
     app.extensions["model_worker"] = worker
     app.extensions["server_config"] = config
+    app.extensions["captures"] = CaptureStore(config.captures_dir, config.captures_max_bytes, config.captures_max_age)
     errors.register(app)
 
     @app.before_request
@@ -65,6 +67,11 @@ class _ModelId(PathConverter):
     """A model's id as the end of an address, slashes included; what means something else there is none."""
 
     regex = rf"(?!load$)(?!.*/(?:{'|'.join(MODEL_PARTS)})$)[^/].*?"
+
+
+def close_app(app: Flask) -> None:
+    """Let go of the folder of captures; a temporary one is removed."""
+    app.extensions["captures"].close()
 
 
 def _check_host(header: str, config: ServerConfig) -> None:

@@ -31,6 +31,11 @@ class ServerConfig:
         max_connections: how many connections are open at a time; further ones wait to be accepted.
         max_model_bytes: how many bytes of weights may be loaded; None for no limit.
         grace_seconds: how long running requests may go on once the server was asked to stop.
+        max_reply_bytes: the most bytes of activations, before encoding, in a JSON reply or stream; a larger run is
+            kept as a capture, and the reply says how to fetch it.
+        captures_dir: where captures are kept, and found again at the next start; a temporary folder if None.
+        captures_max_bytes: how many bytes on disk captures may take; those unused for longest make room.
+        captures_max_age: seconds after which a capture that nobody reads is deleted.
         compress_binary: whether npy and safetensors are compressed on ``Accept-Encoding``, as JSON is.
 
     Raises:
@@ -51,6 +56,10 @@ class ServerConfig:
     max_connections: int = 200
     max_model_bytes: int | None = None
     grace_seconds: float = 5.0
+    max_reply_bytes: int = 64 * 2**20
+    captures_dir: Path | None = None
+    captures_max_bytes: int = 4 * 2**30
+    captures_max_age: float = 3600.0
     compress_binary: bool = False
 
     def __post_init__(self) -> None:

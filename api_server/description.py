@@ -60,6 +60,7 @@ _ERRORS = {
     416: "The range lies outside.",
     500: "A fault in the server.",
     503: "Busy, stopping or cancelled; see Retry-After.",
+    507: "The capture could not be written.",
 }
 
 REQUEST_ID_HEADER = "X-Request-Id"

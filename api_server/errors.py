@@ -72,6 +72,47 @@ class UnknownHook(ApiError):
         super().__init__(404, f"Unknown hook {hook_id!r}. {known}", code="hook_not_found", param="hook_id")
 
 
+class UnknownCapture(ApiError):
+    """A capture id that the store does not have; the message lists the newest that it has."""
+
+    def __init__(self, capture_id: str, kept: list[str], shown: int = 10) -> None:
+        more = f" and {len(kept) - shown} more" if len(kept) > shown else ""
+        known = f"Kept: {', '.join(kept[:shown])}{more}." if kept else "None is kept: send keep_capture with a request."
+        message = f"Unknown capture {capture_id[:100]!r}. {known}"
+        super().__init__(404, message, code="capture_not_found", param="capture_id")
+
+
+class CaptureTooLarge(ApiError):
+    """A capture larger than all that the store may hold."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            413,
+            f"The capture is larger than this server keeps: {limit} bytes ({limit / 2**20:.4g} MiB). "
+            "Capture fewer hook points, positions or heads, or reduce them.",
+            code="capture_too_large",
+        )
+
+
+class CapturesBusy(ApiError):
+    """Captures that are being written take all the room there is."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            503,
+            f"Captures that are being written fill this server's {limit} bytes. Try again later.",
+            code="captures_busy",
+            headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
+        )
+
+
+class CapturesUnwritable(ApiError):
+    """The disk refuses."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(507, f"The capture could not be written: {reason}.", code="captures_unwritable")
+
+
 class NoModelLoaded(ApiError):
     """A request that needs a model before one was loaded."""
 
@@ -174,6 +215,8 @@ def shown(error: BaseException, request_id: str) -> ApiError:
 
 
 def _of_hook(error: HookError) -> ApiError:
+    if error.hook_id is not None:
+        return ApiError(400, str(error), code="invalid_hook", param="activation_hooks")
     if error.intervention is None:
         return ApiError(400, str(error), code="invalid_value")
     code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_intervention"

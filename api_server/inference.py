@@ -7,34 +7,40 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hooks import CapturedActivation, HookedModel, SelfTest
+from mlx_hooks import CapturedActivation, GenerationStep, HookedModel, SelfTest
 from mlx_hooks.analysis.logit_lens import LogitLens
-from mlx_hooks.interventions import InterventionPlan
+from mlx_hooks.interventions import InterventionPlan, Reach
 from mlx_hooks.manager import CapturePlan
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
 from .errors import ApiError
 from .jobs import Progress
+from .logprobs import TokenScore, score
 from .schemas.requests import MAX_TOKENS, ChatMessage, GenerationRequest
+from .token_text import TokenText
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire."""
+    """What a generation begins with: the prompt's tokens, their spelling, and the ids of the hooks that must fire.
+
+    ``due_from`` has for each the first position that it keeps: a text that ends before it leaves it silent.
+    """
 
     tokens: list[int]
     strings: list[str]
     hook_ids: list[str]
+    due_from: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Step:
     """One forward pass: the token it chose (None if none was asked for) and what was captured, as NumPy arrays.
 
-    The last one has a receipt per intervention.
+    ``choice`` says which of the answers asked for it belongs to. The last one has a receipt per intervention.
     """
 
     token: int | None
@@ -43,6 +49,8 @@ class Step:
     finish_reason: str | None
     captured: dict[str, list[tuple[dict[str, Any], np.ndarray]]]
     interventions: list[dict[str, Any]] = field(default_factory=list)
+    choice: int = 0
+    score: TokenScore | None = None
 
     def records(self, encoding: str, dtype: str) -> dict[str, list[dict[str, Any]]]:
         """The activations in wire format. Encoding takes time, so it is done in the reader's thread.
@@ -66,37 +74,58 @@ def generate(
     plan: CapturePlan,
     interventions: InterventionPlan,
 ) -> Generator[Start | Step | Progress, None, None]:
-    """The start first, then one step per forward pass, with its progress; closing it stops the model."""
+    """The start first, then one step per forward pass, with its progress; closing it stops the model.
+
+    Choices come one after the other. Choice i draws with the request's seed plus i, so the first is what a request for
+    one choice gets.
+    """
     tokens = prompt_tokens(model, prompt)
-    room = room_for(model, tokens)
-    yield Start(tokens, token_strings(model, tokens), plan.hook_ids)
-    limit = min(request.token_limit, room)
+    limit = min(request.token_limit, room_for(model, tokens))
+    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+    check_tokens(model, list(bias), "logit_bias")
+    # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    spelling = TokenText(model.tokenizer)
+    due_from = plan.due_from(Reach.of_generation(len(tokens), limit))
+    yield Start(tokens, token_strings(model, tokens), plan.hook_ids, due_from)
     yield Progress(0.0, f"reading {len(tokens)} tokens")
-    steps = model.generate_steps(
-        tokens,
-        max_tokens=limit,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        repetition_penalty=request.repetition_penalty,
-        # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
-        seed=secrets.randbits(63) if request.seed is None else request.seed,
-        stop=request.stop_texts,
-        capture=plan,
-        interventions=interventions,
-    )
-    for step in steps:
-        yield Step(
-            token=step.token,
-            string=None if step.token is None else token_strings(model, [step.token])[0],
-            text=step.text,
-            finish_reason=step.finish_reason,
-            captured={name: [_plain(one) for one in found] for name, found in step.activations.items()},
-            interventions=[receipt.to_dict() for receipt in step.interventions],
+    done, most = 0, max(1, limit * request.n)
+    for choice in range(request.n):
+        steps = model.generate_steps(
+            tokens,
+            max_tokens=limit,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            frequency_penalty=request.frequency_penalty,
+            presence_penalty=request.presence_penalty,
+            logit_bias=bias,
+            seed=seed + choice,
+            stop=request.stop_texts,
+            top_logprobs=request.n_logprobs,
+            capture=plan,
+            interventions=interventions,
         )
-        done = step.index + 1
-        yield Progress(min(1.0, done / max(1, limit)), f"{done} of at most {limit} tokens")
+        for step in steps:
+            yield _step(model, choice, step, spelling)
+            done += 1
+            yield Progress(min(1.0, done / most), f"{done} of at most {limit * request.n} tokens")
+
+
+def _step(model: HookedModel, choice: int, step: GenerationStep, spelling: TokenText) -> Step:
+    token, found = step.token, step.top_logprobs
+    return Step(
+        token=token,
+        string=None if token is None else token_strings(model, [token])[0],
+        text=step.text,
+        finish_reason=step.finish_reason,
+        captured={name: [_plain(one) for one in records] for name, records in step.activations.items()},
+        interventions=[receipt.to_dict() for receipt in step.interventions],
+        choice=choice,
+        score=None if token is None or found is None else score(token, found, step.text_offset, spelling),
+    )
 
 
 def selftest(model: HookedModel) -> Generator[SelfTest | Progress, None, None]:
@@ -123,6 +152,9 @@ def _plain(captured: CapturedActivation) -> tuple[dict[str, Any], np.ndarray]:
         "step": captured.step,
         "pass_index": captured.pass_index,
         "positions": captured.positions,
+        "position_ids": captured.listed_positions,
+        "heads": captured.heads,
+        "reduce": captured.reduce,
         "is_input": captured.is_input,
     }
     return about, array
@@ -222,7 +254,7 @@ def _chat_tokens(model: HookedModel, messages: list[ChatMessage]) -> list[int]:
             400, "This model has no chat template: use /v1/completions.", code="no_chat_template", param="messages"
         )
     try:
-        tokens = tokenizer.apply_chat_template([m.model_dump() for m in messages], add_generation_prompt=True)
+        tokens = tokenizer.apply_chat_template([m.plain() for m in messages], add_generation_prompt=True)
     except Exception as error:
         # A template is a program that came with the model: it may raise anything, and means the messages by it.
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -9,6 +9,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 
 from neuroscope_bridge import payload
 
+from .captures import CaptureStore
 from .config import ServerConfig
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
 from .jobs import Job
@@ -30,6 +31,17 @@ def worker() -> ModelWorker:
     """The worker that ``create_app`` was given."""
     found: ModelWorker = current_app.extensions["model_worker"]
     return found
+
+
+def captures() -> CaptureStore:
+    """Where captures are kept."""
+    found: CaptureStore = current_app.extensions["captures"]
+    return found
+
+
+def max_reply_bytes() -> int:
+    """The most bytes of activations, before encoding, in a JSON reply."""
+    return config().max_reply_bytes
 
 
 def config() -> ServerConfig:

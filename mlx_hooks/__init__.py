@@ -15,6 +15,7 @@ from .hook_points import HookPoint
 from .interventions import Intervention, InterventionReceipt
 from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
+from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "ModelLoadError",
     "SelfTest",
+    "TokenLogprobs",
     "UnknownHookError",
     "UnsupportedModelError",
     "UntrustedHookWarning",

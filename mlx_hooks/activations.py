@@ -29,6 +29,8 @@ class CapturedActivation:
         is_input: captured at a module's input.
         pass_index: which pass, for a layer that runs several times in one forward pass.
         heads: the heads that ``value`` holds along its head axis (key-value heads for k and v); None for all.
+        reduce: "mean", "max" or "last" over ``position_ids``, or "norm" over the last axis: what ``value`` is of the
+            activation, in float32; the axis is gone from ``hook_point.axes``. None for the activation itself.
     """
 
     hook_point: HookPoint
@@ -42,6 +44,7 @@ class CapturedActivation:
     is_input: bool = False
     pass_index: int = 0
     heads: tuple[int, ...] | None = None
+    reduce: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -52,6 +55,12 @@ class CapturedActivation:
     def positions(self) -> tuple[int, int]:
         """Lowest absolute position, and one past the highest."""
         return (min(self.position_ids), max(self.position_ids) + 1)
+
+    @property
+    def listed_positions(self) -> list[int] | None:
+        """The absolute positions one by one where they are not all of ``positions``; None where they are."""
+        ids = list(self.position_ids)
+        return None if ids == list(range(*self.positions)) else ids
 
     def numpy(self, dtype: str = "float32") -> np.ndarray:
         """The value as a NumPy array; numbers of any float type become ``dtype``, integers stay int32."""
@@ -77,14 +86,15 @@ def id_list(array: mx.array) -> list[int]:
     return cast(list[int], array.tolist())
 
 
-def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
+def join(records: Sequence[CapturedActivation], n_keys: int = 0) -> CapturedActivation:
     """Records of consecutive calls at one hook point as one record, along the position axis.
 
     Rows of attention scores and patterns are padded with -inf and 0 for keys that did not exist yet, which is what
-    one full forward pass shows there.
+    one full forward pass shows there: up to the longest row, and at least to ``n_keys``.
 
     Raises:
-        HookError: for records that overlap or hold different heads, or that no axis joins.
+        HookError: for records that overlap, hold different heads or were reduced in different ways, or that no axis
+            joins.
     """
     first = records[0]
     axis = first.hook_point.position_axis
@@ -94,8 +104,16 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
             f"{first.hook_point.name} ran {len(passes)} times in one forward pass: read cache.of_pass(0) to "
             f"cache.of_pass({passes[-1]})."
         )
-    if len(records) == 1:
+    has_keys = first.hook_point.axes[-1:] == ("key",)
+    if len(records) == 1 and not (has_keys and first.value.shape[-1] < n_keys):
         return first
+    if any(record.reduce != first.reduce for record in records):
+        raise HookError(f"Records of {first.hook_point.name} differ in reduce: read cache.records[name].")
+    if axis is None and first.reduce is not None:
+        raise HookError(
+            f"{first.hook_point.name} has {len(records)} records, each reduced to its {first.reduce}: no axis joins "
+            "them; read cache.records[name]."
+        )
     if axis is None:
         raise HookError(
             f"{first.hook_point.name} has {len(records)} records and no axis that joins them: read cache.records[name]."
@@ -103,8 +121,8 @@ def join(records: Sequence[CapturedActivation]) -> CapturedActivation:
     if any(record.heads != first.heads for record in records):
         raise HookError(f"Records of {first.hook_point.name} hold different heads: read cache.records[name].")
     values = [record.value for record in records]
-    if first.hook_point.axes[-1] == "key":
-        n_keys = max(value.shape[-1] for value in values)
+    if has_keys:
+        n_keys = max(n_keys, *(value.shape[-1] for value in values))
         fill = -mx.inf if first.hook_point.component == "attn_scores" else 0.0
         values = [
             mx.pad(

@@ -20,8 +20,9 @@ from .errors import HookError
 from .hook_points import HookPoint, block_point, outer_point
 from .hooks import HeadIndices, HeadSelection, Hook, Positions, Recorder, select_positions
 from .instrument import Instrument, kv_offset
-from .interventions import InterventionSession
+from .interventions import InterventionSession, Reach
 from .manager import CapturePlan
+from .reductions import finished, is_begun
 from .storage.spill import StoredActivation
 
 LOGITS = ("all", "last", "none")
@@ -124,6 +125,12 @@ class CaptureRun:
         if chunk is not None and stop_at_layer == 0:
             raise HookError("stop_at_layer=0 runs the embedding only, which knows no KV cache: leave chunk out.")
 
+    @property
+    def reach(self) -> Reach:
+        """The positions that the run comes to."""
+        start, (batch, length) = kv_offset(self.kv_cache), self.inputs.shape
+        return Reach(start, start + length, start + length, batch=batch)
+
     def estimate(self) -> CaptureEstimate:
         """What ``run`` will hold. Builds the passes without computing them, and leaves the KV cache alone."""
         sizes = {point.name: 0 for point in self.points}
@@ -166,20 +173,31 @@ class CaptureRun:
             if not isinstance(record, StoredActivation):
                 fresh.append(record.value)
 
+        begun: list[CapturedActivation] = []
+
         def keep_other(record: CapturedActivation) -> None:
             assert also is not None
-            also[1](record)
             fresh.append(record.value)
+            if is_begun(record):
+                begun.append(record)
+            else:
+                also[1](record)
 
         hooks = list(session.hooks) if session is not None else []
         if also is not None:
-            hooks = [*hooks, *also[0].hooks(self.instrument.run, keep_other)]
+            whole = self.kv_cache is None
+            hooks = [*hooks, *also[0].hooks(self.instrument.run, keep_other, self.reach, whole)]
         outputs: list[mx.array] = []
         for output, kv_cache, is_last in self._passes(keep, self.kv_cache, hooks, alone=alone):
             if logits == "all" or (logits == "last" and is_last):
                 outputs.append(output if logits == "all" else mx.contiguous(output[:, -1:]))
             elif is_last:
                 outputs.append(mx.zeros((output.shape[0], 0, *output.shape[2:]), output.dtype))
+            if is_last and also is not None:
+                # What chunks keep for a reduction is one record: that of the whole run.
+                for record in finished(begun):
+                    also[1](record)
+                    fresh.append(record.value)
             mx.eval(outputs, fresh, session.arrays() if session else [], _states(kv_cache))
             fresh.clear()
             if session is not None:
@@ -219,7 +237,8 @@ class CaptureRun:
             if positions is None or self.chunk is None or positions:
                 run = self.instrument.run
                 recorders = [Recorder(run, keep, positions, self.heads.get(p)).hook(p) for p in self.points]
-            output = self._forward(self.inputs[:, begin : begin + size], [*hooks, *recorders], kv_cache, alone)
+            due = [hook for hook in hooks if hook.is_due(start + begin, min(size, length - begin))]
+            output = self._forward(self.inputs[:, begin : begin + size], [*due, *recorders], kv_cache, alone)
             yield output, kv_cache, begin + size >= length
 
     def _wanted(self, start: int, length: int) -> Positions:

@@ -6,6 +6,8 @@ class HookError(Exception):
 
     intervention: int | None = None
     """Index of the intervention that is at fault, where one is."""
+    hook_id: str | None = None
+    """The hook that is at fault, where one is."""
 
 
 class UnknownHookError(HookError):

@@ -17,7 +17,8 @@ from .hooks import Hook
 from .instrument import Instrument
 from .interventions import Firing, InterventionPlan, InterventionReceipt, InterventionSession, Reach
 from .manager import CapturePlan
-from .sampling import Sampler, Sampling
+from .reductions import finish
+from .sampling import Choice, Sampler, Sampling, TokenLogprobs
 
 Activations = dict[str, list[CapturedActivation]]
 
@@ -30,7 +31,9 @@ class GenerationStep:
         index: 0 for the prompt, k for the pass of the k-th generated token.
         token: the id chosen after this pass; None when only the prompt was to be read.
         text: text that became certain with this token; may be empty (part of a character, or of a stop string).
+        text_offset: characters of text that were certain before this token; those of a stop string count.
         logprob: natural log of the token's probability, after logit processors, before temperature.
+        top_logprobs: what the model's own logits say, if it was asked for.
         finish_reason: None while generation goes on; "stop" (end token or stop string) or "length".
         activations: records of this pass by hook id.
         interventions: with the last step, a receipt per intervention.
@@ -43,6 +46,8 @@ class GenerationStep:
     finish_reason: str | None
     activations: Activations = field(default_factory=dict)
     interventions: tuple[InterventionReceipt, ...] = ()
+    text_offset: int = 0
+    top_logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,11 @@ class GenerationResult:
         tokens: the generated ids, an end token included.
         prompt_tokens: the ids of the prompt.
         finish_reason: "stop" or "length".
-        activations: records by hook id: one per forward pass and hook point, prefill first. The last generated token
-            was never fed to the model, so it has none.
+        activations: records by hook id: one per forward pass and hook point, prefill first; none of passes at whose
+            positions the hook keeps nothing. The last generated token was never fed to the model, so it has none.
         cache: the same activations by hook-point name, prompt and generated tokens as one sequence.
         interventions: what each intervention did.
+        top_logprobs: per generated token what the model's own logits say, if it was asked for.
     """
 
     text: str
@@ -67,6 +73,7 @@ class GenerationResult:
     activations: Activations
     cache: ActivationCache
     interventions: tuple[InterventionReceipt, ...] = ()
+    top_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 def generate_steps(
@@ -81,6 +88,7 @@ def generate_steps(
     interventions: InterventionPlan | None = None,
     hooks: Sequence[Hook] = (),
     prefill_step_size: int = 2048,
+    top_logprobs: int | None = None,
 ) -> Iterator[GenerationStep]:
     """Generate token by token. Hooks are attached during forward passes only, never while the caller holds the step.
 
@@ -88,13 +96,13 @@ def generate_steps(
         HookError: for an empty prompt, a token outside the vocabulary, or a number out of range; before the first step
             for an intervention that cannot be done, and in place of the last for one that never fired.
     """
-    _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, sampling)
-    # The last token is handed out but never fed.
-    reach = Reach(0, len(prompt_tokens), len(prompt_tokens) + max(0, max_tokens - 1))
+    _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, top_logprobs, sampling)
+    reach = Reach.of_generation(len(prompt_tokens), max_tokens)
     interventions = interventions or InterventionPlan([], instrument.architecture.cfg)
     session = interventions.session(instrument.run, reach)
-    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampling)
-    token, logprob, activations, firings = forward.prefill(prefill_step_size, sample=max_tokens > 0)
+    sampler = Sampler(sampling, instrument.architecture.cfg.d_vocab, top_logprobs)
+    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampler, reach)
+    choice, activations, firings = forward.prefill(prefill_step_size, sample=max_tokens > 0)
     session.keep(firings)
     if max_tokens == 0:
         yield GenerationStep(0, None, "", None, "length", activations, session.close())
@@ -104,26 +112,38 @@ def generate_steps(
     for index in range(max_tokens):
         last = index == max_tokens - 1
         # Start the next pass before waiting for this token, so that the device never idles.
-        ahead = None if last else forward.decode(token, index + 1)
-        token_id = int(scalar(token))
+        ahead = None if last else forward.decode(choice.token, index + 1)
+        token_id = int(scalar(choice.token))
+        offset = text.length
         new_text = text.add(token_id, is_end=token_id in end_tokens)
         stopped = token_id in end_tokens or text.stopped
         reason = "stop" if stopped else "length" if last else None
         if reason:
             new_text += text.finish()
         receipts = session.close() if reason else ()
-        yield GenerationStep(index, token_id, new_text, scalar(logprob), reason, activations, receipts)
+        yield GenerationStep(
+            index,
+            token_id,
+            new_text,
+            scalar(choice.logprob),
+            reason,
+            activations,
+            receipts,
+            text_offset=offset,
+            top_logprobs=choice.likeliest(),
+        )
         if stopped or ahead is None:
             return
-        token, logprob, activations, firings = ahead
+        choice, activations, firings = ahead
         session.keep(firings)
 
 
-def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, sampling: Sampling) -> None:
+def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, top_logprobs: int | None, sampling: Sampling) -> None:
     if not tokens:
         raise HookError("The prompt has no tokens: give it at least one.")
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
-        raise HookError(f"max_tokens is a whole number from 0 up, got {max_tokens!r}.")
+    for name, value in [("max_tokens", max_tokens), ("top_logprobs", 0 if top_logprobs is None else top_logprobs)]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise HookError(f"{name} is a whole number from 0 up, got {value!r}.")
     sampling.check()
     outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not isinstance(t, int) or not 0 <= t < d_vocab]
     if outside:
@@ -131,10 +151,9 @@ def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, sampling: Sampl
 
 
 class _Pass(NamedTuple):
-    """A chosen token [1], the log of its probability, what was captured, and what interventions did."""
+    """A chosen token, what was captured, and what interventions did."""
 
-    token: mx.array
-    logprob: mx.array
+    choice: Choice
     activations: Activations
     firings: list[Firing]
 
@@ -149,17 +168,21 @@ class _Forward:
         hooks: Sequence[Hook],
         session: InterventionSession,
         prompt: Sequence[int],
-        sampling: Sampling,
+        sampler: Sampler,
+        reach: Reach,
     ) -> None:
         self.instrument = instrument
         self.model = instrument.architecture.model
         self.prompt = mx.array(list(prompt))
         self.kv_cache = make_prompt_cache(self.model)
-        self.sampler = Sampler(sampling, instrument.architecture.cfg.d_vocab)
+        self.sampler = sampler
         self.records: list[CapturedActivation] = []
-        recorders = plan.hooks(instrument.run, self.records.append)
+        self.recorders = plan.hooks(instrument.run, self.records.append, reach)
         self.session = session
-        self.attached = instrument.plan([*session.hooks, *hooks, *recorders])
+        self.hooks = [*session.hooks, *hooks]
+        self.due: list[Hook] = []
+        self.attached = instrument.plan(self.hooks)
+        self.position = 0
         self.hook_ids = plan.hook_ids
 
     def prefill(self, chunk: int, *, sample: bool) -> _Pass:
@@ -172,23 +195,28 @@ class _Forward:
             mx.eval([entry.state for entry in self.kv_cache], *self._arrays())
             records += self._take()
             firings += self.session.take()
-        token, logprob = self.sampler.choose(self._forward(self.prompt[-1:], "prefill", 0))
+        choice = self.sampler.choose(self._forward(self.prompt[-1:], "prefill", 0))
         joined = self._by_id(records + self._take(), joining=True)
         arrays = [record.value for group in joined.values() for record in group] + self.session.arrays()
-        mx.async_eval(*([token, logprob] if sample else []), *arrays)
+        mx.async_eval(*(choice.arrays() if sample else []), *arrays)
         if not sample:
             # Without a token to wait for, nothing else would say that the pass is done.
             mx.eval(*arrays)
-        return _Pass(token, logprob, joined, firings + self.session.take())
+        return _Pass(choice, joined, firings + self.session.take())
 
     def decode(self, token: mx.array, step: int) -> _Pass:
         """Run one generated token."""
-        next_token, logprob = self.sampler.choose(self._forward(token, "decode", step))
-        mx.async_eval(next_token, logprob, *self._arrays())
-        return _Pass(next_token, logprob, self._by_id(self._take()), self.session.take())
+        choice = self.sampler.choose(self._forward(token, "decode", step))
+        mx.async_eval(*choice.arrays(), *self._arrays())
+        return _Pass(choice, self._by_id(self._take()), self.session.take())
 
     def _forward(self, tokens: mx.array, phase: str, step: int) -> mx.array:
         """Logits [1, d_vocab] after the last of the tokens."""
+        # Those that keep nothing of this call are left out: nothing is computed for them.
+        due = [hook for hook in self.recorders if hook.is_due(self.position, tokens.size)]
+        if due != self.due:
+            self.due, self.attached = due, self.instrument.plan([*self.hooks, *due])
+        self.position += tokens.size
         self.sampler.read(tokens)
         with self.instrument.attached(self.attached, phase=phase, step=step):
             return self.model(tokens[None], cache=self.kv_cache)[:, -1, :]
@@ -211,13 +239,14 @@ class _Forward:
                 # The state after the prompt is the one that its last chunk leaves.
                 group = group[-1:]
             elif joining and group[0].hook_point.position_axis is not None:
-                group = [join(group)]
-            by_id[hook_id] += group
+                # A part of the prompt that is kept has keys for the whole of it, however it ran.
+                group = [join(group, n_keys=self.prompt.size)]
+            by_id[hook_id] += [finish(record) for record in group]
         return by_id
 
 
 class _Text:
-    """Text from tokens, holding back what may turn out to be part of a stop string."""
+    """Text from tokens, holding back what may turn out to be part of a stop string; ``length`` counts it all."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         if any(not isinstance(s, str) or not s for s in stop):
@@ -226,6 +255,7 @@ class _Text:
             raise HookError("Stop strings need a tokenizer: HookedModel(model, tokenizer).")
         self.detokenizer = tokenizer.detokenizer if tokenizer is not None else None
         self.stop = list(stop)
+        self.length = 0
         self.held = ""
         self.stopped = False
 
@@ -244,6 +274,7 @@ class _Text:
         return self._release(self.detokenizer.last_segment, final=True)
 
     def _release(self, segment: str, final: bool = False) -> str:
+        self.length += len(segment)
         self.held += segment
         found = [at for at in (self.held.find(s) for s in self.stop) if at >= 0]
         if found:
@@ -264,22 +295,27 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order
     """Run the steps to their end and join what they say; ``order`` lists hook-point names in forward order."""
     text, tokens = "", []
     activations: Activations = {}
-    records: dict[str, list[CapturedActivation]] = {}
+    by_source: dict[str, dict[tuple[str, bool], list[CapturedActivation]]] = {}
     reason = "length"
-    owner: dict[str, tuple[str, bool]] = {}
     receipts: tuple[InterventionReceipt, ...] = ()
+    likely: list[TokenLogprobs] = []
     for step in steps:
         text += step.text
+        if step.top_logprobs is not None:
+            likely.append(step.top_logprobs)
         if step.token is not None:
             tokens.append(step.token)
         reason, receipts = step.finish_reason or reason, step.interventions
         for hook_id, group in step.activations.items():
             activations.setdefault(hook_id, []).extend(group)
             for record in group:
-                name, source = record.hook_point.name, (hook_id, record.is_input)
-                # Two hooks may ask for one point: the cache keeps it once.
-                if owner.setdefault(name, source) == source:
-                    records.setdefault(name, []).append(record)
+                sources = by_source.setdefault(record.hook_point.name, {})
+                sources.setdefault((hook_id, record.is_input), []).append(record)
+    # Two hooks may ask for one point: the cache keeps it once, as it is rather than reduced.
+    records = {
+        name: min(sources.values(), key=lambda group: group[0].reduce is not None)
+        for name, sources in by_source.items()
+    }
     in_order = [name for name in order if name in records]
     cache = ActivationCache({name: records[name] for name in [*in_order, *(n for n in records if n not in in_order)]})
-    return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache, receipts)
+    return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache, receipts, tuple(likely))

@@ -306,6 +306,7 @@ NORM_NAMES = {
 }
 """What a norm is called where the architecture itself calls none by that name."""
 
+_EVERY_BLOCK = re.compile(r"(?:(?:transformer\.h|model\.layers|model\.h|layers|blocks|h)\.)?\*(?:\.\w+)?")
 _BLOCK_NAME = re.compile(r"(?:(?:transformer\.h|model\.layers|model\.h|layers|blocks|h)\.)?(0|[1-9][0-9]*)(?:\.(\w+))?")
 
 
@@ -316,6 +317,11 @@ class LayerName:
     place: str
     layer: int | None = None
     norm: str | None = None
+
+
+def is_layer_glob(name: str) -> bool:
+    """Whether a layer name means every block: ``*``, ``transformer.h.*``, ``blocks.*``, ``transformer.h.*.ln_1``."""
+    return _EVERY_BLOCK.fullmatch(name) is not None
 
 
 def parse_layer_name(name: str, n_layers: int) -> LayerName:
@@ -339,7 +345,8 @@ def parse_layer_name(name: str, n_layers: int) -> LayerName:
     last = n_layers - 1
     raise UnknownHookError(
         f"Unknown layer {name!r}. Blocks: transformer.h.0 to transformer.h.{last} (also model.layers.{last}, "
-        f"layers.{last}, blocks.{last}, {last}); embedding: transformer.wte or model.embed_tokens; last norm: "
+        f"layers.{last}, blocks.{last}, {last}), all of them: * or transformer.h.*; "
+        "embedding: transformer.wte or model.embed_tokens; last norm: "
         f"transformer.ln_f or model.norm; one norm of a block: transformer.h.{last}.ln_1, transformer.h.{last}.ln_2."
     )
 
@@ -382,6 +389,25 @@ def component_points(
         return [block_point(name, _index(layer)) for name in side]
     allowed = "transformer.wte" if home == "embedding" else f"a block, transformer.h.0 to transformer.h.{n_layers - 1}"
     raise UnknownHookError(f"{layer_name!r} has no component {component!r}: ask it of {allowed}.")
+
+
+def rest_name(point: HookPoint) -> tuple[str, str, bool]:
+    """What the REST vocabulary calls a hook point: layer_name, component, and whether it is a module's input.
+
+    >>> rest_name(block_point("pattern", 2))
+    ('blocks.2', 'attention_pattern', False)
+
+    A point for which it has no word keeps its own: the component is the short name.
+    """
+    layer_name = point.name if point.layer is None else f"blocks.{point.layer}"
+    for place, names in (("embed", ("embed", "embed_in")), ("ln_final", ("ln_final", "ln_final_in"))):
+        if point.component in names and point.layer is None:
+            word = "embedding" if place == "embed" else "layernorm"
+            return place, word, point.component.endswith("_in")
+    for word, row in COMPONENTS.items():
+        if point.component in (*row.output, *(row.input or ())):
+            return layer_name, word, point.component not in row.output
+    return layer_name, point.component, point.component == "module" and point.name.endswith(".input")
 
 
 def _index(layer: LayerName) -> int:

@@ -3,6 +3,7 @@
 A hook is called as ``fn(value, hook_point)``: what it returns replaces the value, None leaves it alone.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index
@@ -13,6 +14,7 @@ import mlx.core as mx
 from .activations import CapturedActivation
 from .errors import HookError
 from .hook_points import HookPoint
+from .reductions import begin
 
 HookFunction = Callable[[mx.array, HookPoint], mx.array | None]
 Positions = None | str | int | Sequence[int] | slice
@@ -25,7 +27,8 @@ class Hook:
 
     ``rows`` lets a reading hook ask for some rows of scores and pattern only: it maps the run to rows of the call,
     counted from 0, and only these are computed. ``heads`` says which heads the hook keeps: scores and pattern may come
-    with these alone; every other value comes with all of its heads.
+    with these alone; every other value comes with all of its heads. ``due`` are the absolute positions that it keeps,
+    ascending (None: all); it is left out of a call that has none of them.
     """
 
     point: HookPoint
@@ -33,6 +36,37 @@ class Hook:
     reads: bool = False
     rows: "Callable[[Run], list[int]] | None" = None
     heads: "HeadSelection | None" = None
+    due: Sequence[int] | None = None
+
+    def is_due(self, start: int, length: int) -> bool:
+        """Whether a call of ``length`` tokens that begins at absolute position ``start`` is to meet it."""
+        return self.due is None or bool(rows_due(self.due, start, length))
+
+
+def rows_due(due: Sequence[int], start: int, length: int) -> Sequence[int]:
+    """Rows of a call, from 0, of the absolute positions ``due``, which ascend.
+
+    >>> rows_due((2, 5, 9), start=4, length=4)
+    [1]
+    """
+    if isinstance(due, range):
+        return range(max(due.start - start, 0), max(min(due.stop - start, length), 0))
+    return [p - start for p in due[bisect_left(due, start) : bisect_left(due, start + length)]]
+
+
+def head_indices(heads: HeadIndices) -> tuple[int, ...]:
+    """One head index or several as a tuple.
+
+    Raises:
+        HookError: for no heads, and for what is no whole number.
+    """
+    try:
+        asked = tuple(index(h) for h in (heads if isinstance(heads, Iterable) else [heads]))  # type: ignore[arg-type]
+    except TypeError:
+        asked = ()
+    if isinstance(heads, bool | str) or not asked:
+        raise HookError(f"heads is None, a whole number or a list of them, got {heads!r}.")
+    return asked
 
 
 @dataclass(frozen=True)
@@ -49,12 +83,7 @@ class HeadSelection:
         Raises:
             HookError: for no heads, and for one that the model does not have.
         """
-        try:
-            asked = [index(h) for h in (heads if isinstance(heads, Iterable) else [heads])]  # type: ignore[arg-type]
-        except TypeError:
-            asked = []
-        if isinstance(heads, bool | str) or not asked:
-            raise HookError(f"heads is None, a whole number or a list of them, got {heads!r}.")
+        asked = head_indices(heads)
         outside = [h for h in asked if not -n_heads <= h < n_heads]
         if outside:
             raise HookError(f"Heads are 0 to {n_heads - 1}, got {', '.join(map(str, outside))}.")
@@ -103,6 +132,8 @@ class Recorder:
         positions: absolute positions to keep: None (all), "last", an int, a list of ints or a slice; negative ones
             count from the end of the call. Scores and pattern are computed for these rows only.
         heads: heads to keep where the value has a head axis; None for all.
+        due: in place of ``positions`` the absolute positions to keep, ascending, of all calls of the run.
+        reduce: keep what a reduction needs of the value; see ``reductions.py``.
         labels: fields of the record that the asker fills (hook_id, layer_name, component, is_input).
     """
 
@@ -112,12 +143,16 @@ class Recorder:
         keep: Callable[[CapturedActivation], None],
         positions: Positions = None,
         heads: HeadSelection | None = None,
+        due: Sequence[int] | None = None,
+        reduce: str | None = None,
         **labels: Any,
     ) -> None:
         self.run = run
         self.keep = keep
         self.positions = positions
         self.heads = heads
+        self.due = due
+        self.reduce = reduce
         self.labels = labels
 
     def hook(self, point: HookPoint) -> Hook:
@@ -126,13 +161,21 @@ class Recorder:
         Raises:
             HookError: when positions are to be selected where no axis runs over positions.
         """
-        if self.positions is not None and point.position_axis is None:
+        if self._selects and point.position_axis is None:
             raise HookError(f"{point.name} has no named position axis: capture it without positions.")
-        rows = self.rows if self.positions is not None else None
-        return Hook(point, self, reads=True, rows=rows, heads=self.heads if "head" in point.axes else None)
+        rows = self.rows if self._selects else None
+        heads = self.heads if "head" in point.axes else None
+        return Hook(point, self, reads=True, rows=rows, heads=heads, due=self.due)
+
+    @property
+    def _selects(self) -> bool:
+        """Whether some positions are kept only."""
+        return self.positions is not None or self.due is not None
 
     def rows(self, run: Run) -> list[int]:
         """Rows of the call, from 0, at the positions asked for."""
+        if self.due is not None:
+            return list(rows_due(self.due, run.start, run.length))
         return select_positions(self.positions, run.start, run.length)
 
     def __call__(self, value: mx.array, point: HookPoint) -> None:
@@ -144,8 +187,10 @@ class Recorder:
             # A raw module's value has the shape of a stream: its records join like one.
             point = replace(point, axes=("batch", "pos", "feature"))
         ids: Sequence[int] = range(self.run.start, self.run.start + self.run.length)
-        if self.positions is not None:
+        if self._selects:
             rows = self.rows(self.run)
+            if not rows:
+                return
             ids = [self.run.start + row for row in rows]
             axis = point.position_axis
             if axis is not None and point.axes[axis] == "pos":
@@ -153,11 +198,14 @@ class Recorder:
         held: tuple[int, ...] | None = None
         if "head" in point.axes:
             value, held = self._select_heads(value, point)
-        # A view into a fused projection would keep all of it alive for one part.
-        value = mx.contiguous(value)
+        if self.reduce is None:
+            # A view into a fused projection would keep all of it alive for one part.
+            value = mx.contiguous(value)
+        else:
+            value, point = begin(self.reduce, value, point)
         run = self.run
         place: dict[str, Any] = {"phase": run.phase, "step": run.step, "pass_index": run.pass_index}
-        self.keep(CapturedActivation(point, value, ids, heads=held, **place, **self.labels))
+        self.keep(CapturedActivation(point, value, ids, heads=held, reduce=self.reduce, **place, **self.labels))
 
     def _select_heads(self, value: mx.array, point: HookPoint) -> tuple[mx.array, tuple[int, ...] | None]:
         """The value's heads that are kept, in memory of their own, and their indices (None: all)."""

@@ -1,52 +1,87 @@
 """Hook specs by ``hook_id``: the vocabulary of the REST API (layer_name + component), for Python too."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .activations import CapturedActivation
 from .architectures import Architecture
 from .errors import HookError, UnknownHookError
-from .hook_points import HookPoint, NamesFilter, component_points
-from .hooks import Hook, Recorder, Run
+from .hook_points import HookPoint, NamesFilter, component_points, is_layer_glob, rest_name
+from .hooks import HeadIndices, HeadSelection, Hook, Recorder, Run, head_indices, rows_due
+from .interventions import Reach
+from .interventions.reach import within_reach
+from .interventions.reading import OPEN, Chosen, Indices, chosen_of, span
+from .reductions import check_reducible, check_reduction
 
 
 @dataclass(frozen=True)
 class HookSpec:
-    """What to capture, in the REST vocabulary.
+    """What to capture, in the REST vocabulary or by name, and how much of it.
 
     >>> HookSpec("transformer.h.5", "residual").hook_id
     'transformer.h.5_residual'
+    >>> HookSpec(hook_point="blocks.*.attn.hook_z", positions="last", heads=[0, 3], reduce="norm").hook_id
+    'blocks.*.attn.hook_z'
 
     Args:
-        layer_name: a block (``transformer.h.5``, ``model.layers.5``, ``blocks.5``, ``5``), the embedding
-            (``transformer.wte``) or the last norm (``transformer.ln_f``).
+        layer_name: a block (``transformer.h.5``, ``model.layers.5``, ``blocks.5``, ``5``), every block that has the
+            component (``*``, ``transformer.h.*``), the embedding (``transformer.wte``) or the last norm
+            (``transformer.ln_f``).
         component: residual, attention, mlp, embedding, layernorm, query, key, value, attention_scores or
             attention_pattern.
-        hook_id: the key of the records; default ``{layer_name}_{component}``.
+        hook_id: the key of the records; default ``{layer_name}_{component}``, or ``hook_point``.
         capture_input, capture_output: which side of the module.
+        hook_point: in place of layer_name and component a hook-point name, an alias, a glob or a raw module path.
+        positions: absolute ones to keep. None is all. A number, a list, a slice or ``{"start": 2, "stop": 5}`` (either
+            may be missing), from 0 up; or ``"last"``: the last token of the prompt, and each generated one. Forward
+            passes that have none of them compute nothing for this hook.
+        heads: query heads to keep where there is a head axis; of keys and values, the key-value heads that serve them.
+            A number or a list; negative ones count from the last head. None is all.
+        reduce: "mean", "max" or "last" over the positions of a record, or "norm", the length (L2) along the last axis;
+            in float32. The prompt is one record, each generated token is one.
 
     Raises:
-        HookError: when neither side is captured or a field has the wrong type.
+        HookError: when neither side is captured, no place or two are named, or a field has the wrong type.
     """
 
-    layer_name: str
-    component: str
+    layer_name: str = ""
+    component: str = ""
     hook_id: str = ""
     capture_input: bool = False
     capture_output: bool = True
+    hook_point: str = ""
+    positions: Indices | str = None
+    heads: HeadIndices = None
+    reduce: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("layer_name", "component", "hook_id"):
+        for name in ("layer_name", "component", "hook_id", "hook_point"):
             if not isinstance(getattr(self, name), str):
                 raise HookError(f"{name} of a hook is a string, got {getattr(self, name)!r}.")
         for name in ("capture_input", "capture_output"):
             if not isinstance(getattr(self, name), bool):
                 raise HookError(f"{name} of a hook is true or false, got {getattr(self, name)!r}.")
+        if self.hook_point and (self.layer_name or self.component):
+            raise HookError("A hook has layer_name and component, or else hook_point.")
         if not self.hook_id:
-            object.__setattr__(self, "hook_id", f"{self.layer_name}_{self.component}")
+            object.__setattr__(self, "hook_id", self.hook_point or f"{self.layer_name}_{self.component}")
         if not (self.capture_input or self.capture_output):
             raise HookError(f"Hook {self.hook_id!r} captures nothing: set capture_input or capture_output.")
+        if self.hook_point and self.capture_input:
+            raise HookError("A hook_point is one place: capture_input belongs to layer_name and component.")
+        with blame_hook(self.hook_id):
+            self._check_selection()
+
+    def _check_selection(self) -> None:
+        """Check what is kept, and write it in one spelling: ranges and ascending tuples."""
+        if not (isinstance(self.positions, str) and self.positions == "last"):
+            chosen = chosen_of("positions", self.positions, " or 'last'")
+            object.__setattr__(self, "positions", tuple(sorted(chosen)) if isinstance(chosen, tuple) else chosen)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", head_indices(self.heads))
+        check_reduction(self.reduce)
 
     @classmethod
     def of(cls, spec: "HookSpec | Mapping[str, Any]") -> "HookSpec":
@@ -60,31 +95,61 @@ class HookSpec:
         if not isinstance(spec, Mapping):
             raise HookError(f"A hook is a HookSpec or a mapping, got {type(spec).__name__}.")
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(spec) - set(known))
-        missing = sorted({"layer_name", "component"} - set(spec))
+        given = {key: value for key, value in spec.items() if value is not None}
+        unknown = sorted(str(key) for key in set(spec) - set(known))
+        missing = [] if "hook_point" in given else sorted({"layer_name", "component"} - set(given))
         if unknown or missing:
             what = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+            more = ", ".join(name for name in known[2:] if name != "hook_point")
             raise HookError(
-                f"A hook spec with {what}: it has layer_name, component and optionally {', '.join(known[2:])}."
+                f"A hook spec with {what}: it has layer_name and component, or else hook_point, and optionally {more}."
             )
-        return cls(**{k: v for k, v in spec.items() if v is not None})
+        return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return asdict(self)
+        """The spec as plain JSON values; None for what is not given."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        positions = self.positions
+        if isinstance(positions, range):
+            stop = {"stop": positions.stop} if positions.stop < OPEN else {}
+            values["positions"] = {"start": positions.start} | stop
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: None if value == "" else value for name, value in plain.items()}
 
     def points(self, architecture: Architecture) -> list[tuple[HookPoint, bool]]:
-        """The hook points meant, each with whether it is a module's input.
+        """The hook points that layer_name and component mean, each with whether it is a module's input.
 
         Raises:
             UnknownHookError: for an unknown layer or component, and for one that this architecture lacks.
         """
+        return [(point, is_input) for _, point, is_input in self.places(architecture)]
+
+    def places(self, architecture: Architecture) -> Iterator[tuple[str, HookPoint, bool]]:
+        """The same, each with the name of its layer: a glob's, filled in."""
+        names = [self.layer_name]
+        if is_layer_glob(self.layer_name):
+            names = [self.layer_name.replace("*", str(i)) for i in range(len(architecture.blocks))]
+        problem: HookError | None = None
+        found = False
+        for name in names:
+            try:
+                places = self._places_of(name, architecture)
+            except HookError as error:
+                # Of a glob, the layers that have the component are meant.
+                problem = problem or error
+                continue
+            found = True
+            yield from places
+        if problem is not None and not found:
+            raise problem
+
+    def _places_of(self, layer_name: str, architecture: Architecture) -> list[tuple[str, HookPoint, bool]]:
         found = []
         for is_input, wanted in [(True, self.capture_input), (False, self.capture_output)]:
             if not wanted:
                 continue
             points = component_points(
-                self.layer_name,
+                layer_name,
                 self.component,
                 is_input=is_input,
                 n_layers=len(architecture.blocks),
@@ -97,19 +162,57 @@ class HookSpec:
                 architecture.check_supported(point.name)
                 if point.name not in architecture.points:
                     raise UnknownHookError(
-                        f"{architecture.cfg.model_type} has no {point.name}, which {self.layer_name!r} + "
+                        f"{architecture.cfg.model_type} has no {point.name}, which {layer_name!r} + "
                         f"{self.component!r} mean. Its hook points: print(model)."
                     )
-                found.append((architecture.points[point.name], is_input))
+                found.append((layer_name, architecture.points[point.name], is_input))
         return found
+
+
+@contextmanager
+def blame_hook(hook_id: str) -> Iterator[None]:
+    """Say in an error which hook it is about, in words and as ``error.hook_id``."""
+    try:
+        yield
+    except HookError as error:
+        blamed = type(error)(f"Hook {hook_id!r}: {error}")
+        blamed.hook_id = hook_id
+        raise blamed from error
 
 
 @dataclass(frozen=True)
 class ResolvedCapture:
-    """One hook point to record, with the labels of its records."""
+    """One hook point to record: how much of it, and the labels of its records."""
 
     point: HookPoint
     labels: Mapping[str, Any]
+    positions: Chosen | str | None = None
+    heads: HeadSelection | None = None
+    reduce: str | None = None
+
+    def due(self, reach: Reach, whole: bool = True) -> Sequence[int] | None:
+        """The absolute positions to keep of a run, ascending; None for all.
+
+        Args:
+            reach: the positions that the run comes to.
+            whole: False where it is a part of a sequence, so that other parts may come to other positions.
+
+        Raises:
+            HookError: for positions that a whole run never comes to.
+        """
+        if self.positions is None and self.reduce != "last":
+            return None
+        if isinstance(self.positions, tuple) and not whole:
+            due: Sequence[int] = [p for p in self.positions if p in reach.positions(None)]
+        else:
+            due = within_reach(self.positions, reach)
+        if not due and whole:
+            raise HookError(f"there is nothing to capture: this run comes to positions {span(reach.positions(None))}.")
+        if self.reduce != "last":
+            return due
+        # One record per forward pass, after that of the prompt: the last row of each is what is asked for.
+        of_prompt = rows_due(due, 0, reach.prompt_stop)
+        return due[max(len(of_prompt) - 1, 0) :]
 
 
 class CapturePlan:
@@ -126,9 +229,44 @@ class CapturePlan:
         """Each hook id once, in the order asked."""
         return list(dict.fromkeys(capture.labels["hook_id"] for capture in self.captures))
 
-    def hooks(self, run: Run, keep: Callable[[CapturedActivation], None]) -> list[Hook]:
-        """Reading hooks that hand each record to ``keep``."""
-        return [Recorder(run, keep, **capture.labels).hook(capture.point) for capture in self.captures]
+    def due_from(self, reach: Reach) -> dict[str, int]:
+        """By hook id the first position of a run that it keeps: a run that ends before it leaves no record.
+
+        Raises:
+            HookError: for positions that the run never comes to.
+        """
+        first: dict[str, int] = {}
+        for capture in self.captures:
+            due = self._due(capture, reach)
+            at = reach.start if due is None else due[0]
+            hook_id = capture.labels["hook_id"]
+            first[hook_id] = min(at, first.get(hook_id, at))
+        return first
+
+    def hooks(
+        self, run: Run, keep: Callable[[CapturedActivation], None], reach: Reach, whole: bool = True
+    ) -> list[Hook]:
+        """Reading hooks that hand what they keep of each forward pass to ``keep``; see ``reductions.finish``.
+
+        Args:
+            run: where the current forward pass stands.
+            reach: the positions that the run comes to.
+            whole: False where it is a part of a sequence, so that other parts may come to other positions.
+
+        Raises:
+            HookError: for positions that a whole run never comes to; ``error.hook_id`` says whose.
+        """
+        hooks = []
+        for capture in self.captures:
+            due = self._due(capture, reach, whole)
+            recorder = Recorder(run, keep, heads=capture.heads, due=due, reduce=capture.reduce, **capture.labels)
+            hooks.append(recorder.hook(capture.point))
+        return hooks
+
+    @staticmethod
+    def _due(capture: ResolvedCapture, reach: Reach, whole: bool = True) -> Sequence[int] | None:
+        with blame_hook(capture.labels["hook_id"]):
+            return capture.due(reach, whole)
 
     def joined(self, other: "CapturePlan") -> "CapturePlan":
         """Both plans' captures.
@@ -179,18 +317,55 @@ def resolve(
         if spec.hook_id in seen:
             raise HookError(f"Two hooks share the hook_id {spec.hook_id!r}: give each its own.")
         seen.add(spec.hook_id)
-        for point, is_input in spec.points(architecture):
-            labels = {"hook_id": spec.hook_id, "layer_name": spec.layer_name, "component": spec.component}
-            resolved.append(ResolvedCapture(point, labels | {"is_input": is_input}))
+        resolved += _resolved(spec, architecture, select)
     if seen & names:
         raise HookError(f"The hook_id {min(seen & names)!r} is the name of a captured hook point too: choose another.")
     return CapturePlan(resolved)
 
 
+def _resolved(
+    spec: HookSpec, architecture: Architecture, select: Callable[[NamesFilter], list[HookPoint]]
+) -> list[ResolvedCapture]:
+    """A spec's captures, its selection checked against the axes and heads of each hook point."""
+    found: list[tuple[HookPoint, dict[str, Any]]] = []
+    if spec.hook_point:
+        for point in select(spec.hook_point):
+            layer_name, component, is_input = rest_name(point)
+            found.append((point, {"layer_name": layer_name, "component": component, "is_input": is_input}))
+    else:
+        for layer_name, point, is_input in spec.places(architecture):
+            labels = {"layer_name": layer_name, "component": spec.component, "is_input": is_input}
+            found.append((point, labels))
+    with blame_hook(spec.hook_id):
+        if spec.heads is not None and not any("head" in point.axes for point, _ in found):
+            axes = ", ".join(found[0][0].axes) or "unnamed"
+            raise HookError(f"heads need a head axis; the axes of {found[0][0].name} are {axes}.")
+        resolved = []
+        for point, labels in found:
+            if spec.positions is not None and point.position_axis is None:
+                axes = ", ".join(point.axes) or "unnamed"
+                raise HookError(f"{point.name} has no axis over positions to select on; its axes are {axes}.")
+            if spec.reduce is not None:
+                check_reducible(spec.reduce, point)
+            heads = None
+            if spec.heads is not None and "head" in point.axes:
+                heads = HeadSelection.of(spec.heads, architecture.n_query_heads(point.layer))
+            labels = {"hook_id": spec.hook_id} | labels
+            resolved.append(ResolvedCapture(point, labels, _positions_of(spec), heads, spec.reduce))
+    return resolved
+
+
+def _positions_of(spec: HookSpec) -> Chosen | str | None:
+    # HookSpec.__post_init__ left nothing else.
+    assert spec.positions is None or isinstance(spec.positions, str | range | tuple)
+    return spec.positions
+
+
 class ActivationHookManager:
     """The hooks registered on a model; they record in every run until they are unregistered.
 
-    ``captured[hook_id]`` holds the records of the latest run: a new run drops the old ones.
+    ``captured[hook_id]`` holds the records of the latest run: a new run drops the old ones. Positions that a run never
+    comes to are refused, save with a KV cache, where a call is a part of a sequence.
     """
 
     def __init__(self, resolve: Callable[[Iterable[Capture]], CapturePlan]) -> None:

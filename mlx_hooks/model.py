@@ -24,6 +24,7 @@ from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
+from .reductions import finish
 from .sampling import Sampling
 from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
 from .storage.spill import SpillFolder
@@ -299,8 +300,7 @@ class HookedModel:
         plan = self._prepared(interventions)
         if run.stop_at_layer is not None:
             self._points_before([point.name for _, points in plan.asked for point in points], run.stop_at_layer)
-        start, (batch, length) = kv_offset(run.kv_cache), run.inputs.shape
-        return plan.session(self.instrument.run, Reach(start, start + length, start + length, batch=batch))
+        return plan.session(self.instrument.run, run.reach)
 
     def _registered(self, run: CaptureRun) -> tuple[CapturePlan, Callable[[CapturedActivation], None]] | None:
         """The registered hooks and where this run's records of them go."""
@@ -395,12 +395,17 @@ class HookedModel:
         inputs = self.to_tokens(tokens)
         run = self.instrument.run
         self._check_kv_cache(kv_cache)
+        start, (batch, length) = kv_offset(kv_cache), inputs.shape
         if len(self.activation_hook_manager):
-            hooks = hooks + self.activation_hook_manager.plan().hooks(run, self.activation_hook_manager.start())
-        start = kv_offset(kv_cache)
+            reach = Reach(start, start + length, start + length, batch=batch)
+            keep = self.activation_hook_manager.start()
+            found = self.activation_hook_manager.plan().hooks(
+                run, lambda record: keep(finish(record)), reach, whole=kv_cache is None
+            )
+            hooks = hooks + [hook for hook in found if hook.is_due(start, length)]
         with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
             logits = self.model(inputs) if kv_cache is None else self.model(inputs, cache=kv_cache)
-        remember_offset(kv_cache, start + inputs.shape[1])
+        remember_offset(kv_cache, start + length)
         return logits
 
     def _check_kv_cache(self, kv_cache: list | None) -> None:
@@ -448,6 +453,7 @@ class HookedModel:
         capture: Iterable[Capture] | CapturePlan | None = None,
         fwd_hooks: ForwardHooks = (),
         interventions: Interventions = (),
+        top_logprobs: int | None = None,
         **sampling: Any,
     ) -> Iterator[GenerationStep]:
         """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
@@ -475,6 +481,7 @@ class HookedModel:
             plan=plan,
             interventions=self._prepared(interventions),
             hooks=hooks,
+            top_logprobs=top_logprobs,
         )
         return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
 
@@ -492,8 +499,10 @@ class HookedModel:
             fwd_hooks: ``[(name_or_filter, fn), ...]`` that may edit every pass; they run after the interventions.
             interventions: edits, in the order in which they are made; the result holds their receipts. See
                 :class:`Intervention`.
-            temperature, top_p, top_k, min_p, repetition_penalty, logit_bias, seed: see :class:`sampling.Sampling`;
-                the default takes the most probable token.
+            top_logprobs: tell with each token how probable the model found it, and this many of the likeliest ones:
+                see :class:`TokenLogprobs`. None computes nothing.
+            temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed:
+                see :class:`sampling.Sampling`; the default takes the most probable token.
         """
         tokens = self.to_tokens(prompt)
         return generation.collect(id_list(tokens[0]), self.generate_steps(tokens, **options), self.hook_points)
@@ -524,19 +533,27 @@ class HookedModel:
 
     def register_activation_hook(
         self,
-        layer_name: str,
-        component: str,
+        layer_name: str = "",
+        component: str = "",
         hook_id: str = "",
         capture_input: bool = False,
         capture_output: bool = True,
+        **selection: Any,
     ) -> str:
-        """Record a component in every run from now on; answers the hook id. See :class:`HookSpec`.
+        """Record a component in every run from now on; answers the hook id.
+
+            model.register_activation_hook("transformer.h.*", "residual", positions="last")
+            model.register_activation_hook(hook_point="blocks.*.attn.hook_z", heads=[0, 3], reduce="norm")
 
         The records of the latest run are ``model.captured_activations(hook_id)``.
+
+        Args:
+            selection: ``hook_point``, ``positions``, ``heads`` and ``reduce`` of :class:`HookSpec`, which tells of the
+                others too.
         """
-        return self.activation_hook_manager.register(
-            HookSpec(layer_name, component, hook_id, capture_input, capture_output)
-        )
+        sides = {"capture_input": capture_input, "capture_output": capture_output}
+        place = {"layer_name": layer_name, "component": component, "hook_id": hook_id}
+        return self.activation_hook_manager.register(HookSpec.of(place | sides | selection))
 
     def unregister_activation_hook(self, hook_id: str) -> None:
         """Stop recording; an unknown id is an error that lists the registered ones."""
@@ -577,6 +594,7 @@ def load_model(name_or_path: str | Path) -> HookedModel:
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:
-        allowed = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", *Sampling.__dataclass_fields__]
+        own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs"]
+        allowed = [*own, *Sampling.__dataclass_fields__]
         raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
     return Sampling(**options)

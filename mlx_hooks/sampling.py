@@ -1,4 +1,4 @@
-"""How a token is chosen: mlx-lm's processors, filters and arithmetic, with a random state per generation.
+"""How a token is chosen, and how probable it was: mlx-lm's arithmetic, with a random state per generation.
 
 MLX has one random state per thread. A generation that drew from it would depend on whatever else draws between its
 steps, so each one has a key of its own, split once per token just as MLX splits its state: the same seed gives
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
@@ -27,6 +27,15 @@ class Sampling:
 
     A generation with a seed, or at temperature 0, leaves MLX's random state alone; another one takes its own from it
     at its first step, so that after ``mx.random.seed`` it is repeatable too.
+
+    Args:
+        temperature, top_p, top_k, min_p: mlx-lm's; the filters see the distribution before the temperature.
+        repetition_penalty: mlx-lm's: over the last 20 tokens, the prompt's among them, positive logits are divided by
+            it, negative ones multiplied.
+        frequency_penalty, presence_penalty: OpenAI's: a generated token's logit loses the first as often as the token
+            was generated, and the second once. The prompt does not count.
+        logit_bias: added to the logits of these token ids.
+        seed: 0 to 2**64 - 1.
     """
 
     temperature: float = 0.0
@@ -34,6 +43,8 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
 
@@ -55,23 +66,68 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= high or value == math.inf:
                 upward = f" to {high}" if high < math.inf else " up"
                 raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise HookError(f"{name} is a finite number, got {value!r}.")
         if 0 < self.temperature < LOWEST_TEMPERATURE:
             raise HookError(f"temperature is 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature!r}.")
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.")
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How probable the model itself found a token, and the likeliest ones: natural logs of the softmax of its logits.
+
+    Nothing that decides on the token is in these numbers: no bias, no penalty, no temperature, no filter. Edits of
+    hooks and interventions are, since they change the model's logits.
+
+    Args:
+        logprob: of the token that was chosen.
+        tokens: ids of the likeliest tokens, the likeliest first.
+        logprobs: theirs.
+    """
+
+    logprob: float
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Choice(NamedTuple):
+    """A token [1], the log of its probability [], and what ``TokenLogprobs`` holds, as arrays not yet evaluated."""
+
+    token: mx.array
+    logprob: mx.array
+    likely: tuple[mx.array, mx.array, mx.array] | None
+
+    def arrays(self) -> list[mx.array]:
+        return [self.token, self.logprob, *(self.likely or ())]
+
+    def likeliest(self) -> TokenLogprobs | None:
+        """The numbers, once they are evaluated."""
+        if self.likely is None:
+            return None
+        said: list[Any] = [array.tolist() for array in self.likely]
+        return TokenLogprobs(*said)
+
+
 class Sampler:
     """Chooses the tokens of one generation, which must be its own.
 
-    sampler = Sampler(Sampling(temperature=0.7, seed=1), d_vocab)
-    sampler.read(prompt)                              # what the model was fed, [n]
-    token, logprob = sampler.choose(logits)           # [1], []; from logits [1, d_vocab]
+        sampler = Sampler(Sampling(temperature=0.7, seed=1), d_vocab)
+        sampler.read(prompt)                              # what the model was fed, [n]
+        sampler.choose(logits).token                      # [1]; from logits [1, d_vocab]
+
+    Args:
+        top_logprobs: how many of the likeliest tokens each choice tells; None for no ``TokenLogprobs`` at all.
     """
 
-    def __init__(self, sampling: Sampling, d_vocab: int) -> None:
+    def __init__(self, sampling: Sampling, d_vocab: int, top_logprobs: int | None = None) -> None:
         self._processors = make_logits_processors(dict(sampling.logit_bias or {}), sampling.repetition_penalty)
         self._history: mx.array | None = None
+        self._frequency, self._presence = sampling.frequency_penalty, sampling.presence_penalty
+        self._counts: mx.array | None = None
         self._temperature = sampling.temperature
         # In mlx-lm's order. It raises for a top_k of the whole vocabulary or more, which leaves nothing out.
         self._filters = [
@@ -80,19 +136,33 @@ class Sampler:
             *([partial(apply_top_k, top_k=sampling.top_k)] if 0 < sampling.top_k < d_vocab else []),
         ]
         self._key = None if sampling.temperature == 0 else _own_key(sampling.seed)
+        self._top_logprobs = top_logprobs
 
     def read(self, tokens: mx.array) -> None:
         """Tokens [n] that the model was fed, in their order."""
         if self._processors:
             self._history = tokens if self._history is None else mx.concatenate([self._history, tokens])
 
-    def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """The token [1] that follows, and the log of its probability after the processors, before the temperature."""
+    def choose(self, logits: mx.array) -> Choice:
+        """The token that follows; its log probability is that after the processors, before the temperature."""
+        # First, because processors write into the logits.
+        model_s = None if self._top_logprobs is None else _logprobs(logits[0].astype(mx.float32))
         for processor in self._processors:
             logits = processor(self._history, logits)
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        logprobs = _logprobs(self._penalised(logits))
         token = self._draw(logprobs)
-        return token, logprobs[0, token[0]]
+        if self._counts is not None:
+            self._counts = self._counts.at[token].add(1)
+        likely = None if model_s is None else (model_s[token[0]], *_largest(model_s, self._top_logprobs or 0))
+        return Choice(token, logprobs[0, token[0]], likely)
+
+    def _penalised(self, logits: mx.array) -> mx.array:
+        if not (self._frequency or self._presence):
+            return logits
+        if self._counts is None:
+            self._counts = mx.zeros(logits.shape[-1])
+        penalty = self._frequency * self._counts + self._presence * (self._counts > 0)
+        return logits - penalty.astype(logits.dtype)
 
     def _draw(self, logprobs: mx.array) -> mx.array:
         if self._key is None:
@@ -101,6 +171,18 @@ class Sampler:
             logprobs = kept(logprobs)
         self._key, key = mx.random.split(self._key)
         return mx.random.categorical(logprobs * (1.0 / self._temperature), key=key)
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, keepdims=True)
+
+
+def _largest(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Indices [k] and values [k] of the largest of an array [n], the largest first; all n if there are no more."""
+    k = min(k, values.size)
+    indices = mx.argpartition(-values, kth=max(k - 1, 0))[:k]
+    indices = indices[mx.argsort(-values[indices])]
+    return indices, values[indices]
 
 
 def _own_key(seed: int | None) -> mx.array:

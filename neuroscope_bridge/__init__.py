@@ -21,7 +21,7 @@ from .errors import (
 )
 from .events import EventStream
 from .hook_specs import NeuroScopeActivationBridge
-from .payload import decode_activation, stack_records
+from .payload import decode_activation, row_positions, stack_records
 from .smalltalk import generate_neuroscope_smalltalk_interface
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "ServerUnreachableError",
     "decode_activation",
     "generate_neuroscope_smalltalk_interface",
+    "row_positions",
     "stack_records",
 ]

@@ -24,7 +24,7 @@ DEFAULT_TIMEOUT = 600.0
 CONNECT_TIMEOUT = 10.0
 MAX_TIMEOUT = 1_000_000.0  # eleven days; from some point on a socket refuses a longer one
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 Hooks = Sequence[Mapping[str, Any]]
 Interventions = Sequence[Mapping[str, Any]]
 
@@ -198,11 +198,19 @@ class LMStudioNeuroScopeClient:
                 print(event["choices"][0]["delta"].get("content", ""), end="")
 
         Args:
-            messages: `[{"role": "user", "content": "..."}, ...]`.
+            messages: `[{"role": "user", "content": "..."}, ...]`; a content may be a list of
+                `{"type": "text", "text": "..."}`. Roles: system, developer, user, assistant.
             max_tokens: The most tokens to generate; None for the server's default, 100.
             temperature: 0 takes the likeliest token each time.
             stream: Return an `EventStream`, one event per token, instead of one reply.
-            options: Further fields: model, top_p, top_k, min_p, repetition_penalty, seed, stop.
+            options: Further fields: model, top_p, top_k, min_p, seed, stop (a text or a list of them),
+                repetition_penalty, frequency_penalty, presence_penalty, logit_bias (`{"17": -100}`: token ids and what
+                is added to their logits), n (1 to 16 answers: number i is that of `seed + i` alone), logprobs with
+                top_logprobs (0 to 20), stream_options (`{"include_usage": True}`: the usage as an event of its own,
+                whose `choices` are empty).
+
+        With `logprobs=True` a choice has `logprobs["content"]`: per token its text, its bytes and the natural log of
+        the probability that the model itself gave it, before bias, penalties and temperature.
         """
         body = {"messages": messages, "max_tokens": max_tokens, "temperature": temperature, **options}
         return self._generate("/v1/chat/completions", body, stream)
@@ -223,7 +231,9 @@ class LMStudioNeuroScopeClient:
 
             client.complete("The capital of France is", max_tokens=1, temperature=0)["choices"][0]["text"]
 
-        The other arguments are those of `chat`.
+        The other arguments are those of `chat`, save that `logprobs` is how many of the likeliest tokens to tell with
+        each token, 0 to 5: `choices[0]["logprobs"]` then has `tokens`, `token_logprobs`, `top_logprobs` and
+        `text_offset`, where each token begins in the text.
         """
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": temperature, **options}
         return self._generate("/v1/completions", body, stream)
@@ -273,7 +283,7 @@ class LMStudioNeuroScopeClient:
             activation_encoding: How arrays travel: `base64`, `json`, or `none` (records without data).
             interventions: Edits, made in this order before anything is captured. `values` and `vector` may be numpy
                 arrays, `source` a record of an earlier reply or a list of them.
-            options: Further fields: activation_dtype (`float32`, `float16`) and those of `chat`.
+            options: Further fields: activation_dtype (`float32`, `float16`) and those of `chat`, save `n`.
 
         Returns:
             The reply, or the events, as sent, save that `data` of every record is a numpy array. With interventions

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .errors import PayloadError
-from .payload import decode_activation
+from .payload import decode_activation, row_positions
 
 LAYER_COMPONENTS = (
     "residual",
@@ -25,6 +25,7 @@ LAYER_COMPONENTS = (
 
 CIRCUIT_COMPONENTS = ("residual", "attention", "mlp")
 ATTENTION_COMPONENTS = ("attention_pattern", "query", "key", "value")
+SELECTION = ("positions", "heads", "reduce")
 HEAD_THRESHOLD = 0.3  # mean attention from which a head is listed as a circuit
 FIRST_SCORED_QUERY = 2  # at position 1 the previous token is the first token: it cannot tell the two apart
 
@@ -38,6 +39,9 @@ _NEUROSCOPE_NAMES = {
     "dtype": "dtype",
     "axes": "axes",
     "positions": "positions",
+    "position_ids": "positionIds",
+    "heads": "heads",
+    "reduce": "reduce",
     "is_input": "isInput",
     "phase": "phase",
     "step": "step",
@@ -64,6 +68,7 @@ class NeuroScopeActivationBridge:
         model_layers: int,
         components: Sequence[str] | None = CIRCUIT_COMPONENTS,
         target_layers: Sequence[int] | None = None,
+        **selection: Any,
     ) -> list[dict[str, Any]]:
         """One spec per layer and component, ordered by layer, then as `components` are.
 
@@ -75,17 +80,21 @@ class NeuroScopeActivationBridge:
             model_layers: Number of layers of the model, `num_layers` in the reply to `load_model`.
             components: Any of `LAYER_COMPONENTS`; None for residual, attention and mlp.
             target_layers: Layers to hook, counted from 0; None for all.
+            selection: `positions`, `heads` and `reduce` of each spec, which limit what is computed and sent:
+                `positions="last"`, `positions=[0, 7]`, `heads=[2]`, `reduce="norm"`. The server checks them.
 
         Raises:
             ValueError: an unknown component or a layer that the model lacks; the message lists what there is.
+            TypeError: a selection of another name.
         """
         chosen = CIRCUIT_COMPONENTS if components is None else components
         layers = _layers(model_layers, target_layers)
-        return [_spec(layer, component) for layer in layers for component in _components(chosen)]
+        limits = _limits(selection)
+        return [_spec(layer, component) | limits for layer in layers for component in _components(chosen)]
 
     @staticmethod
     def create_attention_analysis_hooks(
-        model_layers: int, target_layers: Sequence[int] | None = None
+        model_layers: int, target_layers: Sequence[int] | None = None, **selection: Any
     ) -> list[dict[str, Any]]:
         """Pattern, query, key and value of each target layer.
 
@@ -95,12 +104,14 @@ class NeuroScopeActivationBridge:
         Args:
             model_layers: Number of layers of the model.
             target_layers: Layers to hook, counted from 0; None for all.
+            selection: `positions`, `heads` and `reduce` of each spec.
 
         Raises:
             ValueError: a layer that the model lacks.
+            TypeError: a selection of another name.
         """
-        layers = _layers(model_layers, target_layers)
-        return [_spec(layer, component) for layer in layers for component in ATTENTION_COMPONENTS]
+        layers, limits = _layers(model_layers, target_layers), _limits(selection)
+        return [_spec(layer, component) | limits for layer in layers for component in ATTENTION_COMPONENTS]
 
     @staticmethod
     def convert_activations_for_neuroscope(activations: Activations) -> dict[str, list[dict[str, Any]]]:
@@ -112,8 +123,8 @@ class NeuroScopeActivationBridge:
 
         Returns:
             Hook id -> tensors with hookId, layerName, component, hookPoint, layerIndex, shape, dtype, axes,
-            positions, isInput, phase, step and data. `data` is a numpy array, or None where the capture was
-            asked for with encoding `none`; fields that a record lacks are None.
+            positions, positionIds, heads, reduce, isInput, phase, step and data. `data` is a numpy array, or None
+            where the capture was asked for with encoding `none`; fields that a record lacks are None.
 
         Raises:
             PayloadError: a record without the fields that every record has, or with damaged data.
@@ -127,7 +138,7 @@ class NeuroScopeActivationBridge:
             for circuit in find_circuits(result["activations"]):
                 print(circuit["name"], circuit["confidence"])      # previous_token_head L0H1 0.97, ...
 
-        From prefill records, first batch row:
+        From prefill records that are not reduced, first batch row, over the positions and heads captured:
 
         1. Heads, where `attention_pattern` was captured on three tokens or more: the mean of pattern[q, q-1]
            (`previous_token_head`) and of pattern[q, 0] (`first_token_head`) over the positions q >= 2; listed
@@ -163,6 +174,14 @@ def _spec(layer: int, component: str) -> dict[str, Any]:
         "capture_input": False,
         "capture_output": True,
     }
+
+
+def _limits(selection: Mapping[str, Any]) -> dict[str, Any]:
+    """What a spec has besides its place, if anything."""
+    unknown = [name for name in selection if name not in SELECTION]
+    if unknown:
+        raise TypeError(f"There is no selection {unknown[0]!r}: there are {', '.join(SELECTION)}.")
+    return {name: value for name, value in selection.items() if value is not None}
 
 
 def _layers(model_layers: int, target_layers: Sequence[int] | None) -> list[int]:
@@ -201,56 +220,69 @@ def _tensor(record: Mapping[str, Any]) -> dict[str, Any]:
     return tensor
 
 
-def _rows(tensor: Mapping[str, Any]) -> tuple[np.ndarray, range]:
+def _rows(tensor: Mapping[str, Any]) -> tuple[np.ndarray, Sequence[int]]:
     """The first batch row of a tensor in float64, and the absolute positions of its rows."""
     if tensor["data"] is None:
         raise PayloadError(f"Hook {tensor['hookId']!r} was captured without data: ask for encoding 'base64' or 'json'.")
     values = np.asarray(tensor["data"], dtype=np.float64)[0]
-    positions = range(*tensor["positions"])
+    positions = row_positions({"positions": tensor["positions"], "position_ids": tensor.get("positionIds")})
     if values.shape[-2] != len(positions):
-        raise PayloadError(
-            f"Hook {tensor['hookId']!r}: {values.shape[-2]} rows for positions {list(tensor['positions'])}."
-        )
+        shown = tensor.get("positionIds") or tensor["positions"]
+        raise PayloadError(f"Hook {tensor['hookId']!r}: {values.shape[-2]} rows for positions {list(shown)}.")
     if not np.isfinite(values).all():
         raise PayloadError(f"Hook {tensor['hookId']!r} holds nan or inf: no score can be computed from it.")
     return values, positions
 
 
-def _prefill(tensors: Sequence[Mapping[str, Any]], component: str) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Layer, values and absolute position of every captured row of a component's output, each row once."""
+Heads = tuple[int, ...] | None
+
+
+def _prefill(tensors: Sequence[Mapping[str, Any]], component: str) -> Iterator[tuple[int, Heads, np.ndarray, int]]:
+    """Layer, heads (None: all), values and absolute position of every captured row of a component's output, each once.
+
+    Reduced tensors have no such rows.
+    """
     seen = set()
     for tensor in tensors:
         if tensor["component"] != component or tensor["isInput"] or tensor["phase"] == "decode":
             continue
+        if tensor.get("reduce") is not None:
+            continue
+        heads = None if tensor.get("heads") is None else tuple(tensor["heads"])
         if None in (tensor["layerIndex"], tensor["phase"], tensor["positions"]):
             raise PayloadError(f"Hook {tensor['hookId']!r}: its record lacks layer_index, phase or positions.")
         values, positions = _rows(tensor)
         for row, position in enumerate(positions):
-            if (tensor["layerIndex"], position) not in seen:
-                seen.add((tensor["layerIndex"], position))
-                yield tensor["layerIndex"], values[..., row, :], position
+            if (tensor["layerIndex"], heads, position) not in seen:
+                seen.add((tensor["layerIndex"], heads, position))
+                yield tensor["layerIndex"], heads, values[..., row, :], position
 
 
 def _head_circuits(tensors: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    count: dict[int, int] = {}
-    scored: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    count: dict[tuple[int, Heads], int] = {}
+    scored: dict[tuple[int, Heads], list[tuple[np.ndarray, np.ndarray]]] = {}
+    listed = set()
     patterns = [t for t in tensors if t["component"] == "attention_pattern" and not _lacks_keys(t)]
-    for layer, pattern, query in _prefill(patterns, "attention_pattern"):  # pattern: [head, key]
-        count[layer] = count.get(layer, 0) + 1
+    for layer, heads, pattern, query in _prefill(patterns, "attention_pattern"):  # pattern: [head, key]
+        count[layer, heads] = count.get((layer, heads), 0) + 1
         if query >= FIRST_SCORED_QUERY:
-            scored.setdefault(layer, []).append((pattern[:, query - 1], pattern[:, 0]))
-    for layer, rows in scored.items():
-        if count[layer] <= FIRST_SCORED_QUERY:
+            scored.setdefault((layer, heads), []).append((pattern[:, query - 1], pattern[:, 0]))
+    for (layer, heads), rows in scored.items():
+        if count[layer, heads] <= FIRST_SCORED_QUERY:
             continue
         previous, first = (np.mean(column, axis=0) for column in zip(*rows, strict=True))
-        for head in range(len(previous)):
-            yield from _head(layer, head, "previous_token_head", float(previous[head]), "the token before")
-            yield from _head(layer, head, "first_token_head", float(first[head]), "the first token")
+        for place, head in enumerate(heads if heads is not None else range(len(previous))):
+            if (layer, head) in listed:
+                # Two hooks may hold the same head.
+                continue
+            listed.add((layer, head))
+            yield from _head(layer, head, "previous_token_head", float(previous[place]), "the token before")
+            yield from _head(layer, head, "first_token_head", float(first[place]), "the first token")
 
 
 def _lacks_keys(tensor: Mapping[str, Any]) -> bool:
     """Whether a sliding window has dropped early keys: then the columns of a pattern are no positions."""
-    return tensor["positions"] is not None and tensor["shape"][-1] != tensor["positions"][1]
+    return tensor["positions"] is not None and tensor["shape"][-1] < tensor["positions"][1]
 
 
 def _head(layer: int, head: int, kind: str, score: float, place: str) -> Iterator[dict[str, Any]]:
@@ -294,6 +326,6 @@ def _write_circuits(tensors: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, 
 
 def _mean_norms(tensors: Sequence[Mapping[str, Any]], component: str) -> dict[int, float]:
     norms: dict[int, list[float]] = {}
-    for layer, row, _ in _prefill(tensors, component):
+    for layer, _, row, _ in _prefill(tensors, component):
         norms.setdefault(layer, []).append(float(np.linalg.norm(row)))
     return {layer: float(np.mean(values)) for layer, values in norms.items()}

@@ -30,17 +30,28 @@ import numpy as np
 import orjson
 
 from .errors import NumberTooLargeError, PayloadError
+from .tensors import array_bytes, npy_header, read_npy, read_safetensors, safetensors_buffers, safetensors_header
 
 __all__ = [
     "DTYPES",
     "ENCODINGS",
     "NumberTooLargeError",
     "PayloadError",
+    "array_bytes",
+    "as_wire_dtype",
     "decode_activation",
     "dumps",
     "encode_activation",
     "encode_intervention",
+    "encoded",
+    "key_padding",
+    "npy_header",
+    "read_npy",
+    "read_safetensors",
     "receipt",
+    "row_positions",
+    "safetensors_buffers",
+    "safetensors_header",
     "stack_records",
 ]
 
@@ -68,6 +79,9 @@ def encode_activation(
     positions: Sequence[int],
     is_input: bool,
     pass_index: int = 0,
+    position_ids: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    reduce: str | None = None,
     encoding: str = "json",
     dtype: str = "float32",
 ) -> dict[str, Any]:
@@ -87,6 +101,9 @@ def encode_activation(
         axes: One name per dimension of `array`; empty where they are not known (a raw module's output).
         positions: Absolute token positions `(start, stop)` that the array covers.
         pass_index: Which pass, for a layer that runs several times in one forward pass.
+        position_ids: The absolute position of each row, where they are not all of start..stop-1; None where they are.
+        heads: The heads along the head axis, where they are not all; None where they are.
+        reduce: How the array was made of what was captured (`mean`, `max`, `last`, `norm`); None where it is that.
         encoding: One of `ENCODINGS`.
         dtype: One of `DTYPES`. float16 rounds, but never turns a finite number into infinity.
 
@@ -101,7 +118,7 @@ def encode_activation(
         raise PayloadError(
             f"Hook {hook_id!r}: shape {list(array.shape)} has {array.ndim} axes, {len(axes)} are named: {list(axes)}."
         )
-    array = _as_wire_dtype(array, dtype, hook_id)
+    array = as_wire_dtype(array, dtype, hook_id)
     record: dict[str, Any] = {
         "hook_id": hook_id,
         "layer_name": layer_name,
@@ -116,14 +133,19 @@ def encode_activation(
         "step": step,
         "pass_index": pass_index,
         "positions": [int(position) for position in positions],
+        "position_ids": _integers(position_ids),
+        "heads": _integers(heads),
+        "reduce": reduce,
         "encoding": encoding,
     }
-    if encoding == "json":
-        record["data"] = array
-    elif encoding == "base64":
-        little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        record["data"] = base64.b64encode(little_endian.tobytes()).decode("ascii")
+    if encoding != "none":
+        record["data"] = encoded(array, encoding)
     return record
+
+
+def encoded(array: np.ndarray, encoding: str) -> np.ndarray | str:
+    """What `data` of a record is: for `json` the array, which `dumps` writes as nested lists, for `base64` a text."""
+    return array if encoding == "json" else base64.b64encode(array_bytes(array)).decode("ascii")
 
 
 def decode_activation(record: Mapping[str, Any]) -> np.ndarray:
@@ -243,20 +265,22 @@ def stack_records(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
         records = result["activations"]["r5"]      # shapes [1, 10, 768], [1, 1, 768], [1, 1, 768]
         stack_records(records).shape               # (1, 12, 768)
 
-    Row i stands for position `records[0]["positions"][0] + i`. Attention patterns and scores are joined along
-    the query axis; their keys are padded to the longest row, patterns with 0 and scores with -inf, which is
-    what a query gives to keys that come after it.
+    Rows ascend by position: where every position was captured, row i stands for position
+    `records[0]["positions"][0] + i`; otherwise `[p for record in records for p in row_positions(record)]`, sorted,
+    has the position of each. Attention patterns and scores are joined along the query axis; their keys are padded
+    to the longest row, patterns with 0 and scores with -inf, which is what a query gives to keys that come after it.
 
     Raises:
-        PayloadError: no records, records of different hook points, no position axis, positions missing or
-            doubled, or keys that do not start at position 0 (a sliding window has dropped the first ones).
+        PayloadError: no records, records of different hook points or heads, no position axis, records that were
+            reduced over their positions, positions doubled, or keys that do not start at position 0 (a sliding
+            window has dropped the first ones).
     """
     if not records:
         raise PayloadError("No records to stack.")
     records = sorted(records, key=lambda record: record["positions"][0])
     first = records[0]
-    for field in ("hook_point", "is_input", "axes"):
-        found = {repr(record[field]) for record in records}
+    for field in ("hook_point", "is_input", "axes", "heads", "reduce"):
+        found = {repr(record.get(field)) for record in records}
         if len(found) > 1:
             raise PayloadError(
                 f"Records of one {field} can be stacked, these have {len(found)}: {', '.join(sorted(found))}."
@@ -265,42 +289,65 @@ def stack_records(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
     if len(passes) > 1:
         raise PayloadError(f"Records of one pass can be stacked, these are of the passes {passes}: pick by pass_index.")
     for before, after in pairwise(records):
-        if before["positions"][1] != after["positions"][0]:
+        if before["positions"][1] > after["positions"][0]:
             raise PayloadError(
                 f"Hook point {first['hook_point']!r}: positions {before['positions']} are followed by "
-                f"{after['positions']}; records must join without gap or overlap."
+                f"{after['positions']}; records must join without overlap."
             )
     axes = list(first["axes"])
     along = next((axes.index(name) for name in ("pos", "query") if name in axes), None)
+    if along is None and first.get("reduce") is not None:
+        raise PayloadError(
+            f"Hook point {first['hook_point']!r}: each record is the {first['reduce']!r} over its own positions; "
+            "these have no rows to stack."
+        )
     if along is None:
         raise PayloadError(f"Hook point {first['hook_point']!r} has no position axis: {axes}.")
     arrays = [decode_activation(record) for record in records]
     for array, record in zip(arrays, records, strict=True):
-        start, stop = record["positions"]
-        if array.shape[along] != stop - start:
-            raise PayloadError(
-                f"Hook point {first['hook_point']!r}: {array.shape[along]} rows for positions {[start, stop]}."
-            )
+        positions = row_positions(record)
+        if array.shape[along] != len(positions):
+            shown = record["positions"] if isinstance(positions, range) else positions
+            raise PayloadError(f"Hook point {first['hook_point']!r}: {array.shape[along]} rows for positions {shown}.")
     if "key" in axes:
         arrays = _pad_keys(arrays, records, axes.index("key"))
     return np.concatenate(arrays, axis=along)
 
 
+def row_positions(record: Mapping[str, Any]) -> Sequence[int]:
+    """The absolute position of each row of a record.
+
+    row_positions({"positions": [3, 6]})                              # range(3, 6)
+    row_positions({"positions": [3, 9], "position_ids": [3, 8]})      # [3, 8]
+    """
+    listed = record.get("position_ids")
+    return range(*record["positions"]) if listed is None else list(listed)
+
+
+def _integers(given: Sequence[int] | None) -> list[int] | None:
+    return None if given is None else [int(one) for one in given]
+
+
 def _pad_keys(arrays: list[np.ndarray], records: Sequence[Mapping[str, Any]], axis: int) -> list[np.ndarray]:
     for array, record in zip(arrays, records, strict=True):
-        if array.shape[axis] != record["positions"][1]:
+        if array.shape[axis] < record["positions"][1]:
             raise PayloadError(
                 f"Hook point {record['hook_point']!r}: {array.shape[axis]} keys at positions "
                 f"{record['positions']} do not start at position 0 and cannot be stacked."
             )
     longest = max(array.shape[axis] for array in arrays)
-    fill = -np.inf if _is_scores(records[0]) else 0.0
+    fill = key_padding(records[0].get("hook_point"), records[0].get("component"))
     padded = []
     for array in arrays:
         width = [(0, 0)] * array.ndim
         width[axis] = (0, longest - array.shape[axis])
         padded.append(np.pad(array, width, constant_values=fill))
     return padded
+
+
+def key_padding(hook_point: str | None, component: str | None) -> float:
+    """What a query has at keys that come after it: 0 in a pattern, -inf in scores."""
+    return -math.inf if _is_scores({"hook_point": hook_point, "component": component}) else 0.0
 
 
 def _is_scores(record: Mapping[str, Any]) -> bool:
@@ -310,7 +357,13 @@ def _is_scores(record: Mapping[str, Any]) -> bool:
     return str(hook_point).endswith("hook_attn_scores")
 
 
-def _as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+def as_wire_dtype(array: np.ndarray, dtype: str, hook_id: str) -> np.ndarray:
+    """The array as it travels: floats as ``dtype``, one of `DTYPES`, integers and booleans as int32.
+
+    Raises:
+        PayloadError: no such dtype, or an array that has no wire format.
+        NumberTooLargeError: a finite number that the dtype cannot hold.
+    """
     if dtype not in DTYPES:
         raise PayloadError(f"Unknown activation dtype {dtype!r}. Choose from: {', '.join(DTYPES)}.")
     if array.dtype.kind not in "biuf":

@@ -115,6 +115,63 @@ def test_logit_bias_and_repetition_penalty_are_mlx_lms(llama: HookedModel) -> No
     assert tokens != llama.generate(PROMPT, max_tokens=8).tokens
 
 
+@pytest.mark.parametrize("top_logprobs", [0, 1, 5, 60, 1000])
+def test_log_probabilities_are_those_of_the_model_s_own_logits(llama: HookedModel, top_logprobs: int) -> None:
+    """Whatever bends the choice: bias, penalties, temperature and filters are not in them."""
+    bent = {"logit_bias": {11: 5.0}, "repetition_penalty": 1.5, "temperature": 2.0, "top_p": 0.9, "seed": 1}
+    bent |= {"frequency_penalty": 0.5, "presence_penalty": 0.5}
+    result = llama.generate(PROMPT, max_tokens=10, top_logprobs=top_logprobs, **bent)
+    assert result.tokens == llama.generate(PROMPT, max_tokens=10, **bent).tokens
+    _, cache = llama.run_with_cache([PROMPT + result.tokens[:-1]], "hook_logits")
+    logits = cache.numpy("hook_logits")[0, len(PROMPT) - 1 :].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    k = min(top_logprobs, 60)
+    assert len(result.top_logprobs) == 10
+    for said, row, token in zip(result.top_logprobs, expected, result.tokens, strict=True):
+        assert said.logprob == pytest.approx(row[token], abs=1e-5)
+        assert said.tokens == list(np.argsort(-row, kind="stable")[:k])
+        np.testing.assert_allclose(said.logprobs, row[said.tokens], atol=1e-5)
+
+
+def test_log_probabilities_are_of_the_edited_model(llama: HookedModel) -> None:
+    edit = ("blocks.1.hook_mlp_out", lambda value, point: value * 0)
+    said = llama.generate(PROMPT, max_tokens=1, top_logprobs=1, fwd_hooks=[edit]).top_logprobs[0]
+    logits = np.array(llama.run_with_hooks([PROMPT], [edit]))[0, -1].astype(np.float64)
+    assert said.logprobs[0] == pytest.approx((logits - np.log(np.exp(logits).sum())).max(), abs=1e-5)
+    plain = llama.generate(PROMPT, max_tokens=1, top_logprobs=1).top_logprobs[0]
+    assert plain.logprobs != pytest.approx(said.logprobs, abs=1e-3)
+
+
+def test_log_probabilities_are_computed_only_when_asked_for(
+    llama: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_hooks import sampling
+
+    calls: list[int] = []
+    largest = sampling._largest
+    monkeypatch.setattr(sampling, "_largest", lambda values, k: calls.append(k) or largest(values, k))
+    result = llama.generate(PROMPT, max_tokens=3)
+    assert (result.top_logprobs, calls) == ((), [])
+    llama.generate(PROMPT, max_tokens=3, top_logprobs=2)
+    assert calls == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("frequency", "presence"), [(0.7, 0.0), (0.0, 1.1), (0.4, -0.3)])
+def test_frequency_and_presence_penalties_are_openai_s(llama: HookedModel, frequency: float, presence: float) -> None:
+    """logit[j] - count[j] * frequency - (count[j] > 0) * presence, counted over what was generated."""
+    options = {"frequency_penalty": frequency, "presence_penalty": presence, "max_tokens": 25}
+    steps = list(llama.generate_steps(PROMPT, **options))
+    tokens = [step.token for step in steps]
+    _, cache = llama.run_with_cache([PROMPT + tokens[:-1]], "hook_logits")
+    counts = np.zeros(60)
+    for step, row in zip(steps, cache.numpy("hook_logits")[0, len(PROMPT) - 1 :].astype(np.float64), strict=True):
+        row = row - counts * frequency - (counts > 0) * presence
+        assert step.token == row.argmax()
+        assert step.logprob == pytest.approx(row.max() - np.log(np.exp(row).sum()), abs=1e-5)
+        counts[step.token] += 1
+    assert tokens != llama.generate(PROMPT, max_tokens=25).tokens
+
+
 def test_activations_of_prompt_and_generated_tokens_equal_one_forward_pass(model: HookedModel) -> None:
     result = model.generate(PROMPT, max_tokens=6, capture=EVERYTHING)
     fed = PROMPT + result.tokens[:-1]
@@ -310,6 +367,10 @@ def test_two_hooks_may_ask_for_one_point(llama: HookedModel) -> None:
         ("text", {}, "no tokenizer"),
         ([1], {"max_tokens": -1}, "max_tokens is a whole number from 0 up, got -1"),
         ([1], {"max_tokens": 2.5}, "max_tokens is a whole number"),
+        ([1], {"top_logprobs": -1}, "top_logprobs is a whole number from 0 up, got -1"),
+        ([1], {"top_logprobs": True}, "top_logprobs is a whole number from 0 up, got True"),
+        ([1], {"frequency_penalty": float("inf")}, "frequency_penalty is a finite number, got inf"),
+        ([1], {"presence_penalty": "1"}, "presence_penalty is a finite number, got '1'"),
         ([1], {"temperature": -0.1}, "temperature is a number from 0 up"),
         ([1], {"top_p": 1.5}, "top_p is a number from 0 to 1"),
         ([1], {"stop": ["x"]}, "Stop strings need a tokenizer"),

@@ -108,6 +108,42 @@ def test_attention_hooks_cover_the_target_layers():
     assert len(bridge.create_attention_analysis_hooks(6)) == 24
 
 
+def test_hooks_take_what_limits_them():
+    (spec,) = bridge.create_hook_specs_for_circuit_analysis(1, ["mlp"], positions="last", heads=None, reduce="norm")
+    assert (spec["positions"], spec["reduce"], "heads" in spec) == ("last", "norm", False)
+    specs = bridge.create_attention_analysis_hooks(2, target_layers=[1], heads=[0, 2])
+    assert [spec["heads"] for spec in specs] == [[0, 2]] * 4
+    for create in (bridge.create_hook_specs_for_circuit_analysis, bridge.create_attention_analysis_hooks):
+        with pytest.raises(TypeError, match="no selection 'position': there are positions, heads, reduce"):
+            create(2, position=3)
+
+
+def test_circuits_of_selected_heads_and_positions_are_those_of_the_whole():
+    whole = record(pattern(first, itself, previous), 1, "attention_pattern")
+    array = pattern(first, itself, previous)[:, [0, 2]]
+    chosen = record(array, 1, "attention_pattern") | {"heads": [0, 2]}
+    assert scores({"p": [chosen]}) == scores({"p": [whole]}) == scores({"p": [whole], "q": [chosen]})
+    assert {"previous_token_head L1H2", "first_token_head L1H0"} <= set(scores({"p": [chosen]}))
+
+    rows = record(array[:, :, 1:5:3], 1, "attention_pattern") | {"positions": [1, 5], "position_ids": [1, 4]}
+    assert scores({"p": [rows]}) == {}, "two tokens are too few to tell"
+    rows = record(array[:, :, [1, 2, 4]], 1, "attention_pattern")
+    rows |= {"heads": [0, 2], "positions": [1, 5], "position_ids": [1, 2, 4]}
+    assert scores({"p": [rows]})["previous_token_head L1H2"] == pytest.approx(0.75)
+    assert scores({"p": [rows]})["first_token_head L1H0"] == pytest.approx(0.5)
+
+
+def test_reduced_tensors_make_no_circuits():
+    norms = encode_activation(
+        np.ones((1, 3), np.float32),
+        hook_id="m", layer_name="transformer.h.0", component="mlp", hook_point="blocks.0.hook_mlp_out", layer_index=0,
+        axes=("batch", "pos"), phase="prefill", step=0, positions=(0, 3), is_input=False, reduce="norm",
+    )  # fmt: skip
+    assert bridge.find_circuits({"m": [norms]}) == []
+    (tensor,) = bridge.convert_activations_for_neuroscope({"m": [norms]})["m"]
+    assert tensor["reduce"] == "norm"
+
+
 def test_components_are_those_of_the_engine():
     assert {*LAYER_COMPONENTS, "embedding"} == set(COMPONENTS)
 
@@ -162,6 +198,9 @@ def test_conversion_keeps_every_number_and_renames_the_fields(encoding):
         "dtype": "float32",
         "axes": ["batch", "pos", "d_model"],
         "positions": [0, 3],
+        "positionIds": None,
+        "heads": None,
+        "reduce": None,
         "isInput": False,
         "phase": "prefill",
         "step": 0,

@@ -258,6 +258,7 @@ def follow(client: FlaskClient, address: str) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 60
     while seen[-1]["finished"] is None:
         assert time.monotonic() < deadline
+        time.sleep(0.02)
         seen.append(client.get(address).get_json())
     return seen
 
@@ -432,7 +433,8 @@ def test_a_model_that_brings_code_is_refused_and_the_code_is_not_run(tmp_path: P
 # The end
 
 
-def test_a_running_request_may_end_within_the_grace(worker: ModelWorker) -> None:
+def test_a_running_request_may_end_within_the_grace() -> None:
+    worker = ModelWorker(load=load_tiny, max_active=1).start()
     gate = Held(steps=2)
     running = worker.submit(gate)
     assert gate.begun.wait(10)

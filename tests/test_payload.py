@@ -16,6 +16,7 @@ from neuroscope_bridge.payload import (
     dumps,
     encode_activation,
     receipt,
+    row_positions,
     stack_records,
 )
 
@@ -156,6 +157,9 @@ def test_record_has_the_documented_fields():
         "step": 0,
         "pass_index": 0,
         "positions": [0, 3],
+        "position_ids": None,
+        "heads": None,
+        "reduce": None,
         "encoding": "json",
     }
 
@@ -275,6 +279,30 @@ def test_stack_joins_records_by_position_not_by_arrival():
     np.testing.assert_array_equal(stack_records(records[::-1]), whole)
 
 
+def test_stack_joins_selected_positions():
+    whole = np.random.default_rng(0).standard_normal((1, 9, 4)).astype(np.float32)
+    records = [
+        encoded(whole[:, [8]], positions=(8, 9)),
+        encoded(whole[:, [0, 3, 4]], positions=(0, 5), position_ids=[0, 3, 4]),
+        encoded(whole[:, [6]], positions=(6, 7)),
+    ]
+    records = orjson.loads(dumps(records))
+    np.testing.assert_array_equal(stack_records(records), whole[:, [0, 3, 4, 6, 8]])
+    assert [list(row_positions(record)) for record in records] == [[8], [0, 3, 4], [6]]
+
+
+def test_stack_pads_the_keys_of_selected_queries():
+    rows = np.random.default_rng(0).standard_normal((1, 2, 6, 6)).astype(np.float32)
+    whole = np.where(np.tri(6, dtype=bool), rows, np.float32(0))
+    about = {"component": "attention_pattern", "hook_point": "blocks.0.attn.hook_pattern"}
+    about["axes"] = ("batch", "head", "query", "key")
+    records = [
+        encoded(whole[:, :, [1, 2], :4], positions=(1, 3), **about),
+        encoded(whole[:, :, [5]], positions=(5, 6), **about),
+    ]
+    np.testing.assert_array_equal(stack_records(records), whole[:, :, [1, 2, 5]])
+
+
 @pytest.mark.parametrize(
     ("component", "hook_point", "fill"),
     [
@@ -304,8 +332,6 @@ def test_stack_refuses_what_does_not_join():
 
     with pytest.raises(PayloadError, match="No records"):
         stack_records([])
-    with pytest.raises(PayloadError, match=r"\[0, 3\] are followed by \[4, 5\]"):
-        stack_records([record(0, 3), record(4, 5)])
     with pytest.raises(PayloadError, match=r"\[0, 3\] are followed by \[2, 4\]"):
         stack_records([record(0, 3), record(2, 4)])
     with pytest.raises(PayloadError, match="one hook_point"):
@@ -316,6 +342,18 @@ def test_stack_refuses_what_does_not_join():
         stack_records([record(0, 3, axes=("batch", "head", "d_head"))])
     with pytest.raises(PayloadError, match=r"3 rows for positions \[0, 9\]"):
         stack_records([record(0, 3) | {"positions": [0, 9]}])
+    with pytest.raises(PayloadError, match=r"3 rows for positions \[0, 2\]"):
+        stack_records([record(0, 3) | {"position_ids": [0, 2]}])
+    with pytest.raises(PayloadError, match="one heads"):
+        stack_records([record(0, 3), record(3, 4, heads=[1])])
+    with pytest.raises(PayloadError, match="one reduce"):
+        stack_records([record(0, 3), record(3, 4, reduce="norm")])
+    means = [
+        record(0, 3, axes=("batch", "a", "b"), reduce="mean"),
+        record(3, 4, axes=("batch", "a", "b"), reduce="mean"),
+    ]
+    with pytest.raises(PayloadError, match="each record is the 'mean' over its own positions"):
+        stack_records(means)
     windowed = encoded(np.zeros((1, 1, 1, 4), np.float32), axes=("batch", "head", "query", "key"), positions=(9, 10))
     with pytest.raises(PayloadError, match="do not start at position 0"):
         stack_records([windowed])

@@ -322,6 +322,9 @@ def test_activations_come_with_the_answer(client: FlaskClient) -> None:
         "step": 0,
         "pass_index": 0,
         "positions": [0, PROMPT_LENGTH],
+        "position_ids": None,
+        "heads": None,
+        "reduce": None,
         "encoding": "json",
     }
     assert {k: v for k, v in prefill.items() if k != "data"} == expected
@@ -381,6 +384,9 @@ def test_every_record_of_prompt_and_generated_tokens_is_the_engine_s(
                     "step": one.step,
                     "pass_index": one.pass_index,
                     "positions": list(one.positions),
+                    "position_ids": None,
+                    "heads": None,
+                    "reduce": None,
                     "array": one.numpy(),
                 }
                 for one in records

@@ -61,12 +61,24 @@ def refused(reply: Any, status: int) -> dict[str, Any]:
     return error
 
 
+TEXT = {"type": "text", "text": "w1"}
 CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "hello"}, "messages", "array"),
-    ({"messages": [{"role": "tool", "content": "w1"}]}, "messages[0].role", "'system', 'user' or 'assistant'"),
+    ({"messages": [{"role": "tool", "content": "w1"}]}, "messages[0].role", "'developer', 'user' or 'assistant'"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "a string or a list of text parts"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "at least 1"),
+    ({"messages": [{"role": "user", "content": ["w1"]}]}, "messages[0].content[0]", "object"),
+    (
+        {"messages": [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content[1].type",
+        "must be 'text', not \"image_url\"",
+    ),
+    ({"messages": [{"role": "user", "content": [TEXT | {"x": 1}]}]}, "messages[0].content[0].x", "type, text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "required"),
+    ({"messages": [{"role": "assistant", "content": "w1", "tool_calls": [{}]}]}, "messages[0].tool_calls", "only []"),
     ({"messages": [{"role": "user", "content": "w1", "name": "x"}]}, "messages[0].name", "role, content"),
     ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
     ({"max_tokens": "5"}, "max_tokens", 'integer, not "5"'),
@@ -92,14 +104,23 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stop": ["w1"] * 17}, "stop", "at most 16"),
     ({"stream": "yes"}, "stream", "boolean"),
     ({"best_of": 2}, "best_of", "not supported here. Supported: model, max_tokens"),
-    ({"n": 2}, "n", "only 1 or null is supported, not 2"),
-    ({"n": True}, "n", "only 1 or null is supported, not true"),
-    ({"logprobs": True}, "logprobs", "only false or null is supported, not true"),
-    ({"logprobs": 0}, "logprobs", "only false or null is supported, not 0"),
-    ({"top_logprobs": 3}, "top_logprobs", "only 0 or null is supported"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "only 0 or null is supported, not 0.5"),
-    ({"presence_penalty": -1}, "presence_penalty", "only 0 or null is supported"),
-    ({"logit_bias": {"7": 100}}, "logit_bias", "only {} or null is supported"),
+    ({"n": 2}, "n", "only 1 is supported, not 2"),
+    ({"n": True}, "n", "only 1 is supported, not true"),
+    ({"logprobs": 0}, "logprobs", "boolean, not 0"),
+    ({"top_logprobs": 3}, "top_logprobs", "with 'logprobs': true only"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", "greater than or equal to 0"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+    ({"presence_penalty": -2.1}, "presence_penalty", "greater than or equal to -2"),
+    ({"logit_bias": {"7": 101}}, "logit_bias", "number from -100 to 100"),
+    ({"logit_bias": {"7": "1"}}, "logit_bias", "number from -100 to 100"),
+    ({"logit_bias": {"w1": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"07": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"\u0661": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"60": 1}}, "logit_bias", "0 to 59"),
+    ({"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias", "at most 1024"),
+    ({"logit_bias": [1]}, "logit_bias", "an object"),
     ({"response_format": {"type": "json_object"}}, "response_format", 'only {"type": "text"} or null is supported'),
     ({"tools": [{"type": "function"}]}, "tools", "only [] or null is supported"),
     ({"tool_choice": "auto"}, "tool_choice", 'only "none" or null is supported, not "auto"'),
@@ -108,11 +129,24 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"user": 5}, "user", "string"),
     ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "boolean"),
     ({"stream_options": {"more": True}}, "stream_options.more", "Supported: include_usage."),
+    ({"stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation", "only false or null"),
     ({"model": 5}, "model", "string"),
     ({"activation_hooks": HOOK}, "activation_hooks", "array"),
     ({"activation_hooks": ["transformer.h.0"]}, "activation_hooks[0]", "object"),
-    ({"activation_hooks": [{"component": "residual"}]}, "activation_hooks[0].layer_name", "required"),
-    ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_id"),
+    ({"activation_hooks": [{"component": "residual"}]}, "activation_hooks[0]", "or else 'hook_point'"),
+    ({"activation_hooks": [HOOK | {"hook_point": "hook_embed"}]}, "activation_hooks[0]", "or else 'hook_point'"),
+    ({"activation_hooks": [{"hook_point": "a", "capture_input": True}]}, "activation_hooks[0]", "is one place"),
+    ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_point"),
+    ({"activation_hooks": [HOOK | {"positions": [-1]}]}, "activation_hooks[0].positions", "'last', an index from 0"),
+    ({"activation_hooks": [HOOK | {"positions": "first"}]}, "activation_hooks[0].positions", "'last', an index from 0"),
+    ({"activation_hooks": [HOOK | {"positions": [2, 2]}]}, "activation_hooks", "a list of different ones"),
+    (
+        {"activation_hooks": [HOOK | {"heads": {"start": 1}}]},
+        "activation_hooks[0].heads",
+        "an index from 0 up or a list",
+    ),
+    ({"activation_hooks": [HOOK | {"heads": True}]}, "activation_hooks[0].heads", "an index from 0 up or a list"),
+    ({"activation_hooks": [HOOK | {"reduce": "sum"}]}, "activation_hooks[0].reduce", "'mean', 'max', 'last' or 'norm'"),
     ({"activation_hooks": [HOOK | {"capture_input": 1}]}, "activation_hooks[0].capture_input", "boolean"),
     ({"activation_hooks": [HOOK | {"capture_output": False}]}, "activation_hooks[0]", "must be true"),
     ({"activation_hooks": [HOOK | {"hook_id": ".."}]}, "activation_hooks[0].hook_id", "printable characters"),
@@ -536,19 +570,19 @@ def test_half_a_body_holds_up_nobody(url: str) -> None:
 
 def test_unknown_field_deep_inside_lists_the_fields_of_its_own_object() -> None:
     with pytest.raises(ValidationError) as caught:
-        ChatCaptureRequest.model_validate({"messages": MESSAGES, "activation_hooks": [HOOK | {"heads": [0]}]})
+        ChatCaptureRequest.model_validate({"messages": MESSAGES, "activation_hooks": [HOOK | {"rows": [0]}]})
     error = invalid_request(caught.value, ChatCaptureRequest)
     assert isinstance(error, ApiError)
-    assert error.param == "activation_hooks[0].heads"
-    assert error.message.endswith("Supported: layer_name, component, hook_id, capture_input, capture_output.")
+    assert error.param == "activation_hooks[0].rows"
+    assert error.message.endswith("capture_input, capture_output, positions, heads, reduce.")
 
 
 def test_unknown_field_is_not_answered_with_fields_that_do_nothing() -> None:
     with pytest.raises(ValidationError) as caught:
-        CompletionRequest.model_validate({"prompt": "w1", "best_of": 2})
+        CompletionRequest.model_validate({"prompt": "w1", "beams": 2})
     message = invalid_request(caught.value, CompletionRequest).message
     assert "max_completion_tokens" in message
-    assert "logit_bias" not in message
+    assert "tools" not in message
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -562,15 +596,15 @@ def test_defaults_are_the_documented_ones() -> None:
 
 def test_null_is_the_default() -> None:
     names = ["model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stream"]
-    names += ["repetition_penalty", "seed", "stop", "stream_options", "user"]
+    names += ["repetition_penalty", "seed", "stop", "stream_options", "user", "n"]
+    names += ["frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs"]
     nulls = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES} | dict.fromkeys(names)))
     assert nulls == ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES}))
 
 
 NEUTRAL: list[dict[str, Any]] = [
     {"n": 1},
-    {"stream_options": {"include_usage": True}},
-    {"stream_options": {"include_usage": False}},
+    {"stream_options": None},
     {"logprobs": False},
     {"top_logprobs": 0},
     {"user": "me"},

@@ -1,6 +1,6 @@
 """One blueprint per resource."""
 
-from . import analysis, chat, completions, description, health, hooks, jobs, models, tokens
+from . import analysis, captures, chat, completions, description, health, hooks, jobs, models, tokens
 
 BLUEPRINTS = (
     health.blueprint,
@@ -9,6 +9,7 @@ BLUEPRINTS = (
     chat.blueprint,
     completions.blueprint,
     hooks.blueprint,
+    captures.blueprint,
     analysis.blueprint,
     jobs.blueprint,
     description.blueprint,

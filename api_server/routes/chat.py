@@ -32,7 +32,7 @@ def chat() -> Response:
     replies=ChatCaptureReply,
     event=ChatCaptureEvent,
     tags=["Generation"],
-    errors=(404, 409, 503),
+    errors=(404, 409, 413, 503, 507),
     example={
         "messages": [{"role": "user", "content": "What is the capital of France ?"}],
         "activation_hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}],

@@ -32,7 +32,7 @@ def complete() -> Response:
     replies=CompletionCaptureReply,
     event=CompletionCaptureEvent,
     tags=["Generation"],
-    errors=(404, 409, 503),
+    errors=(404, 409, 413, 503, 507),
     example={
         "prompt": "The capital of France is",
         "activation_hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}],

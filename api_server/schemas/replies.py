@@ -229,6 +229,87 @@ class Omitted(Reply):
     message: str
 
 
+# -- captures ---------------------------------------------------------------------------------------------------------
+
+
+class CaptureSummary(Reply):
+    id: str
+    object: Literal["capture"]
+    created: int = Field(description="In seconds since 1970.")
+    expires: int = Field(description="When it is deleted, unless somebody reads it before.")
+    model: str
+    bytes: int = Field(description="Size of the arrays.")
+    hook_ids: list[str]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CapturesReply(Reply):
+    object: Literal["list"]
+    data: list[CaptureSummary]
+    has_more: bool = Field(description="Whether there are more, after the last one's id.")
+    disk_bytes: int = Field(description="What all captures take on disk.")
+    max_bytes: int = Field(description="What they may take; those unused for longest make room.")
+    max_age: float = Field(description="Seconds after which one that nobody reads is deleted.")
+
+
+class CapturesClearedReply(Reply):
+    status: Literal["captures_cleared"]
+    deleted: int
+
+
+class CaptureDeletedReply(Reply):
+    id: str
+    object: Literal["capture"]
+    deleted: Literal[True]
+
+
+class KeptArray(Reply):
+    """One array of a capture: the records of one hook point as one sequence, where they are one."""
+
+    name: str = Field(
+        description="In safetensors: `{hook_id}/{hook_point}`, with `#pass{k}` where a layer runs several times and "
+        "`#step{n}` where the records of several steps are no sequence."
+    )
+    hook_id: str
+    layer_name: str
+    component: str
+    shape: list[Annotated[int, Field(ge=0)]]
+    dtype: Literal["float32", "float16", "int32"]
+    is_input: bool
+    hook_point: str
+    layer_index: int | None = Field(description="null outside the blocks.")
+    axes: list[str]
+    phase: Literal["prefill", "decode"] | None = Field(description="null where it is of both.")
+    step: int | None = Field(description="null where it is of several.")
+    pass_index: int
+    positions: Annotated[list[int], Field(min_length=2, max_length=2)]
+    position_ids: list[int] | None = Field(description="As of activation records.")
+    heads: list[int] | None = Field(description="As of activation records.")
+    reduce: Literal["mean", "max", "last", "norm"] | None
+
+
+class KeptRecord(KeptArray):
+    """The same with its numbers."""
+
+    encoding: Literal["json", "base64", "none"]
+    data: list[Any] | float | str | None = Field(None, description="As of activation records.")
+
+
+class CaptureReply(CaptureSummary):
+    tokens: SpelledTokens
+    hooks: dict[str, Receipt]
+    interventions: list[InterventionReceipt]
+    finish_reason: Literal["stop", "length"] | None
+    arrays: list[KeptArray]
+
+
+class CaptureActivationsReply(Reply):
+    capture_id: str
+    model: str
+    activations: dict[str, list[KeptRecord]] = Field(description="By hook id.")
+
+
 # -- generation -------------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +327,37 @@ class AssistantMessage(Reply):
     content: str
 
 
+class TokenLogprob(Reply):
+    token: str
+    logprob: float = Field(description="Natural logarithm of the probability; -9999 for one that cannot be.")
+    bytes: list[int] | None = Field(description="UTF-8; a token may hold a part of a character.")
+
+
+class ChosenTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob] = Field(description="The likeliest in its place.")
+
+
+class ChatLogprobs(Reply):
+    """One entry per generated token."""
+
+    content: list[ChosenTokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(Reply):
+    """Four lists with one entry per generated token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Reply):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None
 
 
 class Delta(Reply):
@@ -262,14 +369,14 @@ class ChatChunkChoice(Reply):
     index: int
     delta: Delta
     finish_reason: FinishReason | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None
 
 
 class TextChoice(Reply):
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: TextLogprobs | None
 
 
 class Generated(Reply):

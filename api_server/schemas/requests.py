@@ -6,6 +6,7 @@ refused, never ignored. These models know no transport.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,11 +17,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticUseDefault
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticUseDefault, core_schema
 
 MAX_TOKENS = 32768
 DEFAULT_MAX_TOKENS = 100
@@ -31,9 +35,16 @@ MAX_PROMPTS = 256
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000
 MAX_SEED = 2**63 - 1
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+MAX_TEXT_LOGPROBS = 5
+MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_CONTENT_PARTS = 1024
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
+MAX_RANGE_LENGTH = 10_000
 
 ID_RULE = f"1 to {MAX_ID_LENGTH} printable characters, where no part between slashes is empty, '.' or '..'"
 MODEL_PARTS = ("hook_points", "selftest")
@@ -73,10 +84,19 @@ class _Inert(AfterValidator):
 
 
 class _OrNull:
-    """Describes a field whose null is the default, which its type does not show."""
+    """Marks a field whose null is the default, which its type does not show."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: Any, describe: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [describe(schema), {"type": "null"}]}
+
+    @staticmethod
+    def _check(value: Any) -> Any:
+        if value is None:
+            raise PydanticUseDefault
+        return value
 
 
 def _only(*values: Any) -> _Inert:
@@ -130,31 +150,69 @@ Prompt = Annotated[
 ]
 
 
+def _is_bias(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= MAX_BIASES
+        and all(key.isascii() and key.isdigit() and len(key) < 11 and str(int(key)) == key for key in value)
+        and all(type(bias) in (int, float) and -MAX_BIAS <= bias <= MAX_BIAS for bias in value.values())
+    )
+
+
+LogitBias = Annotated[
+    dict[str, float],
+    BeforeValidator(
+        _must(
+            _is_bias,
+            f"an object of at most {MAX_BIASES} token ids, each with a number from -{MAX_BIAS} to {MAX_BIAS}",
+        )
+    ),
+]
+
+
 class Request(BaseModel):
     """The base of all requests."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class TextPart(Request):
+    """Part of a message: ``{"type": "text", "text": "hello"}``; other types than text are refused."""
+
+    type: Literal["text"]
+    text: str
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise PydanticCustomError("unfit", "Input should be a string or a list of text parts")
+    return value
+
+
 class ChatMessage(Request):
-    role: Literal["system", "user", "assistant"]
-    content: str
+    """What somebody said. ``developer`` is OpenAI's newer name of ``system``; the parts of a text are joined."""
 
+    role: Literal["system", "developer", "user", "assistant"]
+    # A list in any case: the error about a part then has the address of that part.
+    content: Annotated[
+        list[TextPart],
+        Field(min_length=1, max_length=MAX_CONTENT_PARTS),
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
+    ]
 
-class HookRequest(Request):
-    """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``."""
+    # An answer's other fields, with which it may come back as a message.
+    refusal: Annotated[Any, _only(None)] = None
+    annotations: Annotated[Any, _only([], None)] = None
+    audio: Annotated[Any, _only(None)] = None
+    function_call: Annotated[Any, _only(None)] = None
+    tool_calls: Annotated[Any, _only([], None)] = None
 
-    layer_name: Annotated[str, Field(min_length=1, max_length=500)]
-    component: Annotated[str, Field(min_length=1, max_length=100)]
-    hook_id: HookId | None = None
-    capture_input: bool = False
-    capture_output: bool = True
-
-    @model_validator(mode="after")
-    def _captures_something(self) -> "HookRequest":
-        if not (self.capture_input or self.capture_output):
-            raise PydanticCustomError("captures_nothing", "capture_input or capture_output must be true")
-        return self
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 def _is_index(value: Any) -> bool:
@@ -179,11 +237,103 @@ def _is_source(value: Any) -> bool:
 
 
 _SELECTION = "an index from 0 up, a list of them, or an object with 'start', 'stop' or both"
-Selection = Annotated[Any, BeforeValidator(_must(_is_selection, _SELECTION))]
-Positions = Annotated[
-    Any, BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}"))
+_HEADS = "an index from 0 up or a list of them"
+
+# What these check themselves, and say in one sentence, is told to the description in JSON Schema.
+_INDEX: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
+_INDICES: dict[str, Any] = {"type": "array", "items": _INDEX, "minItems": 1, "uniqueItems": True}
+_INTERVAL: dict[str, Any] = {
+    "type": "object",
+    "properties": {"start": _INDEX, "stop": _INDEX},
+    "additionalProperties": False,
+    "minProperties": 1,
+}
+_NULL: dict[str, Any] = {"type": "null"}
+
+
+def _lists_of_numbers(depth: int) -> dict[str, Any]:
+    """A number, null, or lists of these nested up to ``depth`` deep: as many axes as an activation has."""
+    if not depth:
+        return {"type": ["number", "null"]}
+    inner = _lists_of_numbers(depth - 1)
+    return {"anyOf": [{"type": ["number", "null"]}, {"type": "array", "items": inner, "minItems": 1}]}
+
+
+_RECORD: dict[str, Any] = {
+    "type": "object",
+    "description": "an activation record, as this server returns it",
+    "required": ["hook_point", "axes", "positions", "shape", "dtype", "data"],
+}
+
+Selection = Annotated[
+    Any,
+    BeforeValidator(_must(_is_selection, _SELECTION)),
+    WithJsonSchema({"anyOf": [_INDEX, _INDICES, _INTERVAL, _NULL], "description": _SELECTION}),
 ]
-Numbers = Annotated[Any, BeforeValidator(_must(_are_numbers, "a number, or lists of numbers"))]
+Positions = Annotated[
+    Any,
+    BeforeValidator(_must(lambda value: value == "last" or _is_selection(value), f"'last', {_SELECTION}")),
+    WithJsonSchema(
+        {"anyOf": [{"const": "last"}, _INDEX, _INDICES, _INTERVAL, _NULL], "description": f"'last', {_SELECTION}"}
+    ),
+]
+Heads = Annotated[
+    Any,
+    BeforeValidator(_must(lambda value: not isinstance(value, dict) and _is_selection(value), _HEADS)),
+    WithJsonSchema({"anyOf": [_INDEX, _INDICES, _NULL], "description": _HEADS}),
+]
+Numbers = Annotated[
+    Any,
+    BeforeValidator(_must(_are_numbers, "a number, or lists of numbers")),
+    WithJsonSchema(_lists_of_numbers(5) | {"description": "a number, or lists of numbers; null is -inf"}),
+]
+Source = Annotated[
+    Any,
+    BeforeValidator(_must(_is_source, "an activation record or a list of records")),
+    WithJsonSchema({"anyOf": [_RECORD, {"type": "array", "items": _RECORD, "minItems": 1}, _NULL]}),
+]
+
+
+def _null_is_none(value: Any, check: Callable[[Any], Any]) -> Any:
+    """A field that checks itself takes null as not given."""
+    return None if value is None else check(value)
+
+
+class HookRequest(Request):
+    """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``.
+
+    Either ``layer_name`` (``"*"`` for every layer) and ``component``, or ``hook_point``, a name or a glob.
+    ``positions``, ``heads`` and ``reduce`` limit what is computed and sent.
+    """
+
+    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    hook_point: HookId | None = None
+    hook_id: HookId | None = None
+    capture_input: bool = False
+    capture_output: bool = True
+    positions: Positions = None
+    heads: Heads = None
+    reduce: Literal["mean", "max", "last", "norm"] | None = None
+
+    _nulls = field_validator("positions", "heads", mode="wrap")(_null_is_none)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "HookRequest":
+        named = (self.layer_name is not None, self.component is not None)
+        if named != ((False, False) if self.hook_point is not None else (True, True)):
+            raise PydanticCustomError("one_place", "A hook has 'layer_name' and 'component', or else 'hook_point'")
+        if self.hook_point is not None and self.capture_input:
+            raise PydanticCustomError(
+                "one_side", "A hook_point is one place: capture_input belongs to 'layer_name' and 'component'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captures_something(self) -> "HookRequest":
+        if not (self.capture_input or self.capture_output):
+            raise PydanticCustomError("captures_nothing", "capture_input or capture_output must be true")
+        return self
 
 
 class InterventionRequest(Request):
@@ -200,7 +350,7 @@ class InterventionRequest(Request):
     phase: Literal["prefill", "decode"] | None = None
     passes: Selection = None
     values: Numbers = None
-    source: Annotated[Any, BeforeValidator(_must(_is_source, "an activation record or a list of records"))] = None
+    source: Source = None
     over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
     vector: Numbers = None
     coefficient: float | None = None
@@ -211,16 +361,14 @@ class InterventionRequest(Request):
     std: float | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
 
-    @field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")
-    @classmethod
-    def _null_is_none(cls, value: Any, check: Callable[[Any], Any]) -> Any:
-        return None if value is None else check(value)
+    _nulls = field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")(_null_is_none)
 
 
 class StreamOptions(Request):
-    """OpenAI's; the last event has the usage in any case."""
+    """OpenAI's. With ``include_usage`` the usage has a last event of its own, without it the finishing one has it."""
 
     include_usage: bool = False
+    include_obfuscation: Annotated[Any, _only(False, None)] = None
 
 
 class GenerationRequest(Request):
@@ -234,30 +382,21 @@ class GenerationRequest(Request):
     top_k: Annotated[int, _OrNull()] = Field(0, ge=0, le=1_000_000)
     min_p: Annotated[float, _OrNull()] = Field(0.0, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: Annotated[float, _OrNull()] = Field(0.0, ge=-2, le=2)
+    presence_penalty: Annotated[float, _OrNull()] = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias | None = None
+    n: Annotated[int, _OrNull()] = Field(1, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: Stop | None = None
     stream: Annotated[bool, _OrNull()] = False
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    n: Annotated[Any, _only(1, None)] = None
-    logprobs: Annotated[Any, _only(False, None)] = None
-    top_logprobs: Annotated[Any, _only(0, None)] = None
-    frequency_penalty: Annotated[Any, _only(0, None)] = None
-    presence_penalty: Annotated[Any, _only(0, None)] = None
-    logit_bias: Annotated[Any, _only({}, None)] = None
     response_format: Annotated[Any, _only({"type": "text"}, None)] = None
     tools: Annotated[Any, _only([], None)] = None
     tool_choice: Annotated[Any, _only("none", None)] = None
     store: Annotated[Any, _only(False, None)] = None
     echo: Annotated[Any, _only(False, None)] = None
-
-    @field_validator("temperature", "top_p", "top_k", "min_p", "stream", mode="before")
-    @classmethod
-    def _null_is_the_default(cls, value: Any) -> Any:
-        if value is None:
-            raise PydanticUseDefault
-        return value
 
     @model_validator(mode="after")
     def _one_limit(self) -> "GenerationRequest":
@@ -266,6 +405,22 @@ class GenerationRequest(Request):
                 "one_limit", "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one"
             )
         return self
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_a_stream(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream", True):
+            raise PydanticCustomError("no_stream", "it is allowed with 'stream': true only")
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to tell with each token; None if nothing is asked about probabilities."""
+        return None
 
     @property
     def token_limit(self) -> int:
@@ -282,23 +437,74 @@ class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``"""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: Annotated[bool, _OrNull()] = False
+    top_logprobs: Annotated[int, _OrNull()] = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+
+    audio: Annotated[Any, _only(None)] = None
+    function_call: Annotated[Any, _only("none", None)] = None
+    functions: Annotated[Any, _only([], None)] = None
+    metadata: Annotated[Any, _only({}, None)] = None
+    modalities: Annotated[Any, _only(["text"], None)] = None
+    moderation: Annotated[Any, _only(None)] = None
+    parallel_tool_calls: Annotated[Any, _only(True, False, None)] = None
+    prediction: Annotated[Any, _only(None)] = None
+    prompt_cache_key: Annotated[Any, _only(None)] = None
+    prompt_cache_options: Annotated[Any, _only(None)] = None
+    prompt_cache_retention: Annotated[Any, _only(None)] = None
+    reasoning_effort: Annotated[Any, _only("none", None)] = None
+    safety_identifier: Annotated[Any, _only(None)] = None
+    service_tier: Annotated[Any, _only("auto", "default", None)] = None
+    verbosity: Annotated[Any, _only(None)] = None
+    web_search_options: Annotated[Any, _only(None)] = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs", True):
+            raise PydanticCustomError("no_logprobs", "it is allowed with 'logprobs': true only")
+        return value
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+
+_LogprobsCount = Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)]
 
 
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``"""
 
     prompt: Prompt
+    logprobs: Annotated[
+        _LogprobsCount | None,
+        # A chat's way to ask for none.
+        BeforeValidator(
+            lambda value: None if value is False else value,
+            json_schema_input_type=_LogprobsCount | Literal[False] | None,
+        ),
+    ] = None
+
+    top_logprobs: Annotated[Any, _only(0, None)] = None
+    best_of: Annotated[Any, _only(1, None)] = None
+    suffix: Annotated[Any, _only(None)] = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class CaptureRequest(GenerationRequest):
-    """What capturing adds; ``max_tokens: 0`` only reads the prompt."""
+    """What capturing adds; ``max_tokens: 0`` only reads the prompt. There is one answer, whose activations come."""
 
+    n: Annotated[Any, _only(1), _OrNull()] = 1
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
     interventions: list[InterventionRequest] | None = Field(None, max_length=MAX_INTERVENTIONS)
     activation_encoding: Literal["json", "base64", "none"] = "json"
     activation_dtype: Literal["float32", "float16"] = "float32"
+    keep_capture: bool = False
 
 
 class ChatCaptureRequest(CaptureRequest, ChatRequest):
@@ -317,6 +523,47 @@ class ModelQuery(Request):
     """``?model=``"""
 
     model: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(None, description="A loaded model's id.")
+
+
+_NUMBER = r"-?[0-9]{1,9}"
+_SPAN = rf"({_NUMBER})?:({_NUMBER})?|{_NUMBER}(,{_NUMBER})*"
+_WANTED = "'2', '0,2,5' or '2:10', where negative ones count from the end"
+
+
+def _is_spelled(pattern: str, wanted: str) -> AfterValidator:
+    fits = re.compile(pattern).fullmatch
+    return AfterValidator(_must(lambda text: len(text) <= MAX_RANGE_LENGTH and bool(fits(text)), wanted))
+
+
+def _pattern(pattern: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": f"^({pattern})$", "maxLength": MAX_RANGE_LENGTH})
+
+
+Range = Annotated[str, _is_spelled(_SPAN, _WANTED), _pattern(_SPAN)]
+PositionRange = Annotated[str, _is_spelled(f"last|{_SPAN}", f"'last', {_WANTED}"), _pattern(f"last|{_SPAN}")]
+
+
+class CapturesQuery(Request):
+    """Which part of the list of captures."""
+
+    limit: int = Field(100, ge=1, le=1000)
+    after: Name | None = Field(None, description="The last capture's id of the part before.")
+
+
+class RangeQuery(Request):
+    """Which part of a capture, and as what."""
+
+    positions: PositionRange | None = Field(
+        None, description="Absolute positions. `last` is the prompt's last token and each generated one."
+    )
+    heads: Range | None = Field(None, description="Query heads; at k and v, the key-value heads that serve them.")
+    layers: Range | None = Field(None, description="What belongs to no layer is left out.")
+    reduce: Literal["mean", "max", "last", "norm"] | None = Field(
+        None, description="Over positions, after the selection; `norm` is L2 over the last axis. The result is float32."
+    )
+    format: Literal["json", "npy", "safetensors"] = "json"
+    encoding: Literal["json", "base64", "none"] = Field("json", description="Of `format=json`.")
+    dtype: Literal["float32", "float16"] = Field("float32", description="Of numbers that are no integers.")
 
 
 class LoadRequest(Request):

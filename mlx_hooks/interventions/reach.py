@@ -1,10 +1,10 @@
-"""Which positions a run comes to, and which of them an intervention is due at."""
+"""Which positions a run comes to, and which of them an intervention or a capture is due at."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import HookError
-from .reading import as_chosen, first, span, spell
+from .reading import Chosen, as_chosen, first, span, spell
 from .spec import Intervention
 
 
@@ -17,12 +17,40 @@ class Reach:
     stop: int
     batch: int = 1
 
+    @classmethod
+    def of_generation(cls, n_prompt: int, max_tokens: int) -> "Reach":
+        """A prompt and what may be generated: the last token is handed out but never fed."""
+        return cls(0, n_prompt, n_prompt + max(0, max_tokens - 1))
+
     def positions(self, phase: str | None) -> range:
         """All positions that the run may come to in a phase."""
         return range(
             self.prompt_stop if phase == "decode" else self.start,
             self.prompt_stop if phase == "prefill" else self.stop,
         )
+
+
+def within_reach(
+    positions: Chosen | str | None, reach: Reach, phase: str | None = None, *, hint: str = ""
+) -> Sequence[int]:
+    """The positions of a selection that a run may come to in a phase; "last" is the prompt's and each generated one.
+
+    Raises:
+        HookError: when some of a list are out of reach in either phase; it ends in ``hint``.
+    """
+    everything, within = reach.positions(None), reach.positions(phase)
+    if isinstance(positions, str):
+        return range(max(reach.prompt_stop - 1, within.start), within.stop)
+    if isinstance(positions, tuple):
+        outside = [p for p in positions if p not in everything]
+        if outside:
+            raise HookError(
+                f"position {outside[0]} is out of reach: this run comes to positions {span(everything)}.{hint}"
+            )
+        return [p for p in positions if p in within]
+    if positions is None:
+        return within
+    return range(max(within.start, positions.start), min(within.stop, positions.stop))
 
 
 def due_positions(asked: Intervention, reach: Reach) -> Sequence[int]:
@@ -38,25 +66,12 @@ def due_positions(asked: Intervention, reach: Reach) -> Sequence[int]:
             + ("no generated token is fed to the model." if asked.phase == "decode" else "it has no prompt.")
         )
     reached = f"this run comes to positions {span(everything)}"
-    keys, positions = as_chosen(asked.keys), asked.positions
+    keys = as_chosen(asked.keys)
     if keys is not None and (keys.start if isinstance(keys, range) else max(keys)) >= reach.stop:
         raise HookError(f"keys are out of reach, got {spell(keys)}: {reached}.")
-    if positions == "last":
-        prompt = range(reach.prompt_stop - 1, reach.prompt_stop) if asked.phase != "decode" else range(0)
-        return [*prompt, *(reach.positions("decode") if asked.phase != "prefill" else ())]
-    chosen = as_chosen(positions)
-    if isinstance(chosen, tuple):
-        outside = [p for p in chosen if p not in everything]
-        if outside:
-            raise HookError(
-                f"position {outside[0]} is out of reach: {reached}. For several calls of one sequence use "
-                "'with model.intervening(...)'."
-            )
-    due: Sequence[int] = within
-    if isinstance(chosen, range):
-        due = range(max(within.start, chosen.start), min(within.stop, chosen.stop))
-    elif chosen is not None:
-        due = [p for p in chosen if p in within]
+    positions = asked.positions if isinstance(asked.positions, str) else as_chosen(asked.positions)
+    hint = " For several calls of one sequence use 'with model.intervening(...)'."
+    due = within_reach(positions, reach, asked.phase, hint=hint)
     if keys is not None:
         due = [p for p in due if p >= first(keys)]
     if not due:

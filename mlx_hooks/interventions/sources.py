@@ -12,7 +12,8 @@ from ..activations import ActivationCache, CapturedActivation, join, scalar
 from ..architectures import ModelConfig
 from ..errors import HookError
 from ..hook_points import POSITION_AXES, HookPoint
-from .reading import Chosen, count, numbers_of, span
+from ..hooks import head_indices
+from .reading import Chosen, chosen_of, count, numbers_of, span
 from .spec import Intervention
 
 
@@ -106,6 +107,14 @@ def _by_pass(records: Iterable[CapturedActivation]) -> dict[int, list[CapturedAc
 
 def _from_records(records: Sequence[CapturedActivation], point: HookPoint) -> Given:
     """Records of one pass, at the point that is edited."""
+    for one in records:
+        if one.reduce is not None:
+            raise HookError(
+                f"the source was reduced to its {one.reduce}: capture {one.hook_point.name} without reduce."
+            )
+        if one.heads is not None:
+            held = ", ".join(map(str, one.heads))
+            raise HookError(f"the source holds heads {held} only: capture {one.hook_point.name} without heads.")
     axes, record = point.axes, join(records)
     if is_state(point) and is_state(record.hook_point):
         return _whole(record.value, None, point)
@@ -145,14 +154,21 @@ def _record(given: Any) -> CapturedActivation:
         raise HookError(f"a record of a source has {data.ndim} axes of data, its axes are {axes!r}.")
     at = next((i for i, name in enumerate(axes) if name in POSITION_AXES), None)
     fits = isinstance(span, Sequence) and len(span) == 2 and all(type(p) is int and p >= 0 for p in span)
-    if at is None or not fits or span[1] - span[0] != data.shape[at]:
-        raise HookError(f"positions of a record are [start, stop], one per row of its data, got {span!r}.")
+    reduce, heads = given.get("reduce"), given.get("heads")
+    if reduce is not None:
+        raise HookError(f"the source was reduced to its {reduce}: capture {given['hook_point']} without reduce.")
+    listed = chosen_of("position_ids of a record", given.get("position_ids"))
+    positions = listed if listed is not None else range(*span) if fits else ()
+    if at is None or not fits or len(positions) != data.shape[at]:
+        shown = f"{span!r}" if listed is None else f"{span!r} and position_ids {given['position_ids']!r}"
+        raise HookError(f"positions of a record are [start, stop], one per row of its data, got {shown}.")
     component = "attn_scores" if "attn_scores" in str(given["hook_point"]) else ""
     point = HookPoint(str(given["hook_point"]), None, component, tuple(axes))
     index = given.get("pass_index", 0)
     if type(index) is not int or index < 0:
         raise HookError(f"pass_index of a record is a whole number from 0 up, got {index!r}.")
-    return CapturedActivation(point, mx.array(data), range(*span), "prefill", 0, pass_index=index)
+    held = None if heads is None else head_indices(heads)
+    return CapturedActivation(point, mx.array(data), positions, "prefill", 0, pass_index=index, heads=held)
 
 
 def means_over(caches: Iterable[ActivationCache], points: Sequence[HookPoint]) -> dict[str, Supply]:

@@ -1,0 +1,91 @@
+"""Numbers in place of activations: the mean, largest or last value over a record's positions, or lengths of vectors.
+
+A record may be made by several forward passes (a long prompt runs in chunks). So a reduction has two halves: ``begin``
+makes of each pass's value what must be kept of it, ``finish`` makes the result of all that was kept. Both are lazy and
+are evaluated with their pass.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import mlx.core as mx
+
+from .activations import CapturedActivation, join, labels
+from .errors import HookError
+from .hook_points import POSITION_AXES, HookPoint
+
+REDUCTIONS = ("mean", "max", "last", "norm")
+"""The first three over the positions of a record, whose axis goes; the length (L2) over the last axis, which goes."""
+
+_IDS = ("embed_in", "expert_indices")
+
+
+def check_reduction(reduce: object) -> None:
+    """Raises HookError for what is no reduction."""
+    if reduce is not None and reduce not in REDUCTIONS:
+        raise HookError(f"reduce is null or one of {', '.join(REDUCTIONS)}, got {reduce!r}.")
+
+
+def check_reducible(reduce: str, point: HookPoint) -> None:
+    """Raises HookError for a hook point that lacks the axis, or whose numbers have no such meaning."""
+    axes = ", ".join(point.axes) or "unnamed"
+    if point.component in _IDS:
+        raise HookError(f"{point.name} holds ids, which cannot be reduced: leave reduce out.")
+    if reduce != "norm" and point.position_axis is None:
+        raise HookError(f"{point.name} has no axis over positions to reduce by {reduce!r}; its axes are {axes}.")
+    if reduce == "norm" and point.axes and point.axes[-1] in ("batch", "head", *POSITION_AXES):
+        raise HookError(f"{point.name} has no last axis of features to reduce by 'norm'; its axes are {axes}.")
+    if reduce == "norm" and point.component == "attn_scores":
+        raise HookError(f"{point.name} holds -inf at masked keys, which has no norm: capture hook_pattern.")
+
+
+def begin(reduce: str, value: mx.array, point: HookPoint) -> tuple[mx.array, HookPoint]:
+    """What one pass keeps of a value, in float32, and the point with the axes that it has.
+
+    The position axis stays, with one row: rows of several passes are joined before ``finish``.
+    """
+    value = value.astype(mx.float32)
+    if reduce == "norm":
+        return mx.sqrt(mx.square(value).sum(axis=-1)), _without(point, len(point.axes) - 1)
+    axis = point.position_axis
+    assert axis is not None
+    if reduce == "mean":
+        return value.sum(axis=axis, keepdims=True), point
+    if reduce == "max":
+        return value.max(axis=axis, keepdims=True), point
+    return mx.take(value, mx.array([value.shape[axis] - 1]), axis=axis), point
+
+
+def is_begun(record: CapturedActivation) -> bool:
+    """Whether ``finish`` is still to be called, once for all calls whose records are to be one."""
+    return record.reduce not in (None, "norm") and record.hook_point.position_axis is not None
+
+
+def finish(record: CapturedActivation) -> CapturedActivation:
+    """A record of what was kept, made the result; one that is not reduced over positions passes through."""
+    axis = record.hook_point.position_axis
+    if not is_begun(record) or axis is None:
+        return record
+    kept = record.value
+    if record.reduce == "mean":
+        value = kept.sum(axis=axis) / len(record.position_ids)
+    else:
+        value = kept.max(axis=axis) if record.reduce == "max" else mx.take(kept, kept.shape[axis] - 1, axis=axis)
+    changed = {"value": value, "hook_point": _without(record.hook_point, axis)}
+    return CapturedActivation(**labels(record) | changed)
+
+
+def finished(records: Iterable[CapturedActivation]) -> list[CapturedActivation]:
+    """The results of several hooks, from what they kept of consecutive calls."""
+    groups: dict[tuple[str, str, int], list[CapturedActivation]] = {}
+    for record in records:
+        groups.setdefault((record.hook_id, record.hook_point.name, record.pass_index), []).append(record)
+    return [finish(join(group)) for group in groups.values()]
+
+
+def _without(point: HookPoint, axis: int) -> HookPoint:
+    """The point of a value that has lost an axis."""
+    if not point.axes:
+        return point
+    axes = point.axes[:axis] + point.axes[axis + 1 :]
+    return replace(point, axes=axes, sizes=point.sizes[:axis] + point.sizes[axis + 1 :])
