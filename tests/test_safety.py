@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from flask import Flask
 from flask.testing import FlaskClient
 from server_tools import HOOKS, MESSAGES, load_tiny, running_server, save_tiny
 
@@ -503,42 +502,60 @@ def test_json_is_compressed_for_those_who_ask(worker: ModelWorker) -> None:
         assert got == chosen
 
 
-def binary_app(worker: ModelWorker, **config: Any) -> Flask:
-    """The application with an address that answers bytes in the manner of a kept capture."""
-    app = create_app(worker, ServerConfig(**config))
-    numbers = np.zeros(5000, np.float32).tobytes()
+@pytest.fixture
+def kept(worker: ModelWorker) -> Any:
+    """A client, one whose server compresses binary too, and the address of the same capture at both."""
 
-    @app.get("/bytes/<kind>")
-    def give(kind: str) -> Any:
-        from flask import Response, request
+    def keep(client: FlaskClient) -> str:
+        capture_id = client.post(CAPTURE, json=CAPTURED | {"keep_capture": True}).json["capture_id"]
+        return f"/v1/captures/{capture_id}/activations/resid"
 
-        reply = Response(numbers, mimetype=f"application/{kind}")
-        if kind == "json":
-            reply.set_etag("tag")
-            return reply.make_conditional(request, accept_ranges=True, complete_length=len(numbers))
-        return reply
-
-    return app
+    clients = [client_of(worker), client_of(worker, compress_binary=True)]
+    return [(client, keep(client)) for client in clients]
 
 
-def test_binary_events_and_parts_are_sent_as_they_are(worker: ModelWorker) -> None:
-    asking = {"Accept-Encoding": "gzip"}
-    client = binary_app(worker).test_client()
-    assert "Content-Encoding" not in client.get("/bytes/x-npy", headers=asking).headers
-    events = client.post(CHAT, json={"messages": MESSAGES, "stream": True, "max_tokens": 30}, headers=asking)
+ASKING = {"Accept-Encoding": "gzip, zstd"}
+
+
+def test_binary_and_events_are_sent_as_they_are(worker: ModelWorker, kept: Any) -> None:
+    client, address = kept[0]
+    for form in ("npy", "safetensors"):
+        assert "Content-Encoding" not in client.get(f"{address}?format={form}", headers=ASKING).headers
+    events = client.post(CHAT, json={"messages": MESSAGES, "stream": True, "max_tokens": 30}, headers=ASKING)
     assert "Content-Encoding" not in events.headers
     assert events.text.endswith("data: [DONE]\n\n")
-    part = client.get("/bytes/json", headers=asking | {"Range": "bytes=0-4999"})
-    assert (part.status_code, part.content_length) == (206, 5000)
-    same = client.get("/bytes/json", headers=asking | {"If-None-Match": '"tag"'})
-    assert same.status_code == 304
-    whole = client.get("/bytes/json", headers=asking)
-    assert whole.content_length == 20000
-    for reply in (part, same, whole):
-        assert "Content-Encoding" not in reply.headers
-        assert reply.headers["ETag"] == '"tag"'
-    packing = binary_app(worker, compress_binary=True).test_client()
-    assert packing.get("/bytes/x-npy", headers=asking).headers["Content-Encoding"] == "gzip"
+
+
+def test_a_server_that_was_told_to_compresses_binary(kept: Any) -> None:
+    client, address = kept[1]
+    plain = client.get(f"{address}?format=npy")
+    packed = client.get(f"{address}?format=npy", headers={"Accept-Encoding": "gzip"})
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(packed.data) == plain.data
+    assert plain.headers["Accept-Ranges"] == "bytes"
+    assert "Accept-Ranges" not in packed.headers
+    tag = plain.headers["ETag"]
+    assert packed.headers["ETag"] == f"W/{tag}"
+    part = {"Range": "bytes=0-99"} | ASKING
+    assert client.get(f"{address}?format=npy", headers=part | {"If-Range": f"W/{tag}"}).status_code == 200
+    assert client.get(f"{address}?format=npy", headers=part | {"If-Range": tag}).status_code == 206
+
+
+def test_what_is_known_or_a_part_stays_what_it_is(kept: Any) -> None:
+    for client, address in kept:
+        whole = client.get(f"{address}?format=npy").data
+        part = client.get(f"{address}?format=npy", headers=ASKING | {"Range": "bytes=0-999"})
+        assert (part.status_code, part.data) == (206, whole[:1000])
+        packed = client.get(address, headers=ASKING)
+        assert packed.headers["Content-Encoding"] == "zstd"
+        assert packed.headers["ETag"].startswith('W/"')
+        for reply in (part, packed):
+            same = client.get(
+                address + ("?format=npy" if reply is part else ""),
+                headers=ASKING | {"If-None-Match": reply.headers["ETag"]},
+            )
+            assert (same.status_code, same.data) == (304, b"")
+            assert "Content-Encoding" not in same.headers
 
 
 def test_the_client_asks_for_compression_only_if_told(worker: ModelWorker) -> None:
