@@ -192,9 +192,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--grace", type=_seconds, default=5.0, help="seconds that running requests may go on after a signal (default 5)"
     )
     parser.add_argument(
-        "--compress-binary", action="store_true", help="compress npy and safetensors too, for those who ask"
-    )
-    parser.add_argument(
         "--max-reply-mb",
         type=_size,
         default=64,
@@ -212,6 +209,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default=3600.0,
         metavar="SECONDS",
         help="delete a capture that nobody has read for so long (default 3600)",
+    )
+    parser.add_argument(
+        "--compress-binary", action="store_true", help="compress npy and safetensors too, for those who ask"
     )
     parser.add_argument(
         "--log-level",

@@ -39,11 +39,6 @@ def captures() -> CaptureStore:
     return found
 
 
-def max_reply_bytes() -> int:
-    """The most bytes of activations, before encoding, in a JSON reply."""
-    return config().max_reply_bytes
-
-
 def config() -> ServerConfig:
     """What ``create_app`` was told to allow."""
     found: ServerConfig = current_app.extensions["server_config"]
@@ -100,11 +95,15 @@ def _check_limit(param: str, wanted: int, limit: int, unit: str) -> None:
         )
 
 
-def submit(work: Callable[[], Any], kind: str, model: LoadedModel | None = None, **about: Any) -> Job[Any]:
-    """Queue work for this request; the reply's header names the job."""
-    job = worker().submit(
-        work, kind=kind, model=model, caller=request.remote_addr or "", request_id=g.request_id, **about
-    )
+def submit(
+    work: Callable[[], Any], kind: str, model: LoadedModel | None = None, user: str | None = None, **about: Any
+) -> Job[Any]:
+    """Queue work for this request; the reply's header names the job.
+
+    The queue is fair among addresses, and at one address among those who give a ``user``.
+    """
+    caller = f"{request.remote_addr} {user or ''}"
+    job = worker().submit(work, kind=kind, model=model, caller=caller, request_id=g.request_id, **about)
     g.job_id = job.id
     g.model = model.model_id if model else g.get("model")
     return job
