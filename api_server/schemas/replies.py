@@ -327,35 +327,33 @@ class AssistantMessage(Reply):
     content: str
 
 
-class LikelyToken(Reply):
-    """A token with the natural log of the probability that the model itself gave it: the softmax of its logits, before
-    bias, penalties, temperature and filters, and after interventions. -9999.0 stands for 0 probability."""
+class TokenLogprob(Reply):
+    """How probable the model itself found a token: the softmax of its logits, before bias, penalties, temperature and
+    filters, and after interventions."""
 
     token: str = Field(description="Its own text; bytes that are no character by themselves as `\\xf0`.")
-    logprob: float
-    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None = Field(
-        description="Its true bytes, which may be part of a character; null without a tokenizer."
-    )
+    logprob: float = Field(description="Natural logarithm of the probability; -9999 for one that cannot be.")
+    bytes: list[int] | None = Field(description="UTF-8; a token may hold a part of a character.")
 
 
-class ChosenToken(LikelyToken):
-    top_logprobs: list[LikelyToken] = Field(description="The likeliest first.")
+class ChosenTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob] = Field(description="The likeliest in its place, the likeliest first.")
 
 
 class ChatLogprobs(Reply):
-    """With `logprobs: true`: in a whole reply of all tokens, an end token included, in an event of its own ones."""
+    """One entry per generated token, an end token included; in an event those of its step."""
 
-    content: list[ChosenToken]
-    refusal: None = None
+    content: list[ChosenTokenLogprob]
+    refusal: None
 
 
 class TextLogprobs(Reply):
-    """With `logprobs` from 0 to 5: four lists with an entry per token, an end token included."""
+    """Four lists with one entry per generated token, an end token included; in an event those of its step."""
 
     tokens: list[str] = Field(description="Their texts; `bytes:\\xf0` for bytes that are no character by themselves.")
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] = Field(
-        description="By text, the likeliest and the chosen one, so there may be one more than asked for."
+        description="By text: the likeliest and the chosen one, so there may be one more than asked for."
     )
     text_offset: list[int] = Field(
         description="How many characters of the choice's text come before the token; a stop text counts."
@@ -366,7 +364,7 @@ class ChatChoice(Reply):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | None
 
 
 class Delta(Reply):
@@ -378,14 +376,14 @@ class ChatChunkChoice(Reply):
     index: int
     delta: Delta
     finish_reason: FinishReason | None
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | None
 
 
 class TextChoice(Reply):
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: TextLogprobs | None = None
+    logprobs: TextLogprobs | None
 
 
 class Generated(Reply):
