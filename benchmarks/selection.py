@@ -93,8 +93,9 @@ def main() -> None:
         "Captures that keep a selection",
         f"`python benchmarks/selection.py --tokens {asked.tokens} --layers {asked.layers} --width {asked.width}`\n\n"
         f"{environment('mlx', 'mlx-lm')}\n"
-        f"A llama of {asked.layers} layers, {asked.width} wide, 8 heads; one request over loopback that reads a prompt of\n"
-        f"{asked.tokens} tokens, base64 float32, decoded in the client. Medians of {asked.rounds} rounds; {load}.\n\n"
+        f"A llama of {asked.layers} layers, {asked.width} wide, 8 heads; one request over loopback that\n"
+        f"reads a prompt of {asked.tokens} tokens, base64 float32, decoded in the client.\n"
+        f"Medians of {asked.rounds} rounds; {load}.\n\n"
         "| capture at all layers | bytes | request, ms | beyond a request that keeps one number, ms |\n"
         "| --- | --- | --- | --- |\n"
         + "\n".join(
