@@ -8,7 +8,8 @@ with ModelWorker() as worker:
     Server(create_app(worker, config), config).run()
 """
 
-from .app import ServerConfig, create_app
+from .app import create_app
+from .config import ServerConfig
 from .server import Server
 from .worker import ModelWorker
 

@@ -6,15 +6,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from mlx_hooks import HookError
 
-from .app import ServerConfig, close_app, create_app
+from . import logs
+from .app import close_app, create_app
 from .captures import CannotOpenCaptures
+from .config import ServerConfig
 from .errors import ApiError
+from .schemas.requests import MAX_HOOKS, MAX_TOKENS
 from .server import Server
 from .worker import ModelWorker
 
@@ -27,23 +30,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
         prog: the program's name in the usage message.
     """
     options = _parser(prog).parse_args(argv)
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    api_key = options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None
+    logs.configure(options.log_level, options.log_format, secret=api_key)
     try:
-        config = ServerConfig(
-            host=options.host,
-            port=options.port,
-            api_key=options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None,
-            max_body_bytes=int(options.max_body_mb * 2**20),
-            max_queued=options.max_queued,
-            max_active=options.max_active,
-            max_model_bytes=int(options.max_models_gb * 2**30) if options.max_models_gb else _most_of_memory(),
-            grace_seconds=options.grace,
-            max_reply_bytes=int(options.max_reply_mb * 2**20),
-            captures_dir=options.captures_dir,
-            captures_max_bytes=int(options.captures_max_gb * 2**30),
-            captures_max_age=options.captures_max_age,
-        )
-        return _serve(config, options.model, options.model_id)
+        return _serve(_config(options, api_key), options.model, options.model_id)
     except CannotStart as error:
         sys.stderr.write(f"neuroscope: {error}\n")
         return 1
@@ -56,6 +46,33 @@ DRAIN_SECONDS = 5.0
 
 class CannotStart(Exception):
     """One sentence that says why."""
+
+
+def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
+    try:
+        return ServerConfig(
+            host=options.host,
+            port=options.port,
+            api_key=api_key,
+            allowed_hosts=tuple(options.allowed_host),
+            cors_origins=tuple(options.cors_origin),
+            model_roots=tuple(options.model_root),
+            max_body_bytes=int(options.max_body_mb * 2**20),
+            max_tokens=options.max_tokens,
+            max_hooks=options.max_hooks,
+            max_connections=options.max_connections,
+            compress_binary=options.compress_binary,
+            max_queued=options.max_queued,
+            max_active=options.max_active,
+            max_model_bytes=int(options.max_models_gb * 2**30) if options.max_models_gb else _most_of_memory(),
+            grace_seconds=options.grace,
+            max_reply_bytes=int(options.max_reply_mb * 2**20),
+            captures_dir=options.captures_dir,
+            captures_max_bytes=int(options.captures_max_gb * 2**30),
+            captures_max_age=options.captures_max_age,
+        )
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
 
 
 def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int:
@@ -129,9 +146,42 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="PATH", help="load this model before listening")
     parser.add_argument("--model-id", metavar="ID", help="its id in requests (default: last part of PATH)")
     parser.add_argument("--api-key", help="ask for this key; as NEUROSCOPE_API_KEY, ps does not show it")
+    parser.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="also answer to this name, such as that of a proxy; may be repeated",
+    )
+    parser.add_argument(
+        "--cors-origin",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="let pages of this origin use the server from a browser, such as https://lab.example; '*' lets in the "
+        "pages of all; may be repeated (default: none)",
+    )
+    parser.add_argument(
+        "--model-root",
+        metavar="DIR",
+        action="append",
+        default=[],
+        type=Path,
+        help="load models by path from this folder only; may be repeated (default: any folder, with an API key none; "
+        "the bundled model and Hugging Face ids are always allowed)",
+    )
     parser.add_argument("--max-body-mb", type=_size, default=32, help="largest request body in MiB (default 32)")
-    parser.add_argument("--max-queued", type=_count, default=64, help="requests that may wait (default 64)")
-    parser.add_argument("--max-active", type=_count, default=4, help="requests that run in turn (default 4)")
+    parser.add_argument(
+        "--max-tokens", type=_up_to(MAX_TOKENS), default=MAX_TOKENS, help=f"per request (default {MAX_TOKENS})"
+    )
+    parser.add_argument(
+        "--max-hooks", type=_up_to(MAX_HOOKS), default=MAX_HOOKS, help=f"hooks per request (default {MAX_HOOKS})"
+    )
+    parser.add_argument(
+        "--max-connections", type=_up_to(10_000), default=200, help="open at a time; more wait (default 200)"
+    )
+    parser.add_argument("--max-queued", type=_up_to(10_000), default=64, help="requests that may wait (default 64)")
+    parser.add_argument("--max-active", type=_up_to(10_000), default=4, help="requests that run in turn (default 4)")
     parser.add_argument(
         "--max-models-gb",
         type=_size,
@@ -161,8 +211,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="delete a capture that nobody has read for so long (default 3600)",
     )
     parser.add_argument(
-        "--log-level", default="warning", choices=["debug", "info", "warning", "error"], help="(default warning)"
+        "--compress-binary", action="store_true", help="compress npy and safetensors too, for those who ask"
     )
+    parser.add_argument(
+        "--log-level",
+        default="warning",
+        choices=["debug", "info", "warning", "error"],
+        help="info writes a line per request, debug tracebacks (default warning)",
+    )
+    parser.add_argument("--log-format", default="text", choices=logs.FORMATS, help="(default text)")
     return parser
 
 
@@ -172,10 +229,13 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise argparse.ArgumentTypeError(f"a number from 1 to 10000, not {text!r}")
-    return int(text)
+def _up_to(most: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"a number from 1 to {most}, not {text!r}")
+        return int(text)
+
+    return count
 
 
 def _seconds(text: str) -> float:

@@ -1,64 +1,23 @@
 """The application: ``create_app`` takes the worker, which is the expensive thing, and what to allow."""
 
 import hmac
-import ipaddress
-import logging
 import time
-import uuid
-from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
 from werkzeug.routing import PathConverter
 
-from . import errors
+from . import compression, cors, errors, logs
 from .captures import CaptureStore
+from .config import ServerConfig
+from .description import REQUEST_ID_HEADER
 from .errors import ApiError
 from .routes import BLUEPRINTS
 from .schemas.requests import MODEL_PARTS
 from .worker import ModelWorker
 
-log = logging.getLogger("api_server.access")
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What the server allows.
-
-    Args:
-        host: the address it listens on. On a loopback address only requests that name a loopback host are answered,
-            so that a page in a browser cannot reach the server under a name of its own (DNS rebinding).
-        port: 0 lets the system choose.
-        api_key: if set, every address but ``/health`` wants ``Authorization: Bearer``.
-        max_body_bytes: the largest request body.
-        max_queued: how many requests may wait for the worker; one more is answered 503.
-        max_active: how many requests run at a time, token by token in turn.
-        max_model_bytes: how many bytes of weights may be loaded; None for no limit.
-        grace_seconds: how long running requests may go on once the server was asked to stop.
-        max_reply_bytes: the most bytes of activations, before encoding, in a JSON reply or stream; a larger run is
-            kept as a capture, and the reply says how to fetch it.
-        captures_dir: where captures are kept, and found again at the next start; a temporary folder if None.
-        captures_max_bytes: how many bytes on disk captures may take; those unused for longest make room.
-        captures_max_age: seconds after which a capture that nobody reads is deleted.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    api_key: str | None = None
-    max_body_bytes: int = 32 * 2**20
-    max_queued: int = 64
-    max_active: int = 4
-    max_model_bytes: int | None = None
-    grace_seconds: float = 5.0
-    max_reply_bytes: int = 64 * 2**20
-    captures_dir: Path | None = None
-    captures_max_bytes: int = 4 * 2**30
-    captures_max_age: float = 3600.0
-
-    @property
-    def is_local(self) -> bool:
-        return is_loopback(self.host)
+# Addresses that need no key: whether the server lives, and how to talk to it.
+OPEN_ENDPOINTS = frozenset({"health.health", "description.openapi", "description.docs", "description.asset"})
 
 
 def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask:
@@ -71,31 +30,34 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     config = config or ServerConfig()
     app = Flask("api_server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = config.max_body_bytes
-    app.config["API_KEY"] = config.api_key
     app.url_map.merge_slashes = False
     app.url_map.converters["model"] = _ModelId
-    app.config["MAX_REPLY_BYTES"] = config.max_reply_bytes
     app.extensions["model_worker"] = worker
+    app.extensions["server_config"] = config
     app.extensions["captures"] = CaptureStore(config.captures_dir, config.captures_max_bytes, config.captures_max_age)
     errors.register(app)
 
     @app.before_request
     def admit() -> None:
-        g.request_id, g.began = f"req-{uuid.uuid4().hex}", time.perf_counter()
-        if config.is_local:
-            _check_host(request.environ.get("HTTP_HOST", ""))
-        if config.api_key and request.path != "/health":
+        g.request_id, g.began = logs.request_id(request.headers.get(REQUEST_ID_HEADER, "")), time.perf_counter()
+        _check_host(request.environ.get("HTTP_HOST", ""), config)
+        # A browser asks by OPTIONS what it may do before it sends the key; the answer tells nothing else.
+        if config.api_key and request.method != "OPTIONS" and request.endpoint not in OPEN_ENDPOINTS:
             _check_key(request.headers.get("Authorization", ""), config.api_key)
 
+    # What is registered first runs last: the log tells what was sent.
     @app.after_request
     def account(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.request_id
+        response.headers[REQUEST_ID_HEADER] = g.request_id
         if "job_id" in g:
             response.headers["X-Job-Id"] = g.job_id
-        took = 1000 * (time.perf_counter() - g.began)
-        log.info("%s %s %r %d %.0f ms", g.request_id, request.method, request.path, response.status_code, took)
+        # A page of another host shows nothing of an answer, and no browser guesses that JSON is a page.
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        logs.account(response)
         return response
 
+    compression.register(app, binary=config.compress_binary)
+    cors.register(app, config.cors_origins)
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     return app
@@ -112,23 +74,16 @@ def close_app(app: Flask) -> None:
     app.extensions["captures"].close()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine only: ``is_loopback("127.0.0.1")``."""
-    try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_host(header: str) -> None:
+def _check_host(header: str, config: ServerConfig) -> None:
     try:
         host = urlsplit(f"//{header}").hostname or ""
     except ValueError:
         host = ""
-    if not is_loopback(host):
+    if not config.admits_host(host):
+        further = "".join(f", {name}" for name in config.allowed_hosts)
         raise ApiError(
             403,
-            f"Host {header[:100]!r} is refused: this server answers to localhost, 127.0.0.1 and [::1] only.",
+            f"Host {header[:100]!r} is refused: this server answers to localhost, 127.0.0.1, [::1]{further} only.",
             code="host_not_allowed",
         )
 

@@ -23,6 +23,7 @@ from spectree import Response as Replies
 from spectree import SpecTree
 from spectree.plugins.flask_plugin import FlaskPlugin
 
+from .config import ServerConfig
 from .schemas.replies import ErrorReply
 
 View = TypeVar("View", bound=Callable[..., Any])
@@ -82,6 +83,7 @@ class _Extras:
     event: type[BaseModel] | None
     media: Mapping[str, Schema]
     headers: Mapping[str, str]
+    example: Mapping[str, Any] | None
 
 
 class _SilentPlugin(FlaskPlugin):
@@ -118,6 +120,7 @@ def described(
     event: type[BaseModel] | None = None,
     media: Mapping[str, Schema] | None = None,
     headers: Mapping[str, str] | None = None,
+    example: Mapping[str, Any] | None = None,
 ) -> Callable[[View], View]:
     """Describe a view. Its name is the operation's id, its docstring the text; the view itself stays as it is.
 
@@ -129,6 +132,7 @@ def described(
         event: the model of one server-sent event, where ``stream`` asks for events.
         media: other content types of replies 200 and 206, with their schemas.
         headers: headers of the replies below 400 besides X-Request-Id, with a sentence each.
+        example: a body that is answered well wherever a model is loaded.
     """
     by_status = dict(replies) if isinstance(replies, Mapping) else {200: replies}
     answers: dict[str, Any] = {f"HTTP_{status}": model for status, model in by_status.items()}
@@ -138,7 +142,7 @@ def described(
         name = view.__name__
         if name in _extras:
             raise ValueError(f"Two views are called {name!r}: an operation's id must be its own.")
-        _extras[name] = _Extras(possible, event, media or {}, headers or {})
+        _extras[name] = _Extras(possible, event, media or {}, headers or {}, example)
         decorated: View = _tree.validate(
             query=query,
             json=body,
@@ -158,13 +162,9 @@ def is_described(view: Callable[..., Any]) -> bool:
     return _tree.get_function_metadata(view) is not None
 
 
-def describe_api(app: Flask, *, api_key: bool) -> Schema:
-    """The OpenAPI document of an application whose views are registered.
-
-    Args:
-        app: the application.
-        api_key: whether it wants one.
-    """
+def describe_api(app: Flask, config: ServerConfig) -> Schema:
+    """The OpenAPI document of an application whose views are registered, with the limits and the key of ``config``."""
+    api_key = config.api_key is not None
     with app.app_context():
         document: Schema = copy.deepcopy(_tree.spec)
     events = [extras.event for extras in _extras.values() if extras.event]
@@ -181,7 +181,23 @@ def describe_api(app: Flask, *, api_key: bool) -> Schema:
         for operation in path.values():
             _complete(operation, _extras[operation["operationId"]], api_key)
     document["paths"] = dict(sorted(document["paths"].items()))
+    _limit(components["schemas"], config)
     return document
+
+
+def _limit(schemas: Schema, config: ServerConfig) -> None:
+    """Let the schemas say what this server allows, where it is less than what any server could."""
+    for schema in schemas.values():
+        fields = schema.get("properties", {})
+        for name in ("max_tokens", "max_completion_tokens"):
+            for kind in fields.get(name, {}).get("anyOf", []):
+                if "maximum" in kind:
+                    kind["maximum"] = config.max_tokens
+        for name in ("activation_hooks", "hooks"):
+            field = fields.get(name, {})
+            for kind in (field, *field.get("anyOf", [])):
+                if "maxItems" in kind:
+                    kind["maxItems"] = config.max_hooks
 
 
 def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
@@ -202,6 +218,8 @@ def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
     for status in {*extras.errors, *((401,) if wants_key else ())}:
         responses[str(status)] = {"$ref": f"#/components/responses/Error{status}"}
     operation["responses"] = dict(sorted(responses.items()))
+    if extras.example is not None:
+        operation["requestBody"]["content"][JSON]["example"] = extras.example
 
 
 def _other_content(extras: _Extras) -> Schema:

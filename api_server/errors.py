@@ -1,4 +1,4 @@
-"""Every error that leaves the server, in one shape: ``{"error": {"message", "type", "code", "param"}}``.
+"""Every error that leaves the server, in one shape: ``{"error": {"message", "type", "code", "param", "request_id"}}``.
 
 Views and the worker raise; only this module renders. ``describe`` knows nothing of Flask, so an event stream that
 breaks after its first event sends the same object.
@@ -51,9 +51,9 @@ class ApiError(Exception):
         self.param = param
         self.headers = headers or {}
 
-    def body(self) -> dict[str, Any]:
+    def body(self, request_id: str | None) -> dict[str, Any]:
         """The reply's JSON object."""
-        return error_body(self.status, self.message, self.code, self.param)
+        return error_body(self.status, self.message, self.code, self.param, request_id)
 
 
 class UnknownModel(ApiError):
@@ -187,17 +187,19 @@ class NoRoomForModel(ApiError):
         )
 
 
-def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, code: str, param: str | None = None, request_id: str | None = None
+) -> dict[str, Any]:
     """The one error shape; ``type`` follows from the status."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+    return {"error": {"message": message, "type": kind, "code": code, "param": param, "request_id": request_id}}
 
 
 def describe(error: BaseException, request_id: str) -> ApiError:
     """The ``ApiError`` that any exception is answered with; an unexpected one is logged under ``request_id``."""
     known = shown(error, request_id)
     if known.code == "internal_error":
-        log.error("request %s failed", request_id, exc_info=error)
+        log.error("request %s failed", request_id, exc_info=error, extra={"request_id": request_id})
     return known
 
 
@@ -311,5 +313,5 @@ def register(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def render(error: Exception) -> Response:
-        known = describe(error, g.get("request_id", "-"))
-        return json_reply(known.body(), known.status, known.headers)
+        known = describe(error, g.request_id)
+        return json_reply(known.body(g.request_id), known.status, known.headers)

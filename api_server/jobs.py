@@ -191,7 +191,7 @@ class Job(Generic[T]):
             if error is not None:
                 # Whoever reads the results describes the error to its caller; in the background nobody does.
                 tell = shown if self._render is None else describe
-                self._error = tell(error, self.request_id or "-").body()["error"]
+                self._error = tell(error, self.request_id or "-").body(self.request_id)["error"]
             # Neither a large capture nor a model stays alive for the book's sake.
             self._work = self._steps = self.model = None
             if self._cancelled is not None:

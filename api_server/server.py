@@ -17,7 +17,9 @@ from waitress.task import ErrorTask
 
 from neuroscope_bridge import payload
 
-from .app import ServerConfig
+from . import logs
+from .config import ServerConfig
+from .description import REQUEST_ID_HEADER
 from .errors import BodyTooLarge, error_body
 
 # A job's caller waits in a thread, so there are more threads than the worker lets wait: /health always finds one.
@@ -49,7 +51,7 @@ class Server:
             outbuf_high_watermark=2**40,
             # The app refuses what is over its limit, in JSON, after the body was read; far more is not read at all.
             max_request_body_size=4 * config.max_body_bytes,
-            connection_limit=200,
+            connection_limit=config.max_connections,
             asyncore_use_poll=True,
             ident=None,
         )
@@ -114,14 +116,15 @@ class _JsonErrorTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
+        request_id = logs.request_id(self.request.headers.get("X_REQUEST_ID", ""))
         code = "request_too_large" if error.code == 431 else error.reason.lower().replace(" ", "_")
-        content = error_body(error.code, f"{error.reason}: {error.body}.", code)
+        content = error_body(error.code, f"{error.reason}: {error.body}.", code, request_id=request_id)
         if error.code == 413:
             # The app's limit, which is what a caller can keep to; waitress's own is wider.
-            content = BodyTooLarge(self.channel.server.max_body_bytes).body()
+            content = BodyTooLarge(self.channel.server.max_body_bytes).body(request_id)
         body = payload.dumps(content)
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
+        self.response_headers += [("Content-Type", "application/json"), (REQUEST_ID_HEADER, request_id)]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)

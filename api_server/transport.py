@@ -10,10 +10,17 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from neuroscope_bridge import payload
 
 from .captures import CaptureStore
+from .config import ServerConfig
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
 from .jobs import Job
 from .models import LoadedModel
-from .schemas.requests import NoQuery
+from .schemas.requests import (
+    DEFAULT_MAX_TOKENS,
+    CaptureRequest,
+    GenerationRequest,
+    NoQuery,
+    RegisterHooksRequest,
+)
 from .worker import ModelWorker
 
 M = TypeVar("M", bound=BaseModel)
@@ -32,16 +39,18 @@ def captures() -> CaptureStore:
     return found
 
 
-def max_reply_bytes() -> int:
-    """The most bytes of activations, before encoding, in a JSON reply."""
-    return int(current_app.config["MAX_REPLY_BYTES"])
+def config() -> ServerConfig:
+    """What ``create_app`` was told to allow."""
+    found: ServerConfig = current_app.extensions["server_config"]
+    return found
 
 
 def read(model: type[M]) -> M:
     """The request's body as ``model``; an address that takes a body takes no query parameters.
 
     Raises:
-        ApiError: 415 for another content type than JSON, 413 for a body over the limit, 400 for one that does not fit.
+        ApiError: 415 for another content type than JSON, 413 for a body over the limit, 400 for one that does not fit
+            the model or exceeds what this server allows.
     """
     read_query(NoQuery)
     # A page in a browser may post text/plain to any address without asking; JSON it may not.
@@ -51,19 +60,52 @@ def read(model: type[M]) -> M:
             415, f"The Content-Type must be application/json, {got}.", code="unsupported_media_type", param=None
         )
     try:
-        return model.model_validate_json(request.get_data(cache=False))
+        asked = model.model_validate_json(request.get_data(cache=False))
     except RequestEntityTooLarge as error:
-        raise BodyTooLarge(current_app.config["MAX_CONTENT_LENGTH"]) from error
+        raise BodyTooLarge(config().max_body_bytes) from error
     except ValidationError as error:
         raise invalid_request(error, model) from None
+    g.model = getattr(asked, "model", None)
+    return _within_limits(asked)
 
 
-def submit(work: Callable[[], Any], kind: str, model: LoadedModel | None = None, **about: Any) -> Job[Any]:
-    """Queue work for this request; the reply's header names the job."""
-    job = worker().submit(
-        work, kind=kind, model=model, caller=request.remote_addr or "", request_id=g.request_id, **about
-    )
+def _within_limits(asked: M) -> M:
+    """The same request, if it asks for no more than this server allows."""
+    limits = config()
+    if isinstance(asked, GenerationRequest):
+        name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+        wanted = getattr(asked, name)
+        _check_limit(name, wanted or 0, limits.max_tokens, "tokens per request")
+        if wanted is None and limits.max_tokens < DEFAULT_MAX_TOKENS:
+            asked = asked.model_copy(update={"max_tokens": limits.max_tokens})
+    if isinstance(asked, CaptureRequest):
+        _check_limit("activation_hooks", len(asked.activation_hooks or []), limits.max_hooks, "hooks")
+    if isinstance(asked, RegisterHooksRequest):
+        _check_limit("hooks", len(asked.hooks), limits.max_hooks, "hooks")
+    return asked
+
+
+def _check_limit(param: str, wanted: int, limit: int, unit: str) -> None:
+    if wanted > limit:
+        raise ApiError(
+            400,
+            f"Field {param!r} asks for {wanted}; this server allows at most {limit} {unit}.",
+            code="limit_exceeded",
+            param=param,
+        )
+
+
+def submit(
+    work: Callable[[], Any], kind: str, model: LoadedModel | None = None, user: str | None = None, **about: Any
+) -> Job[Any]:
+    """Queue work for this request; the reply's header names the job.
+
+    The queue is fair among addresses, and at one address among those who give a ``user``.
+    """
+    caller = f"{request.remote_addr} {user or ''}"
+    job = worker().submit(work, kind=kind, model=model, caller=caller, request_id=g.request_id, **about)
     g.job_id = job.id
+    g.model = model.model_id if model else g.get("model")
     return job
 
 
@@ -109,6 +151,7 @@ def event_stream(events: Iterator[dict[str, Any]], job: Job[Any]) -> Response:
     last event, ``data: {"error": {...}}``, and no ``[DONE]`` follows.
     """
     request_id = g.request_id
+    sent = g.sent = [0]
     try:
         first = next(events)
     except BaseException:
@@ -116,12 +159,17 @@ def event_stream(events: Iterator[dict[str, Any]], job: Job[Any]) -> Response:
         raise
 
     def body() -> Iterator[bytes]:
+        for frame in frames():
+            sent[0] += len(frame)
+            yield frame
+
+    def frames() -> Iterator[bytes]:
         yield _frame(first)
         try:
             for event in events:
                 yield _frame(event)
         except Exception as error:
-            yield _frame(describe(error, request_id).body())
+            yield _frame(describe(error, request_id).body(request_id))
         else:
             yield b"data: [DONE]\n\n"
 

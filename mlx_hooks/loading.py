@@ -89,7 +89,7 @@ def load_steps(folder: Path, name: str | None = None) -> Generator[LoadProgress,
         # mlx-lm's newest versions refuse this themselves; older ones run the file.
         if code := json.loads((folder / "config.json").read_text()).get("model_file"):
             raise ModelLoadError(f"{_short(name)} brings its own code ({code}), which is never run.")
-        model, tokenizer = mlx_lm.load(str(folder), lazy=True)[:2]
+        model, tokenizer = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True)[:2]
         arrays = [array for _, array in tree_flatten(model.parameters())]
         total = sum(array.nbytes for array in arrays)
         size = min(LARGEST_STEP, total // STEPS)

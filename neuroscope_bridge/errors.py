@@ -46,6 +46,7 @@ class NeuroScopeAPIError(NeuroScopeError):
         code: Machine-readable cause such as `no_model_loaded`, or None.
         param: Name of the request field at fault, or None.
         body: The whole answer, parsed where it was JSON, else text.
+        request_id: What the server's log calls the request, or None.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class NeuroScopeAPIError(NeuroScopeError):
         code: str | None = None,
         param: str | None = None,
         body: Any = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -64,6 +66,7 @@ class NeuroScopeAPIError(NeuroScopeError):
         self.code = code
         self.param = param
         self.body = body
+        self.request_id = request_id
 
     def __str__(self) -> str:
         return self.message if self.status is None else f"{self.message} (HTTP {self.status})"

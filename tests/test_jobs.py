@@ -479,3 +479,10 @@ def test_a_process_that_is_asked_to_stop_finishes_or_cancels(tmp_path: Path, gra
 def test_jobs_are_shown_as_plain_json() -> None:
     job: Job[Any] = Job(lambda: iter([]), kind="call")  # type: ignore[arg-type, return-value]
     assert json.loads(json.dumps(job.to_dict(3)))["message"] == "3 before it"
+
+
+def test_users_of_one_address_take_turns(client: FlaskClient, worker: ModelWorker) -> None:
+    for user in ("first", "second", None):
+        client.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1, "user": user})
+    callers = [job.caller for job in worker._book.values() if job.kind == "chat.completion"]
+    assert callers == ["127.0.0.1 first", "127.0.0.1 second", "127.0.0.1 "]

@@ -52,7 +52,8 @@ def refused(reply: Any, status: int) -> dict[str, Any]:
     body = reply.get_json()
     assert set(body) == {"error"}
     error = body["error"]
-    assert set(error) == {"message", "type", "code", "param"}
+    assert set(error) == {"message", "type", "code", "param", "request_id"}
+    assert error["request_id"] == reply.headers["X-Request-Id"]
     assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
     assert error["code"]
     assert error["message"]
@@ -544,7 +545,7 @@ def send(url: str, data: bytes) -> tuple[int, dict[str, Any]]:
 def test_broken_http_gets_the_same_error_shape(url: str, data: bytes, status: int) -> None:
     got, error = send(url, data)
     assert got == status
-    assert set(error) == {"message", "type", "code", "param"}
+    assert set(error) == {"message", "type", "code", "param", "request_id"}
     assert status != 413 or f" {LIMIT} bytes" in error["message"]
     assert requests.get(f"{url}/health", timeout=10).status_code == 200
 

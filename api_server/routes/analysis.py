@@ -13,7 +13,13 @@ blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
 
 
 @blueprint.post("/logit_lens")
-@described(LogitLensRequest, replies=LogitLensReply, tags=["Analysis"], errors=(404, 409, 503))
+@described(
+    LogitLensRequest,
+    replies=LogitLensReply,
+    tags=["Analysis"],
+    errors=(404, 409, 503),
+    example={"prompt": "The capital of France is", "top_k": 3},
+)
 def logit_lens() -> Response:
     """What the model would predict after each layer at one position of a prompt."""
     asked = read(LogitLensRequest)

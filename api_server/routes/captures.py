@@ -22,7 +22,7 @@ from ..schemas.replies import (
     CapturesReply,
 )
 from ..schemas.requests import CapturesQuery, NoQuery, RangeQuery
-from ..transport import captures, max_reply_bytes, read_query
+from ..transport import captures, config, read_query
 
 blueprint = Blueprint("captures", __name__, url_prefix="/v1/captures")
 
@@ -161,10 +161,10 @@ def _bytes(tensors: Sequence[Tensor], dtype: str) -> list[memoryview]:
 
 def _records(capture: Capture, tensors: list[Tensor], encoding: str, dtype: str) -> dict[str, Any]:
     nbytes = sum(tensor.nbytes(dtype) for tensor in tensors) if encoding != "none" else 0
-    if nbytes > max_reply_bytes():
+    if nbytes > config().max_reply_bytes:
         raise ApiError(
             413,
-            f"This asks for {nbytes} bytes of numbers; a JSON reply carries at most {max_reply_bytes()}. "
+            f"This asks for {nbytes} bytes of numbers; a JSON reply carries at most {config().max_reply_bytes}. "
             "Narrow it with 'positions', 'heads', 'layers' or 'reduce', or ask for format 'safetensors'.",
             code="reply_too_large",
         )

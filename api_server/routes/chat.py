@@ -12,7 +12,14 @@ blueprint = Blueprint("chat", __name__, url_prefix="/v1/chat/completions")
 
 
 @blueprint.post("")
-@described(ChatRequest, replies=ChatReply, event=ChatEvent, tags=["Generation"], errors=(404, 409, 503))
+@described(
+    ChatRequest,
+    replies=ChatReply,
+    event=ChatEvent,
+    tags=["Generation"],
+    errors=(404, 409, 503),
+    example={"messages": [{"role": "user", "content": "What is the capital of France ?"}], "max_tokens": 4},
+)
 def chat() -> Response:
     """Answer a chat, in OpenAI's format."""
     asked = read(ChatRequest)
@@ -26,6 +33,13 @@ def chat() -> Response:
     event=ChatCaptureEvent,
     tags=["Generation"],
     errors=(404, 409, 413, 503, 507),
+    example={
+        "messages": [{"role": "user", "content": "What is the capital of France ?"}],
+        "activation_hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}],
+        "activation_encoding": "base64",
+        "max_tokens": 2,
+        "temperature": 0,
+    },
 )
 def chat_with_activations() -> Response:
     """Answer a chat, and bring back what the hooks captured."""

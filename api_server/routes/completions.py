@@ -13,7 +13,12 @@ blueprint = Blueprint("completions", __name__, url_prefix="/v1/completions")
 
 @blueprint.post("")
 @described(
-    CompletionRequest, replies=CompletionReply, event=CompletionEvent, tags=["Generation"], errors=(404, 409, 503)
+    CompletionRequest,
+    replies=CompletionReply,
+    event=CompletionEvent,
+    tags=["Generation"],
+    errors=(404, 409, 503),
+    example={"prompt": "The capital of France is", "max_tokens": 4},
 )
 def complete() -> Response:
     """Continue a text or token ids, in OpenAI's format."""
@@ -28,6 +33,13 @@ def complete() -> Response:
     event=CompletionCaptureEvent,
     tags=["Generation"],
     errors=(404, 409, 413, 503, 507),
+    example={
+        "prompt": "The capital of France is",
+        "activation_hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}],
+        "activation_encoding": "base64",
+        "max_tokens": 2,
+        "temperature": 0,
+    },
 )
 def complete_with_activations() -> Response:
     """Continue a text or token ids, and bring back what the hooks captured."""

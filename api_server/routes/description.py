@@ -7,7 +7,7 @@ from flask import Blueprint, Response, current_app, request
 from ..description import describe_api
 from ..errors import ApiError, json_reply
 from ..schemas.requests import NoQuery
-from ..transport import read_query
+from ..transport import config, read_query
 
 blueprint = Blueprint("description", __name__)
 
@@ -43,7 +43,7 @@ _POLICY = (
 @blueprint.get("/openapi.json")
 def openapi() -> Response:
     read_query(NoQuery)
-    return json_reply(describe_api(current_app, api_key=bool(current_app.config["API_KEY"])))
+    return json_reply(describe_api(current_app, config()))
 
 
 @blueprint.get("/docs")

@@ -15,7 +15,7 @@ from ..keeping import Keeping
 from ..models import LoadedModel
 from ..replies import Reply
 from ..schemas.requests import CaptureRequest, ChatRequest, GenerationRequest, HookRequest
-from ..transport import captures, event_stream, max_reply_bytes, reader_gone, submit, worker
+from ..transport import captures, config, event_stream, reader_gone, submit, worker
 
 
 def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response:
@@ -25,7 +25,7 @@ def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response
         plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
     edits = loaded.model.resolve_interventions(_interventions(asked) if isinstance(asked, CaptureRequest) else [])
     kind = "chat.completion" if isinstance(asked, ChatRequest) else "text_completion"
-    job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded)
+    job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded, asked.user)
     reply, results = Reply(asked, loaded.model_id, _keeping(asked, loaded)), job.results(reader_gone())
     if asked.stream:
         return event_stream(reply.events(results), job)
@@ -39,7 +39,7 @@ def _keeping(asked: GenerationRequest, loaded: LoadedModel) -> Keeping | None:
     """Where the activations of a request go; None if it captures nothing."""
     if not isinstance(asked, CaptureRequest):
         return None
-    return Keeping(captures(), asked, loaded, max_reply_bytes())
+    return Keeping(captures(), asked, loaded, config().max_reply_bytes)
 
 
 def spec_of(hook: HookRequest) -> HookSpec:

@@ -3,20 +3,35 @@
 from flask import Blueprint, Response
 
 from ..description import described
-from ..errors import json_reply
+from ..errors import ApiError, json_reply
 from ..schemas.replies import HookRemovedReply, HooksClearedReply, HooksRegisteredReply, HooksReply
 from ..schemas.requests import ModelQuery, RegisterHooksRequest
-from ..transport import read, read_query, worker
+from ..transport import config, read, read_query, worker
 from .generation import blame, spec_of
 
 blueprint = Blueprint("hooks", __name__, url_prefix="/v1/activations/hooks")
 
 
 @blueprint.post("")
-@described(RegisterHooksRequest, replies=HooksRegisteredReply, tags=["Hooks"], errors=(404, 409))
+@described(
+    RegisterHooksRequest,
+    replies=HooksRegisteredReply,
+    tags=["Hooks"],
+    errors=(404, 409),
+    example={"hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}]},
+)
 def register_hooks() -> Response:
     """Register hooks for the requests that name none of their own."""
     asked = read(RegisterHooksRequest)
+    known = worker().get(asked.model).hooks
+    if len(known) + len(asked.hooks) > config().max_hooks:
+        raise ApiError(
+            400,
+            f"{len(known)} hooks are registered and {len(asked.hooks)} more asked for; this server keeps at most "
+            f"{config().max_hooks} per model. DELETE /v1/activations/hooks makes room.",
+            code="limit_exceeded",
+            param="hooks",
+        )
     with blame("hooks"):
         ids = worker().loaded.register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
     return json_reply({"status": "hooks_registered", "registered_hooks": ids})

@@ -7,9 +7,9 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from mlx_hooks import ModelLoadError, SelfTest, UnsupportedModelError
+from mlx_hooks import ModelLoadError, SelfTest, UnsupportedModelError, loading
 
-from .. import inference
+from .. import inference, logs
 from ..description import described
 from ..errors import ApiError, json_reply
 from ..jobs import Progress
@@ -24,7 +24,7 @@ from ..schemas.replies import (
     UnloadedReply,
 )
 from ..schemas.requests import LoadRequest, NoQuery, SelfTestRequest
-from ..transport import in_background, read, read_query, reader_gone, submit, worker
+from ..transport import config, in_background, read, read_query, reader_gone, submit, worker
 from ..worker import ModelWorker
 
 blueprint = Blueprint("models", __name__, url_prefix="/v1/models")
@@ -40,7 +40,13 @@ def list_models() -> Response:
 
 
 @blueprint.post("/load")
-@described(LoadRequest, replies={200: LoadedReply, 202: JobReply}, tags=["Models"], errors=(404, 503))
+@described(
+    LoadRequest,
+    replies={200: LoadedReply, 202: JobReply},
+    tags=["Models"],
+    errors=(404, 503),
+    example={"model_path": "neuroscope-tiny"},
+)
 def load_model() -> Response:
     """Load the bundled model, a folder that the server can read, or a Hugging Face id.
 
@@ -48,6 +54,7 @@ def load_model() -> Response:
     were not used for longest are unloaded where the memory for models would not suffice.
     """
     asked = read(LoadRequest)
+    _check_place(asked.model_path)
     render = _loaded if asked.background else None
     job = submit(partial(_loading, worker(), asked), "load", render=render)
     return in_background(job) if render else json_reply(_loaded(next(job.results(reader_gone()))))
@@ -58,7 +65,25 @@ def _loading(worker: ModelWorker, asked: LoadRequest) -> Generator[LoadedModel |
         yield from worker.loading(asked.model_path, asked.model_id)
     except (ModelLoadError, UnsupportedModelError) as error:
         status, code = (400, "model_not_loadable") if _exists(asked.model_path) else (404, "model_not_found")
-        raise ApiError(status, str(error), code=code, param="model_path") from error
+        raise ApiError(status, logs.scrub(str(error), asked.model_path), code=code, param="model_path") from error
+
+
+def _check_place(name: str) -> None:
+    """Refuse a folder that this server does not load from, in the same words whether it exists or not."""
+    if name == loading.BUNDLED or loading.is_remote(name):
+        return
+    try:
+        allowed = config().admits_folder(Path(name).expanduser())
+    except (OSError, RuntimeError, ValueError):
+        allowed = False  # too long, of no user, or no path at all
+    if not allowed and (config().api_key or config().model_roots):
+        raise ApiError(
+            403,
+            "This server loads models by path from its model roots only (--model-root). The bundled "
+            f"{loading.BUNDLED!r} and Hugging Face ids such as 'owner/name' are allowed.",
+            code="path_not_allowed",
+            param="model_path",
+        )
 
 
 def _loaded(loaded: LoadedModel) -> dict[str, Any]:
@@ -102,7 +127,13 @@ def hook_points(model_id: str) -> Response:
 
 
 @blueprint.post("/<path:model_id>/selftest")
-@described(SelfTestRequest, replies={200: SelfTestReply, 202: JobReply}, tags=["Models"], errors=(404, 503))
+@described(
+    SelfTestRequest,
+    replies={200: SelfTestReply, 202: JobReply},
+    tags=["Models"],
+    errors=(404, 503),
+    example={},
+)
 def selftest(model_id: str) -> Response:
     """Prove on a loaded model that what is captured is what was computed."""
     asked = read(SelfTestRequest)

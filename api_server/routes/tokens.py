@@ -13,7 +13,13 @@ blueprint = Blueprint("tokens", __name__, url_prefix="/v1")
 
 
 @blueprint.post("/tokenize")
-@described(TokenizeRequest, replies=TokenizeReply, tags=["Tokens"], errors=(404, 409, 503))
+@described(
+    TokenizeRequest,
+    replies=TokenizeReply,
+    tags=["Tokens"],
+    errors=(404, 409, 503),
+    example={"text": "The capital of France is"},
+)
 def tokenize() -> Response:
     """The tokens of a text, or of a chat as the model's template writes it."""
     asked = read(TokenizeRequest)
@@ -22,7 +28,13 @@ def tokenize() -> Response:
 
 
 @blueprint.post("/detokenize")
-@described(DetokenizeRequest, replies=DetokenizeReply, tags=["Tokens"], errors=(404, 409, 503))
+@described(
+    DetokenizeRequest,
+    replies=DetokenizeReply,
+    tags=["Tokens"],
+    errors=(404, 409, 503),
+    example={"tokens": [5, 17, 33]},
+)
 def detokenize() -> Response:
     """The text that token ids spell together."""
     asked = read(DetokenizeRequest)
