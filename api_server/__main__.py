@@ -33,7 +33,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
     api_key = options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None
     logs.configure(options.log_level, options.log_format, secret=api_key)
     try:
-        config = ServerConfig(
+        return _serve(_config(options, api_key), options.model, options.model_id)
+    except CannotStart as error:
+        sys.stderr.write(f"neuroscope: {error}\n")
+        return 1
+
+
+# A forward pass cannot be interrupted: after the grace and this, the process ends all the same.
+STUCK_SECONDS = 10.0
+DRAIN_SECONDS = 5.0
+
+
+class CannotStart(Exception):
+    """One sentence that says why."""
+
+
+def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
+    try:
+        return ServerConfig(
             host=options.host,
             port=options.port,
             api_key=api_key,
@@ -54,19 +71,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
             captures_max_bytes=int(options.captures_max_gb * 2**30),
             captures_max_age=options.captures_max_age,
         )
-        return _serve(config, options.model, options.model_id)
-    except (CannotStart, ValueError) as error:
-        sys.stderr.write(f"neuroscope: {error}\n")
-        return 1
-
-
-# A forward pass cannot be interrupted: after the grace and this, the process ends all the same.
-STUCK_SECONDS = 10.0
-DRAIN_SECONDS = 5.0
-
-
-class CannotStart(Exception):
-    """One sentence that says why."""
+    except ValueError as error:
+        raise CannotStart(str(error)) from error
 
 
 def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int:

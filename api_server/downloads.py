@@ -85,7 +85,7 @@ def large_json(body: object) -> Response:
 
 def is_known(etag: str) -> bool:
     """Whether the caller has this already (``If-None-Match``)."""
-    return request.if_none_match.contains(etag)
+    return request.if_none_match.contains_weak(etag)
 
 
 def not_modified(etag: str) -> Response:
@@ -144,6 +144,8 @@ def _asked_range(size: int, etag: str) -> tuple[int, int] | None:
     known = request.if_range
     if known is not None and (known.date is not None or (known.etag is not None and known.etag != etag)):
         return None
+    if request.headers.get("If-Range", "").startswith("W/"):
+        return None  # what the caller has a part of was compressed
     span = asked.range_for_length(size)
     if span is None:
         raise ApiError(

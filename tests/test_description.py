@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,7 @@ api.app = APP
 
 
 @api.parametrize()
-@settings(max_examples=12, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 def test_every_answer_is_as_described(case: schemathesis.Case) -> None:
     case.call_and_validate(headers={"Accept-Encoding": "identity"}, excluded_checks=UNCHECKED)
 
@@ -72,6 +73,22 @@ def bodies() -> list[Any]:
     return [pytest.param(path, body, id=path) for path, body in found]
 
 
+def check(reply: Any, method: str, path: str) -> None:
+    """Hold a reply, or each event of one, to the description of its address."""
+    document = closed(DOCUMENT)
+    described = document["paths"][path][method]["responses"][str(reply.status_code)]
+    schema, components = described["content"][reply.mimetype]["schema"], {"components": document["components"]}
+    if reply.mimetype == "application/json":
+        jsonschema_rs.validate(schema | components, reply.json)
+    else:
+        *events, end = [line.removeprefix("data: ") for line in reply.text.split("\n\n")[:-1]]
+        assert end == "[DONE]"
+        # The other thing that an event may be is an error.
+        event_schema = schema["properties"]["data"]["anyOf"][1]["contentSchema"]["anyOf"][0]
+        for event in events:
+            jsonschema_rs.validate(event_schema | components, json.loads(event))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), bodies())
 def test_every_example_is_answered_well(app: Flask, path: str, body: dict[str, Any], stream: bool) -> None:
@@ -79,16 +96,62 @@ def test_every_example_is_answered_well(app: Flask, path: str, body: dict[str, A
         pytest.skip("has no stream")
     reply = app.test_client().post(path.replace("{model_id}", "tiny"), json=body | ({"stream": True} if stream else {}))
     assert reply.status_code == 200, reply.text
-    content = closed(DOCUMENT)["paths"][path]["post"]["responses"]["200"]["content"][reply.mimetype]["schema"]
-    schema = {**content, "components": closed(DOCUMENT)["components"]}
-    if not stream:
-        return jsonschema_rs.validate(schema, reply.json)
-    *events, end = [line.removeprefix("data: ") for line in reply.text.split("\n\n")[:-1]]
-    assert end == "[DONE]"
-    payload = content["properties"]["data"]["anyOf"][1]["contentSchema"]["anyOf"][0]
-    for event in events:
-        jsonschema_rs.validate({**payload, "components": schema["components"]}, json.loads(event))
-    return None
+    check(reply, "post", path)
+
+
+HOOKS = [
+    {"layer_name": "transformer.h.1", "component": "residual", "hook_id": "a/b", "capture_input": True},
+    {"hook_point": "blocks.*.attn.hook_z", "hook_id": "z", "positions": "last", "heads": [0, 2]},
+    {"layer_name": "*", "component": "mlp", "hook_id": "norms", "positions": {"start": 1, "stop": 3}, "reduce": "norm"},
+    {"layer_name": "transformer.wte", "component": "embedding", "hook_id": "ids", "capture_input": True},
+]
+EDIT = {"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]}
+PROMPT = {"prompt": "The capital of France is", "max_tokens": 3, "model": "tiny"}
+CAPTURE = {"activation_hooks": HOOKS, "interventions": [EDIT], "keep_capture": True}
+MESSAGES = [{"role": "user", "content": "What is the capital of France ?"}]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_to_all_that_can_be_asked_are_as_described(app: Flask, stream: bool) -> None:
+    client, streamed = app.test_client(), {"stream": stream, "stream_options": {"include_usage": True}}
+    streamed = streamed if stream else {}
+
+    def ask(method: str, path: str, body: dict[str, Any] | None = None, status: int = 200, **parts: str) -> Any:
+        reply = client.open(path.format(**parts), method=method.upper(), json=body)
+        assert reply.status_code == status, reply.text
+        check(reply, method, path.split("?")[0])
+        return reply
+
+    ask("post", "/v1/completions", PROMPT | streamed | {"logprobs": 2, "n": 2})
+    ask("post", "/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "n": 2} | streamed)
+    whole = ask("post", "/v1/completions/with_activations", PROMPT | CAPTURE | streamed)
+    kept = re.search(r"cap-\w+", whole.text)
+    assert kept
+    for address in ("/v1/captures", "/v1/captures/{capture_id}", "/v1/jobs", "/v1/models", "/v1/activations/hooks"):
+        ask("get", address, capture_id=kept[0])
+    activations = "/v1/captures/{capture_id}/activations"
+    for query in ("", "?encoding=base64&dtype=float16", "?encoding=none", "?layers=1"):
+        ask("get", activations + query, capture_id=kept[0])
+    one = activations + "/{hook_id}"
+    ask("get", one, capture_id=kept[0], hook_id="z")
+    ask("get", one + "?reduce=mean&positions=:2", capture_id=kept[0], hook_id="a/b")
+    ask("post", "/v1/activations/hooks", {"hooks": HOOKS})
+    ask("get", "/v1/activations/hooks")
+    ask("delete", "/v1/activations/hooks/{hook_id}", hook_id="a/b")
+    ask("delete", "/v1/activations/hooks")
+    job = ask("post", "/v1/models/load", {"model_path": "neuroscope-tiny", "background": True}, 202)
+    ask("get", "/v1/jobs/{job_id}", job_id=job.json["id"])
+    ask("delete", "/v1/jobs/{job_id}", job_id=job.json["id"])
+    ask("delete", "/v1/captures/{capture_id}", capture_id=kept[0])
+    ask("delete", "/v1/captures")
+
+
+def test_a_run_too_large_for_a_reply_is_answered_as_described(app: Flask) -> None:
+    client = create_app(WORKER, ServerConfig(max_reply_bytes=1000)).test_client()
+    for stream in (False, True):
+        reply = client.post("/v1/completions/with_activations", json=PROMPT | CAPTURE | {"stream": stream})
+        assert "omitted" in reply.text
+        check(reply, "post", "/v1/completions/with_activations")
 
 
 def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from flask import Flask
 from flask.testing import FlaskClient
 from server_tools import HOOKS, MESSAGES, load_tiny, running_server, save_tiny
 
@@ -90,7 +89,8 @@ def test_pages_of_other_origins_may_not(worker: ModelWorker, origin: str) -> Non
 
 def test_a_page_learns_what_it_may_do_before_it_shows_the_key(worker: ModelWorker) -> None:
     client = client_of(worker, cors_origins=(ALLOWED,), api_key=KEY)
-    assert allowed_origin(client.options(CHAT, headers=PREFLIGHT | {"Origin": ALLOWED})) == ALLOWED
+    preflight = client.options(CHAT, headers=PREFLIGHT | {"Origin": ALLOWED})
+    assert (preflight.status_code, allowed_origin(preflight)) == (200, ALLOWED)
     refused = client.get("/v1/models", headers={"Origin": ALLOWED})
     assert refused.status_code == 401
     assert allowed_origin(refused) == ALLOWED  # or the page could not read why
@@ -330,6 +330,8 @@ def test_nothing_that_fails_tells_a_path_a_key_or_a_traceback(
     def load(path: str) -> HookedModel:
         if path == "falls":
             raise RuntimeError(f"cannot open '{tmp_path}/secret file.bin' with {KEY}")
+        if path == "lost":
+            raise ModelLoadError(f"mlx-lm could not load 'lost': no weights in {tmp_path}/cache/snapshots.")
         if path == "disk":
             (tmp_path / "not" / "there").read_text()
         return load_tiny(path)
@@ -337,12 +339,13 @@ def test_nothing_that_fails_tells_a_path_a_key_or_a_traceback(
     replies = []
     with ModelWorker(load=load) as worker:
         worker.load("llama", "tiny")
-        app = create_app(worker, ServerConfig(api_key=KEY, model_roots=(tmp_path, Path("falls"), Path("disk"))))
+        roots = (tmp_path, *map(Path, ("falls", "disk", "lost")))
+        app = create_app(worker, ServerConfig(api_key=KEY, model_roots=roots))
         client = app.test_client()
         for folder in (empty, damaged, odd, no_tokenizer, tmp_path / "nowhere"):
             monkeypatch.chdir(tmp_path)
             replies.append(client.post("/v1/models/load", json={"model_path": folder.name}, headers=bearer()))
-        for name in ("falls", "disk", "owner/name", "../x"):
+        for name in ("falls", "disk", "lost", "owner/name", "../x"):
             replies.append(client.post("/v1/models/load", json={"model_path": name}, headers=bearer()))
         replies.append(client.get("/v1/models", headers=bearer("wrong")))
         replies.append(client.get(f"/v1/models?api_key={KEY}", headers=bearer()))
@@ -499,40 +502,60 @@ def test_json_is_compressed_for_those_who_ask(worker: ModelWorker) -> None:
         assert got == chosen
 
 
-def binary_app(worker: ModelWorker, **config: Any) -> Flask:
-    """The application with an address that answers bytes in the manner of a kept capture."""
-    app = create_app(worker, ServerConfig(**config))
-    numbers = np.zeros(5000, np.float32).tobytes()
+@pytest.fixture
+def kept(worker: ModelWorker) -> Any:
+    """A client, one whose server compresses binary too, and the address of the same capture at both."""
 
-    @app.get("/bytes/<kind>")
-    def give(kind: str) -> Any:
-        from flask import Response, request
+    def keep(client: FlaskClient) -> str:
+        capture_id = client.post(CAPTURE, json=CAPTURED | {"keep_capture": True}).json["capture_id"]
+        return f"/v1/captures/{capture_id}/activations/resid"
 
-        reply = Response(numbers, mimetype=f"application/{kind}")
-        if "If-None-Match" in request.headers or "Range" in request.headers:
-            reply.set_etag("tag")
-            return reply.make_conditional(request, accept_ranges=True, complete_length=len(numbers))
-        return reply
-
-    return app
+    clients = [client_of(worker), client_of(worker, compress_binary=True)]
+    return [(client, keep(client)) for client in clients]
 
 
-def test_binary_events_and_parts_are_sent_as_they_are(worker: ModelWorker) -> None:
-    asking = {"Accept-Encoding": "gzip"}
-    client = binary_app(worker).test_client()
-    assert "Content-Encoding" not in client.get("/bytes/x-npy", headers=asking).headers
-    events = client.post(CHAT, json={"messages": MESSAGES, "stream": True, "max_tokens": 30}, headers=asking)
+ASKING = {"Accept-Encoding": "gzip, zstd"}
+
+
+def test_binary_and_events_are_sent_as_they_are(worker: ModelWorker, kept: Any) -> None:
+    client, address = kept[0]
+    for form in ("npy", "safetensors"):
+        assert "Content-Encoding" not in client.get(f"{address}?format={form}", headers=ASKING).headers
+    events = client.post(CHAT, json={"messages": MESSAGES, "stream": True, "max_tokens": 30}, headers=ASKING)
     assert "Content-Encoding" not in events.headers
     assert events.text.endswith("data: [DONE]\n\n")
-    part = client.get("/bytes/json", headers=asking | {"Range": "bytes=0-4999"})
-    assert (part.status_code, part.content_length) == (206, 5000)
-    same = client.get("/bytes/json", headers=asking | {"If-None-Match": '"tag"'})
-    assert same.status_code == 304
-    for reply in (part, same):
-        assert "Content-Encoding" not in reply.headers
-        assert reply.headers["ETag"] == '"tag"'
-    packing = binary_app(worker, compress_binary=True).test_client()
-    assert packing.get("/bytes/x-npy", headers=asking).headers["Content-Encoding"] == "gzip"
+
+
+def test_a_server_that_was_told_to_compresses_binary(kept: Any) -> None:
+    client, address = kept[1]
+    plain = client.get(f"{address}?format=npy")
+    packed = client.get(f"{address}?format=npy", headers={"Accept-Encoding": "gzip"})
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(packed.data) == plain.data
+    assert plain.headers["Accept-Ranges"] == "bytes"
+    assert "Accept-Ranges" not in packed.headers
+    tag = plain.headers["ETag"]
+    assert packed.headers["ETag"] == f"W/{tag}"
+    part = {"Range": "bytes=0-99"} | ASKING
+    assert client.get(f"{address}?format=npy", headers=part | {"If-Range": f"W/{tag}"}).status_code == 200
+    assert client.get(f"{address}?format=npy", headers=part | {"If-Range": tag}).status_code == 206
+
+
+def test_what_is_known_or_a_part_stays_what_it_is(kept: Any) -> None:
+    for client, address in kept:
+        whole = client.get(f"{address}?format=npy").data
+        part = client.get(f"{address}?format=npy", headers=ASKING | {"Range": "bytes=0-999"})
+        assert (part.status_code, part.data) == (206, whole[:1000])
+        packed = client.get(address, headers=ASKING)
+        assert packed.headers["Content-Encoding"] == "zstd"
+        assert packed.headers["ETag"].startswith('W/"')
+        for reply in (part, packed):
+            same = client.get(
+                address + ("?format=npy" if reply is part else ""),
+                headers=ASKING | {"If-None-Match": reply.headers["ETag"]},
+            )
+            assert (same.status_code, same.data) == (304, b"")
+            assert "Content-Encoding" not in same.headers
 
 
 def test_the_client_asks_for_compression_only_if_told(worker: ModelWorker) -> None:

@@ -327,11 +327,37 @@ class AssistantMessage(Reply):
     content: str
 
 
+class TokenLogprob(Reply):
+    token: str
+    logprob: float = Field(description="Natural logarithm of the probability; -9999 for one that cannot be.")
+    bytes: list[int] | None = Field(description="UTF-8; a token may hold a part of a character.")
+
+
+class ChosenTokenLogprob(TokenLogprob):
+    top_logprobs: list[TokenLogprob] = Field(description="The likeliest in its place.")
+
+
+class ChatLogprobs(Reply):
+    """One entry per generated token."""
+
+    content: list[ChosenTokenLogprob]
+    refusal: None
+
+
+class TextLogprobs(Reply):
+    """Four lists with one entry per generated token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class ChatChoice(Reply):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None
 
 
 class Delta(Reply):
@@ -343,14 +369,14 @@ class ChatChunkChoice(Reply):
     index: int
     delta: Delta
     finish_reason: FinishReason | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: ChatLogprobs | None
 
 
 class TextChoice(Reply):
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: dict[str, Any] | None = None
+    logprobs: TextLogprobs | None
 
 
 class Generated(Reply):

@@ -469,16 +469,19 @@ class ChatRequest(GenerationRequest):
         return self.top_logprobs if self.logprobs else None
 
 
+_LogprobsCount = Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)]
+
+
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``"""
 
     prompt: Prompt
     logprobs: Annotated[
-        Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)] | None,
+        _LogprobsCount | None,
         # A chat's way to ask for none.
-        BeforeValidator(lambda value: None if value is False else value),
-        WithJsonSchema(
-            {"anyOf": [{"type": "integer", "minimum": 0, "maximum": MAX_TEXT_LOGPROBS}, {"enum": [False, None]}]}
+        BeforeValidator(
+            lambda value: None if value is False else value,
+            json_schema_input_type=_LogprobsCount | Literal[False] | None,
         ),
     ] = None
 
