@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from server_tools import load_tiny, running_server
 
 from api_server import ModelWorker
@@ -17,14 +18,14 @@ from neuroscope_bridge import (
     ServerUnreachableError,
     stack_records,
 )
-from neuroscope_bridge.payload import npy_header
+from neuroscope_bridge.payload import npy_header, read_safetensors
 
 MESSAGES = [{"role": "user", "content": "w1 w2 w3 w4"}]
 HOOKS = [
     *({"layer_name": f"blocks.{i}", "component": "residual", "hook_id": f"r/{i}"} for i in range(3)),
     {"layer_name": "blocks.1", "component": "query", "hook_id": "q"},
 ]
-N_FED = 9
+COMPONENTS = ["residual", "mlp", "attention_pattern", "attention_scores", "query", "key", "value"]
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,52 @@ def test_an_answer_that_breaks_off_or_is_none_is_an_error(content: bytes, error:
     with LMStudioNeuroScopeClient(url) as client, pytest.raises(error, match=said):
         client.capture_activations("cap-0", "q", format="npy")
     thread.join()
+
+
+def test_a_large_json_reply_goes_another_way_and_is_the_same(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"messages": MESSAGES, "activation_hooks": HOOKS, "max_tokens": 2, "temperature": 0}
+    route, plain = f"{url}/v1/chat/completions/with_activations", {"Accept-Encoding": "identity"}
+
+    def reply(**headers: str) -> Any:
+        with requests.post(route, json=body, headers=plain | headers, timeout=30) as response:
+            assert response.status_code == 200
+            found = response.json()
+            return response.headers, {name: found[name] for name in ("activations", "choices", "tokens", "hooks")}
+
+    headers, expected = reply()
+    monkeypatch.setattr("api_server.downloads.IN_MEMORY_BYTES", 100)
+    mapped, found = reply()
+    assert found == expected
+    assert {name: mapped[name] for name in ("Content-Type", "Content-Length")} == {
+        name: headers[name] for name in ("Content-Type", "Content-Length")
+    }
+    shrunk, found = reply(**{"Accept-Encoding": "gzip"})
+    assert shrunk["Content-Encoding"] == "gzip"
+    assert found == expected
+
+
+def test_a_slow_reader_holds_up_nobody_and_gets_everything(url: str, client: LMStudioNeuroScopeClient) -> None:
+    prompt = [i % 50 for i in range(120)]
+    hooks = [{"layer_name": f"blocks.{i}", "component": c, "hook_id": f"{c}{i}"} for i in range(3) for c in COMPONENTS]
+    kept = client.complete_with_activations(prompt, hooks, max_tokens=1, keep_capture=True, activation_encoding="none")
+    expected = client.capture_activations(kept["capture_id"])
+    route = f"{url}/v1/captures/{kept['capture_id']}/activations?format=safetensors"
+    with requests.get(route, stream=True, timeout=30) as slow:
+        first = slow.raw.read(1000)
+        client.delete_capture(kept["capture_id"])
+        for _ in range(5):
+            assert client.health_check()
+        content = first + slow.raw.read()
+    assert len(content) == int(slow.headers["Content-Length"])
+    found, _ = read_safetensors(content)
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+
+
+def test_who_leaves_in_the_middle_of_a_download_disturbs_nobody(url: str, client: LMStudioNeuroScopeClient) -> None:
+    hooks = [{"layer_name": f"blocks.{i}", "component": c, "hook_id": f"{c}{i}"} for i in range(3) for c in COMPONENTS]
+    kept = client.complete_with_activations([1] * 120, hooks, max_tokens=1, keep_capture=True)
+    route = f"{url}/v1/captures/{kept['capture_id']}/activations?format=safetensors"
+    for _ in range(10):
+        with requests.get(route, stream=True, timeout=30) as left:
+            left.raw.read(10)
+    assert client.capture_activations(kept["capture_id"], "query1")
