@@ -10,14 +10,27 @@ from types import TracebackType
 from typing import Any, Literal, cast, overload
 from urllib.parse import SplitResult, quote, urlsplit
 
+import numpy as np
 import requests
 from requests.auth import AuthBase
 from urllib3 import exceptions as transport
 
-from .errors import NeuroScopeError, ResponseFormatError, ServerUnreachableError
+from .errors import NeuroScopeError, PayloadError, ResponseFormatError, ServerUnreachableError
 from .events import EventStream
-from .payload import dumps, encode_intervention
-from .replies import Reply, api_error, caused_by, expect, innermost, parse, quoted, timed_out, undecodable, with_arrays
+from .payload import dumps, encode_intervention, read_npy, read_safetensors
+from .replies import (
+    Reply,
+    api_error,
+    caused_by,
+    expect,
+    innermost,
+    parse,
+    quoted,
+    read_body,
+    timed_out,
+    undecodable,
+    with_arrays,
+)
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8080"
 DEFAULT_TIMEOUT = 600.0
@@ -27,6 +40,7 @@ MAX_TIMEOUT = 1_000_000.0  # eleven days; from some point on a socket refuses a 
 Messages = Sequence[Mapping[str, Any]]
 Hooks = Sequence[Mapping[str, Any]]
 Interventions = Sequence[Mapping[str, Any]]
+Indices = int | str | slice | Sequence[int]
 
 
 class LMStudioNeuroScopeClient:
@@ -347,7 +361,7 @@ class LMStudioNeuroScopeClient:
         }
         return self._generate("/v1/completions/with_activations", body, stream)
 
-    # -- hooks and analysis ----------------------------------------------------------------------
+    # -- hooks ----------------------------------------------------------------------------------
 
     def register_hooks(self, hooks: Hooks, model: str | None = None) -> list[str]:
         """Register hooks for the requests that name none of their own.
@@ -375,6 +389,130 @@ class LMStudioNeuroScopeClient:
 
     register_activation_hooks = register_hooks
     clear_activation_hooks = clear_hooks
+
+    # -- captures --------------------------------------------------------------------------------
+
+    def list_captures(self, limit: int = 100, after: str | None = None) -> list[Reply]:
+        """The runs whose activations the server keeps, the newest first.
+
+            client.list_captures()[0]["id"]      # 'cap-...'
+
+        Args:
+            limit: The most to list, up to 1000.
+            after: The id of the last one of the part before.
+        """
+        params = {"limit": limit, "after": after}
+        return cast("list[Reply]", self._field("GET", "/v1/captures", "data", list, params=params))
+
+    def capture(self, capture_id: str) -> Reply:
+        """What a capture holds: `tokens`, the hooks' receipts, and under `arrays` name, axes and shape of each."""
+        return self._json("GET", f"/v1/captures/{quote(capture_id, safe='')}")
+
+    def delete_capture(self, capture_id: str) -> Reply:
+        """Delete a capture; an unknown id is a `NeuroScopeAPIError` with status 404."""
+        return self._json("DELETE", f"/v1/captures/{quote(capture_id, safe='')}")
+
+    def clear_captures(self) -> Reply:
+        """Delete all captures."""
+        return self._json("DELETE", "/v1/captures")
+
+    @overload
+    def capture_activations(
+        self,
+        capture_id: str,
+        hook_id: str | None = None,
+        positions: Indices | None = None,
+        heads: Indices | None = None,
+        layers: Indices | None = None,
+        reduce: str | None = None,
+        *,
+        format: Literal["npy"],
+        dtype: str = "float32",
+        encoding: str = "base64",
+    ) -> np.ndarray: ...
+    @overload
+    def capture_activations(
+        self,
+        capture_id: str,
+        hook_id: str | None = None,
+        positions: Indices | None = None,
+        heads: Indices | None = None,
+        layers: Indices | None = None,
+        reduce: str | None = None,
+        *,
+        format: Literal["json"],
+        dtype: str = "float32",
+        encoding: str = "base64",
+    ) -> dict[str, list[Reply]]: ...
+    @overload
+    def capture_activations(
+        self,
+        capture_id: str,
+        hook_id: str | None = None,
+        positions: Indices | None = None,
+        heads: Indices | None = None,
+        layers: Indices | None = None,
+        reduce: str | None = None,
+        format: Literal["safetensors"] = "safetensors",
+        dtype: str = "float32",
+        encoding: str = "base64",
+    ) -> dict[str, np.ndarray]: ...
+    def capture_activations(
+        self,
+        capture_id: str,
+        hook_id: str | None = None,
+        positions: Indices | None = None,
+        heads: Indices | None = None,
+        layers: Indices | None = None,
+        reduce: str | None = None,
+        format: str = "safetensors",
+        dtype: str = "float32",
+        encoding: str = "base64",
+    ) -> dict[str, np.ndarray] | np.ndarray | dict[str, list[Reply]]:
+        """Activations of a run that was kept, whole or in ranges.
+
+            capture_id = client.generate_with_activations(messages, hooks, keep_capture=True)["capture_id"]
+            client.capture_activations(capture_id, "r5", positions=slice(-3, None))
+            # {'r5/blocks.5.hook_resid_post': array of shape (1, 3, 768)}
+
+        The records of a hook point are one array: prompt and generated tokens as one sequence.
+
+        Args:
+            capture_id: The run's `capture_id`.
+            hook_id: Those of one hook; None for all.
+            positions: Absolute positions: an index, a list, a slice without step, or `"last"`, which is the prompt's
+                last token and each generated one. Negative ones count from the end.
+            heads: Query heads, alike; at k and v, the key-value heads that serve them.
+            layers: Layers, alike.
+            reduce: `mean`, `max` or `last` over the positions, or `norm` over the last axis, of what is selected.
+            format: How they travel: `safetensors`, `npy` (which holds one array) or `json`.
+            dtype: `float32`, or `float16` for half the bytes.
+            encoding: How `json` carries arrays: `base64`, `json`, or `none`.
+
+        Returns:
+            With `safetensors` arrays by `{hook_id}/{hook_point}`, which share one buffer; with `npy` the array; with
+            `json` records by hook id, whose `data` are arrays.
+
+        Raises:
+            ValueError: `positions`, `heads` or `layers` is something else.
+        """
+        route = f"/v1/captures/{quote(capture_id, safe='')}/activations"
+        route += f"/{quote(hook_id, safe='')}" if hook_id is not None else ""
+        ranges = {"positions": positions, "heads": heads, "layers": layers}
+        params: Reply = {name: indices(value, name) for name, value in ranges.items() if value is not None}
+        params |= {"reduce": reduce, "format": format, "dtype": dtype}
+        source = f"GET {route}"
+        if format == "json":
+            reply = with_arrays(self._large_json("GET", route, params=params | {"encoding": encoding}), source)
+            return cast("dict[str, list[Reply]]", expect(reply, "activations", dict, source))
+        response = self._send("GET", route, params=params, stream=True, accept=f"application/x-{format}")
+        body = read_body(response, source, self.timeout)
+        try:
+            return read_npy(body) if format == "npy" else read_safetensors(body)[0]
+        except PayloadError as error:
+            raise ResponseFormatError(f"{source}: {error}") from error
+
+    # -- analysis --------------------------------------------------------------------------------
 
     def logit_lens(
         self,
@@ -415,7 +553,7 @@ class LMStudioNeuroScopeClient:
         body["stream"] = stream
         if stream:
             return EventStream(self._send("POST", route, body, stream=True), f"POST {route}", self.timeout)
-        reply = self._json("POST", route, body)
+        reply = self._large_json("POST", route, body)
         expect(reply, "choices", list, f"POST {route}")
         return with_arrays(reply, f"POST {route}")
 
@@ -431,12 +569,19 @@ class LMStudioNeuroScopeClient:
         return expect(self._json(method, route, body, params), name, kind, f"{method} {route}")
 
     def _json(self, method: str, route: str, body: Reply | None = None, params: Reply | None = None) -> Reply:
-        response = self._send(method, route, body, params)
-        reply = parse(response.content)
+        return self._object(self._send(method, route, body, params).content, f"{method} {route}")
+
+    def _large_json(self, method: str, route: str, body: Reply | None = None, params: Reply | None = None) -> Reply:
+        """The same, several times faster for megabytes."""
+        source = f"{method} {route}"
+        response = self._send(method, route, body, params, stream=True, accept="application/json")
+        return self._object(read_body(response, source, self.timeout), source)
+
+    def _object(self, text: bytes | memoryview, source: str) -> Reply:
+        reply = parse(text)
         if not isinstance(reply, dict):
             raise ResponseFormatError(
-                f"{method} {route}: expected a JSON object, got {quoted(response.content)}. "
-                f"Is {self.base_url} a NeuroScope server?"
+                f"{source}: expected a JSON object, got {quoted(text)}. Is {self.base_url} a NeuroScope server?"
             )
         return reply
 
@@ -447,6 +592,7 @@ class LMStudioNeuroScopeClient:
         body: Reply | None = None,
         params: Reply | None = None,
         stream: bool = False,
+        accept: str = "text/event-stream",
     ) -> requests.Response:
         data = None if body is None else dumps({name: value for name, value in body.items() if value is not None})
         try:
@@ -455,7 +601,7 @@ class LMStudioNeuroScopeClient:
                 self.base_url + route,
                 params=params,
                 data=data,
-                headers={"Accept": "text/event-stream"} if stream else None,
+                headers={"Accept": accept} if stream else None,
                 timeout=(min(CONNECT_TIMEOUT, self.timeout), self.timeout),
                 allow_redirects=False,
                 stream=stream,
@@ -520,6 +666,18 @@ def _token_ids(tokens: Iterable[Any]) -> list[int]:
             raise ValueError(f"tokens must be whole numbers, got {token!r}.")
         ids.append(operator.index(token))
     return ids
+
+
+def indices(value: Indices, name: str) -> str:
+    """As an address has them: `indices(slice(2, None), "heads")` is `2:`."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, slice) and value.step in (None, 1):
+        return ":".join("" if end is None else str(operator.index(end)) for end in (value.start, value.stop))
+    try:
+        return ",".join(map(str, _token_ids(value if isinstance(value, Iterable) else [value])))
+    except ValueError:
+        raise ValueError(f"{name} is an index, a list of them or a slice without step, got {value!r}.") from None
 
 
 def _is_loopback(host: str) -> bool:

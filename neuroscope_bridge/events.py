@@ -6,12 +6,9 @@ from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
 
 import requests
-from urllib3 import exceptions as transport
 
 from .errors import ResponseFormatError, ServerUnreachableError
-from .replies import Reply, error_of, parse, quoted, timed_out, undecodable, with_arrays
-
-READ_BYTES = 1 << 16
+from .replies import Reply, chunks, error_of, parse, quoted, with_arrays
 
 
 class EventStream:
@@ -63,7 +60,7 @@ class EventStream:
 
 def _events(response: requests.Response, source: str, timeout: float) -> Generator[Reply, None, None]:
     try:
-        for text in parse_event_stream(_chunks(response, source, timeout)):
+        for text in parse_event_stream(chunks(response, source, timeout)):
             if text == "[DONE]":
                 return
             event = parse(text)
@@ -75,19 +72,6 @@ def _events(response: requests.Response, source: str, timeout: float) -> Generat
         raise ServerUnreachableError(f"{source}: the stream ended before its [DONE].")
     finally:
         response.close()
-
-
-def _chunks(response: requests.Response, source: str, timeout: float) -> Iterator[bytes]:
-    try:
-        # Not iter_content: on a body without chunked encoding it waits for a full block.
-        while chunk := response.raw.read1(READ_BYTES, decode_content=True):
-            yield chunk
-    except transport.ReadTimeoutError as error:
-        raise timed_out(source, timeout) from error
-    except transport.DecodeError as error:
-        raise undecodable(source, error) from error
-    except (transport.HTTPError, OSError) as error:
-        raise ServerUnreachableError(f"{source}: the connection broke in the middle of the stream.") from error
 
 
 def parse_event_stream(chunks: Iterable[bytes]) -> Iterator[str]:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import orjson
 import requests
+from urllib3 import exceptions as transport
 
-from .errors import NeuroScopeAPIError, PayloadError, ResponseFormatError, ServerTimeoutError
+from .errors import (
+    NeuroScopeAPIError,
+    PayloadError,
+    ResponseFormatError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+)
 from .payload import decode_activation
 
+READ_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
 SNIPPET = 200  # characters of a foreign answer that an error quotes
 
 Reply = dict[str, Any]
 
 
-def parse(text: bytes | str) -> Any:
+def parse(text: bytes | memoryview | str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
 
 
-def quoted(text: bytes | str) -> str:
+def quoted(text: bytes | memoryview | str) -> str:
     """The beginning of a foreign answer, for an error message."""
-    return repr(text[:SNIPPET].decode("utf-8", "replace") if isinstance(text, bytes) else text[:SNIPPET])
+    return repr(text[:SNIPPET] if isinstance(text, str) else bytes(text[:SNIPPET]).decode("utf-8", "replace"))
 
 
 def expect(reply: Any, name: str, kind: type, source: str) -> Any:
@@ -48,6 +60,49 @@ def with_arrays(reply: Reply, source: str) -> Reply:
     except (PayloadError, AttributeError, TypeError) as error:
         raise ResponseFormatError(f"{source}: damaged activations: {error}") from error
     return reply
+
+
+def read_body(response: requests.Response, source: str, timeout: float) -> bytes | memoryview:
+    """A streamed answer's body; where its size is known, read into one buffer.
+
+    Raises:
+        ServerTimeoutError: nothing came for the client's `timeout`.
+        ServerUnreachableError: the connection broke before the end.
+        ResponseFormatError: it is not in the compression that its header names.
+    """
+    length = response.headers.get("Content-Length", "")
+    with response:
+        if not length.isdecimal() or "Content-Encoding" in response.headers:
+            return b"".join(chunks(response, source, timeout))
+        # Not a bytearray, which would be filled with zeros first.
+        body, at = np.empty(int(length), np.uint8).data, 0
+        with _named(source, timeout):
+            while at < len(body) and (count := response.raw.readinto(body[at : at + READ_BYTES])):
+                at += count
+    if at < len(body):
+        raise ServerUnreachableError(f"{source}: the connection broke after {at} of {len(body)} bytes.")
+    return body
+
+
+def chunks(response: requests.Response, source: str, timeout: float) -> Iterator[bytes]:
+    """A streamed answer's body as it comes; raises as `read_body` does."""
+    with _named(source, timeout):
+        # Not iter_content: on a body without chunked encoding it waits for a full block.
+        while chunk := response.raw.read1(CHUNK_BYTES, decode_content=True):
+            yield chunk
+
+
+@contextmanager
+def _named(source: str, timeout: float) -> Iterator[None]:
+    """What goes wrong with a connection, as this package's errors."""
+    try:
+        yield
+    except transport.ReadTimeoutError as error:
+        raise timed_out(source, timeout) from error
+    except transport.DecodeError as error:
+        raise undecodable(source, error) from error
+    except (transport.HTTPError, OSError) as error:
+        raise ServerUnreachableError(f"{source}: the connection broke in the middle of the answer.") from error
 
 
 def api_error(response: requests.Response, source: str) -> NeuroScopeAPIError:

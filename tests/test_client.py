@@ -691,7 +691,7 @@ def test_a_stream_that_breaks_off_in_a_chunk_is_an_error(server, client):
     server.answers[f"POST {CHAT}"] = answer
     events = client.chat(MESSAGES, stream=True)
     assert next(events) == chunk("a")
-    with pytest.raises(ServerUnreachableError, match="in the middle of the stream"):
+    with pytest.raises(ServerUnreachableError, match="in the middle of the answer"):
         next(events)
 
 
