@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, cast, overload
 from urllib.parse import SplitResult, quote, urlsplit
@@ -22,6 +23,7 @@ from .replies import (
     Reply,
     api_error,
     caused_by,
+    error_of,
     expect,
     innermost,
     parse,
@@ -137,7 +139,7 @@ class LMStudioNeuroScopeClient:
         Args:
             model_path: `neuroscope-tiny`, a folder that the server can read, or a Hugging Face id.
             model_id: The name to use in requests; by default the last part of the path.
-            options: Further fields of the request.
+            options: Further fields of the request; with `background=True` the reply is the job that loads it.
         """
         return self._json(
             "POST", "/v1/models/load", {"model_path": os.fspath(model_path), "model_id": model_id, **options}
@@ -161,15 +163,15 @@ class LMStudioNeuroScopeClient:
         route = f"{self._model_route(model_id)}/hook_points"
         return cast("list[Reply]", self._field("GET", route, "hook_points", list))
 
-    def selftest(self, model_id: str | None = None) -> Reply:
+    def selftest(self, model_id: str | None = None, background: bool = False) -> Reply:
         """Prove on a loaded model that what is captured is what was computed.
 
             client.selftest()["passed"]          # True
 
         `checks` has each identity with its largest deviation, what is allowed and why; `untrusted` lists the hook
-        points at which one does not hold.
+        points at which one does not hold. In the background the reply is the job, whose result this is in the end.
         """
-        return self._json("POST", f"{self._model_route(model_id)}/selftest", {})
+        return self._json("POST", f"{self._model_route(model_id)}/selftest", {"background": background or None})
 
     def tokenize(self, text: str | None = None, *, messages: Messages | None = None, model: str | None = None) -> Reply:
         """The tokens of a text, or of a chat as its template writes it.
@@ -540,6 +542,46 @@ class LMStudioNeuroScopeClient:
         _require_one(prompt=prompt, messages=messages)
         body = {"prompt": prompt, "messages": messages, "top_k": top_k, "position": position, "model": model}
         return self._json("POST", "/v1/analysis/logit_lens", body)
+
+    # -- jobs ------------------------------------------------------------------------------------
+
+    def list_jobs(self) -> list[Reply]:
+        """What the server works on, what waits, and what ended a while ago, the newest first."""
+        return cast("list[Reply]", self._field("GET", "/v1/jobs", "data", list))
+
+    def job(self, job_id: str) -> Reply:
+        """How far a job has come: `status`, `fraction`, `message`, and at the end `result` or `error`."""
+        return self._json("GET", f"/v1/jobs/{quote(job_id, safe='')}")
+
+    def cancel_job(self, job_id: str) -> Reply:
+        """Cancel a job at its next token; one that has ended stays as it is."""
+        return self._json("DELETE", f"/v1/jobs/{quote(job_id, safe='')}")
+
+    def wait_for_job(
+        self, job_id: str, interval: float = 0.5, on_progress: Callable[[Reply], object] = lambda job: None
+    ) -> Reply:
+        """Wait until a job has ended; answers its result.
+
+            job = client.load_model("a-large-one", background=True)
+            client.wait_for_job(job["id"], on_progress=lambda job: print(job["message"]))
+
+        Args:
+            job_id: The `id` of the reply to what was asked for in the background.
+            interval: Seconds between two questions.
+            on_progress: Called with the job each time.
+
+        Raises:
+            NeuroScopeAPIError: it failed, or was cancelled.
+        """
+        while True:
+            job = self.job(job_id)
+            on_progress(job)
+            if job.get("finished") is not None:
+                break
+            time.sleep(interval)
+        if job.get("error") is not None:
+            raise error_of(job, None, f"job {job_id}")
+        return job.get("result") or {}
 
     # -- transport -------------------------------------------------------------------------------
 

@@ -187,6 +187,9 @@ def test_every_method_asks_its_route(server, client):
         "DELETE /v1/activations/hooks": (200, {"status": "hooks_cleared"}),
         "DELETE /v1/activations/hooks/a%2Fb%20c": (200, {"status": "hook_deleted"}),
         "POST /v1/analysis/logit_lens": (200, {"layers": []}),
+        "GET /v1/jobs": (200, {"object": "list", "data": [{"id": "job-1"}]}),
+        "GET /v1/jobs/job-1": (200, {"id": "job-1", "status": "running"}),
+        "DELETE /v1/jobs/job-1": (200, {"id": "job-1", "status": "cancelled"}),
     }
 
     def asks(result, line, body=None, query=""):
@@ -204,6 +207,10 @@ def test_every_method_asks_its_route(server, client):
     asks(client.unload_model("first"), "DELETE /v1/models/first")
     assert asks(client.hook_points("first"), "GET /v1/models/first/hook_points") == [{"name": "hook_embed"}]
     assert asks(client.selftest("first"), "POST /v1/models/first/selftest", {}) == {"passed": True}
+    asks(client.selftest("first", background=True), "POST /v1/models/first/selftest", {"background": True})
+    assert asks(client.list_jobs(), "GET /v1/jobs") == [{"id": "job-1"}]
+    assert asks(client.job("job-1"), "GET /v1/jobs/job-1")["status"] == "running"
+    assert asks(client.cancel_job("job-1"), "DELETE /v1/jobs/job-1")["status"] == "cancelled"
     assert asks(client.tokenize("a"), "POST /v1/tokenize", {"text": "a"})["count"] == 1
     asks(client.tokenize(messages=MESSAGES, model="m"), "POST /v1/tokenize", {"messages": MESSAGES, "model": "m"})
     assert asks(client.detokenize(np.array([1, 2])), "POST /v1/detokenize", {"tokens": [1, 2]}) == "a b"
@@ -220,6 +227,19 @@ def test_every_method_asks_its_route(server, client):
         "POST /v1/analysis/logit_lens",
         {"messages": MESSAGES, "top_k": 2, "position": 0},
     )
+
+
+def test_a_job_is_awaited_and_its_progress_told(live_server):
+    with LMStudioNeuroScopeClient(live_server.base_url) as client:
+        seen = []
+        job = client.selftest("neuroscope-tiny", background=True)
+        result = client.wait_for_job(job["id"], 0.01, seen.append)
+        assert result == client.selftest("neuroscope-tiny")
+        assert seen[-1]["status"] == "completed"
+        assert any(one["message"].startswith("checked: ") for one in seen)
+        failing = client.load_model("no-such-model", background=True)
+        with raises_api_error(None, code="model_not_found"):
+            client.wait_for_job(failing["id"], 0.01)
 
 
 def test_generation_sends_the_documented_defaults_and_every_option(server, client):
