@@ -218,6 +218,8 @@ def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
     for status in {*extras.errors, *((401,) if wants_key else ())}:
         responses[str(status)] = {"$ref": f"#/components/responses/Error{status}"}
     operation["responses"] = dict(sorted(responses.items()))
+    if not operation["description"]:
+        del operation["description"]
     if extras.example is not None:
         operation["requestBody"]["content"][JSON]["example"] = extras.example
 

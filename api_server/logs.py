@@ -88,6 +88,11 @@ def account(response: Response) -> None:
     response.call_on_close(write) if response.is_streamed else write()
 
 
+def refused(request_id: str, status: int, nbytes: int) -> None:
+    """One line for a request that the HTTP layer refused, whose method and address it may not even have read."""
+    access.info("request", extra={"request_id": request_id, "status": status, "bytes": nbytes})
+
+
 class _Discreet:
     """Makes a line of a record: of an exception its type, message and way, of a path its last part, no secret."""
 
@@ -148,5 +153,5 @@ def configure(level: str, form: str, secret: str | None = None) -> None:
     """
     handler = logging.StreamHandler()
     handler.setFormatter(formatter(form, tracebacks=level == "debug", secret=secret))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)

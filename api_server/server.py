@@ -128,6 +128,7 @@ class _JsonErrorTask(ErrorTask):
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
+        logs.refused(request_id, error.code, len(body))
 
 
 class _Channel(HTTPChannel):

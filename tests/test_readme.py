@@ -1,22 +1,18 @@
 """The README's blocks do what they say."""
 
 import json
-import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import documents
 import pytest
+from documents import DEFAULT
 
 from mlx_hooks import HookedModel
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-DEFAULT = "http://127.0.0.1:8080"
-
-
-def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == language]
+blocks = partial(documents.blocks, "README.md")
 
 
 def test_the_engines_block_runs_with_the_shapes_that_it_names() -> None:

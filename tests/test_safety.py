@@ -469,10 +469,22 @@ def test_over_the_wire_the_client_learns_the_name(worker: ModelWorker) -> None:
         with LMStudioNeuroScopeClient(url) as client, pytest.raises(NeuroScopeAPIError) as caught:
             client.model_info("none")
         assert re.fullmatch(r"req-[0-9a-f]{32}", caught.value.request_id or "")
-        # Refused by the HTTP layer, before the application.
-        reply = requests.get(f"{url}/health", headers={"X-Request-Id": "mine", "X": "x" * 2**18}, timeout=10)
-        assert reply.status_code == 431
-        assert reply.headers["X-Request-Id"] == reply.json()["error"]["request_id"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "named"),
+    [({"Transfer-Encoding": "odd"}, 501, True), ({"X": "x" * 2**18}, 431, False)],
+)
+def test_what_the_http_layer_refuses_has_a_name_and_a_line(
+    worker: ModelWorker, headers: dict[str, str], status: int, named: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_server(worker) as url, caplog.at_level(logging.INFO, "api_server.access"):
+        reply = requests.post(f"{url}/v1/tokenize", headers={"X-Request-Id": "mine"} | headers, timeout=10)
+    assert reply.status_code == status
+    name = reply.headers["X-Request-Id"]
+    assert name == reply.json()["error"]["request_id"]
+    assert (name == "mine") == named  # headers that are too large are not read
+    assert [(record.request_id, record.status) for record in caplog.records] == [(name, status)]
 
 
 # -- compression ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ _PAGE = """<!DOCTYPE html>
 """
 # Without validatorUrl null, Swagger UI asks a server of its makers to check the description.
 _START = """SwaggerUIBundle({
-  url: '/openapi.json', dom_id: '#docs', validatorUrl: null, docExpansion: 'list', defaultModelsExpandDepth: 0
+  url: '/openapi.json', dom_id: '#docs', validatorUrl: null, deepLinking: true, defaultModelsExpandDepth: 0
 });
 """
 _ASSETS = {"swagger_bundle.js": "text/javascript", "swagger_style.css": "text/css"}
