@@ -1,5 +1,7 @@
 """The store of captures: its bounds, its files, what survives an end without notice."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -20,7 +22,7 @@ from server_tools import load_tiny, running_server, server_process, url_of
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.app import close_app
 from api_server.captures import BLOCK, CannotOpenCaptures, Capture, CaptureAbout, CaptureStore
-from api_server.errors import CapturesBusy, CaptureTooLarge, UnknownCapture
+from api_server.errors import CapturesBusy, CapturesUnwritable, CaptureTooLarge, UnknownCapture
 from api_server.ranges import select
 from neuroscope_bridge.payload import decode_activation, read_safetensors, stack_records
 
@@ -436,6 +438,30 @@ def test_rows_of_a_batch_are_joined_along_the_positions(make_store: MakeStore, m
     assert np.array_equal(tensor.array(), whole[:, [0, 2, 3, 5]])
     (tensor,) = select(capture, positions="1:", reduce="max")
     assert np.array_equal(tensor.array("float16"), whole[:, 1:].max(axis=1).astype(np.float16))
+
+
+class FullDisk(io.BytesIO):
+    """A file on a disk that is full."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+
+
+def test_a_full_disk_is_507_without_a_path(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    capture = store.get(keep(store))
+    monkeypatch.setattr("api_server.ranges.IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr("tempfile.TemporaryFile", FullDisk)
+    (tensor,) = select(capture)
+    with pytest.raises(CapturesUnwritable, match=r"disk: No space left on device\.$") as refusal:
+        tensor.array("float16")
+    assert refusal.value.status == 507
+    monkeypatch.setattr("pathlib.Path.open", lambda *_: FullDisk())
+    with store.begin() as writer, pytest.raises(CapturesUnwritable, match=r"No space left on device\.$"):
+        writer.add(fields(), np.zeros((1, 2, 4), np.float32))
+    assert len(list(tmp_path.glob("*cap-*"))) == 1
 
 
 # Threads
