@@ -24,7 +24,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -220,23 +220,24 @@ class CaptureStore:
         Raises:
             UnknownCapture: lists those that there are.
         """
-        with self._lock:
-            self._forget_old()
-            entry = self._known(capture_id)
-            folder = self._path(capture_id)
-            try:
-                manifest = _read_manifest(folder)
-                data = _map(folder / _DATA, manifest.data_bytes)
-            except (OSError, ValueError) as error:
-                log.warning("capture %s is damaged and left out: %s", capture_id, _reason(error))
+        try:
+            with self._lock:
+                self._forget_old()
+                entry = replace(self._known(capture_id), used=self.clock())
+                folder = self._path(capture_id)
+                # From here on it may be deleted: what is open stays.
+                text, data = (folder / _MANIFEST).read_bytes(), _map(folder / _DATA)
+                os.utime(folder, (entry.used, entry.used))
                 self._drop(entry)
+                self._enter(entry)
+            # A long one takes a while, in which nobody waits.
+            return Capture(entry, _checked(text, capture_id, data), data)
+        except (OSError, ValueError) as error:
+            log.warning("capture %s is damaged and left out: %s", capture_id, _reason(error))
+            with self._lock:
+                if capture_id in self._entries:
+                    self._drop(self._entries[capture_id])
                 raise self._unknown(capture_id) from error
-            used = self.clock()
-            os.utime(folder, (used, used))
-            entry = Entry.of(manifest, entry.disk_bytes, used)
-            self._drop(entry)
-            self._enter(entry)
-            return Capture(entry, manifest, data)
 
     @property
     def disk_bytes(self) -> int:
@@ -353,8 +354,7 @@ class CaptureStore:
                 _remove_folder(path)
             elif _FINISHED.fullmatch(path.name):
                 try:
-                    manifest = _read_manifest(path)
-                    _map(path / _DATA, manifest.data_bytes)
+                    manifest = _checked((path / _MANIFEST).read_bytes(), path.name, _map(path / _DATA))
                     sizes = [(path / name).stat().st_size for name in (_DATA, _MANIFEST)]
                     found.append(Entry.of(manifest, _on_disk(*sizes), path.stat().st_mtime))
                 except (OSError, ValueError) as error:
@@ -520,19 +520,18 @@ def _on_disk(*sizes: int) -> int:
     return BLOCK + sum(-(-size // BLOCK) * BLOCK for size in sizes)
 
 
-def _read_manifest(folder: Path) -> Manifest:
-    manifest = Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
-    if manifest.capture_id != folder.name:
+def _checked(text: bytes, capture_id: str, data: np.ndarray) -> Manifest:
+    manifest = Manifest.model_validate_json(text)
+    if manifest.capture_id != capture_id:
         raise ValueError("the manifest is of another capture")
+    if data.size != manifest.data_bytes:
+        raise ValueError(f"the data has {data.size} bytes where {manifest.data_bytes} were written")
     return manifest
 
 
-def _map(path: Path, nbytes: int) -> np.ndarray:
-    size = path.stat().st_size
-    if size != nbytes:
-        raise ValueError(f"the data has {size} bytes where {nbytes} were written")
+def _map(path: Path) -> np.ndarray:
     # An empty file cannot be mapped.
-    return np.memmap(path, np.uint8, "r") if nbytes else np.empty(0, np.uint8)
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from werkzeug.wsgi import wrap_file
 
 from neuroscope_bridge import payload
 
-from .errors import ApiError
+from .errors import ApiError, CapturesUnwritable
 
 Buffer = bytes | memoryview
 
@@ -72,14 +72,21 @@ def large_json(body: object) -> Response:
 
     The HTTP server would copy such a body to a file bit by bit and read it back, many times over where the reader is
     slower than the file. Here it is one mapped file, of which the socket takes what it can; no memory waits with it.
+
+    Raises:
+        ApiError: the disk has no room for it.
     """
     text = payload.dumps(body)
     wants_less = any(request.accept_encodings[name] > 0 for name in ("gzip", "zstd", "br"))
     if len(text) <= IN_MEMORY_BYTES or wants_less:
         return Response(text, mimetype="application/json")
-    with tempfile.TemporaryFile() as file:
-        mapped = np.memmap(file, np.uint8, "w+", shape=len(text))
-    mapped[:] = np.frombuffer(text, np.uint8)
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(text)
+            file.flush()
+            mapped = np.memmap(file, np.uint8, "r", shape=len(text))
+    except OSError as error:
+        raise CapturesUnwritable(error.strerror or "the disk refuses") from error
     return _passed_through(Pieces([mapped.data]), len(text), "application/json")
 
 

@@ -107,10 +107,10 @@ class CapturesBusy(ApiError):
 
 
 class CapturesUnwritable(ApiError):
-    """The disk refuses."""
+    """The disk has no room for activations, or refuses them."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(507, f"The capture could not be written: {reason}.", code="captures_unwritable")
+        super().__init__(507, f"The activations could not be written to disk: {reason}.", code="captures_unwritable")
 
 
 class NoModelLoaded(ApiError):

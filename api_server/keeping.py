@@ -87,7 +87,6 @@ class Keeping:
         if not (self._wanted or self.too_large):
             return {"capture_id": None}
         writer = self._begun()
-        self._write(writer)
         writer.finish(
             CaptureAbout(
                 model=self._loaded.model_id,

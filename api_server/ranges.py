@@ -23,7 +23,7 @@ from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
 from .captures import Capture, StoredRecord
-from .errors import ApiError
+from .errors import ApiError, CapturesUnwritable
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Numbers that must be put together lie in memory up to this size, else in a temporary file."""
@@ -439,5 +439,13 @@ def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     """An array to fill; one too large for memory lies in a file that goes with it."""
     if math.prod(shape) * dtype.itemsize <= IN_MEMORY_BYTES:
         return np.empty(shape, dtype)
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype, "w+", shape=shape)
+    left = math.prod(shape) * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile() as file:
+            # A mapped file that finds the disk full when it is filled would end the process.
+            while left:
+                left -= file.write(bytes(min(left, 2**20)))
+            file.flush()
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise CapturesUnwritable(error.strerror or "the disk refuses") from error

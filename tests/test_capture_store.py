@@ -1,5 +1,7 @@
 """The store of captures: its bounds, its files, what survives an end without notice."""
 
+import errno
+import io
 import json
 import logging
 import os
@@ -20,7 +22,7 @@ from server_tools import load_tiny, running_server, server_process, url_of
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.app import close_app
 from api_server.captures import BLOCK, CannotOpenCaptures, Capture, CaptureAbout, CaptureStore
-from api_server.errors import CapturesBusy, CaptureTooLarge, UnknownCapture
+from api_server.errors import CapturesBusy, CapturesUnwritable, CaptureTooLarge, UnknownCapture
 from api_server.ranges import select
 from neuroscope_bridge.payload import decode_activation, read_safetensors, stack_records
 
@@ -363,6 +365,103 @@ def test_an_unfinished_one_vanishes_with_its_request_and_at_the_next_start(
     left.rename(writer.folder)
     assert ids(make_store(tmp_path)) == []
     assert list(tmp_path.glob("*cap-*")) == []
+
+
+# What is no one sequence
+
+
+def names_and_shapes(store: CaptureStore, *records: tuple[dict[str, Any], tuple[int, ...]]) -> dict[str, Any]:
+    with store.begin() as writer:
+        for number, (changes, shape) in enumerate(records):
+            writer.add(fields(**changes), np.full(shape, number, np.float32))
+        writer.finish(ABOUT)
+    return {tensor.name: tensor.array() for tensor in select(store.get(writer.capture_id))}
+
+
+def test_passes_of_a_layer_are_arrays_of_their_own(make_store: MakeStore) -> None:
+    found = names_and_shapes(
+        make_store(),
+        ({"pass_index": 0}, (1, 2, 4)),
+        ({"pass_index": 1}, (1, 2, 4)),
+        ({"pass_index": 0, "step": 1, "positions": (2, 3)}, (1, 1, 4)),
+        ({"pass_index": 1, "step": 1, "positions": (2, 3)}, (1, 1, 4)),
+    )
+    assert {name: array[0, :, 0].tolist() for name, array in found.items()} == {
+        "r0/blocks.0.hook_resid_post#pass0": [0, 0, 2],
+        "r0/blocks.0.hook_resid_post#pass1": [1, 1, 3],
+    }
+
+
+NOT_ONE: dict[str, list[tuple[dict[str, Any], tuple[int, ...]]]] = {
+    "states": [({"axes": ["batch", "state_1"]}, (1, 4)), ({"axes": ["batch", "state_1"], "step": 1}, (1, 4))],
+    "one state": [({"axes": ["batch", "state_1"]}, (1, 4))],
+    "keys that a window has dropped": [
+        ({"axes": ["batch", "head", "query", "key"]}, (1, 2, 2, 2)),
+        ({"axes": ["batch", "head", "query", "key"], "step": 1, "positions": (2, 3)}, (1, 2, 1, 2)),
+    ],
+    "positions twice": [({}, (1, 2, 4)), ({"step": 1, "positions": (1, 2)}, (1, 1, 4))],
+    "other rows than positions": [({}, (1, 3, 4))],
+    "another width": [({}, (1, 2, 4)), ({"step": 1, "positions": (2, 3)}, (1, 1, 5))],
+}
+
+
+@pytest.mark.parametrize("what", NOT_ONE)
+def test_what_is_no_sequence_is_an_array_per_step(make_store: MakeStore, what: str) -> None:
+    found = names_and_shapes(make_store(), *NOT_ONE[what])
+    assert list(found) == [f"r0/blocks.0.hook_resid_post#step{step}" for step in range(len(NOT_ONE[what]))]
+    for number, (array, (_, shape)) in enumerate(zip(found.values(), NOT_ONE[what], strict=True)):
+        assert array.shape == shape
+        assert (array == number).all()
+
+
+def test_input_and_output_of_one_name_are_told_apart(make_store: MakeStore) -> None:
+    found = names_and_shapes(make_store(), ({"is_input": True}, (1, 2, 4)), ({}, (1, 2, 4)))
+    assert list(found) == ["r0/blocks.0.hook_resid_post#input", "r0/blocks.0.hook_resid_post"]
+
+
+def test_rows_of_a_batch_are_joined_along_the_positions(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_server.ranges.IN_MEMORY_BYTES", 10)
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((3, n, 2, 4)).astype(np.float32) for n in (4, 1, 1)]
+    store, start = make_store(), 0
+    with store.begin() as writer:
+        for step, part in enumerate(parts):
+            stop = start + part.shape[1]
+            axes = ["batch", "pos", "head", "d_head"]
+            writer.add(fields(step=step, positions=(start, stop), axes=axes), part)
+            start = stop
+        writer.finish(ABOUT)
+    capture, whole = store.get(writer.capture_id), np.concatenate(parts, axis=1)
+    (tensor,) = select(capture)
+    assert np.array_equal(tensor.array(), whole)
+    (tensor,) = select(capture, positions="0,2,3,5")
+    assert np.array_equal(tensor.array(), whole[:, [0, 2, 3, 5]])
+    (tensor,) = select(capture, positions="1:", reduce="max")
+    assert np.array_equal(tensor.array("float16"), whole[:, 1:].max(axis=1).astype(np.float16))
+
+
+class FullDisk(io.BytesIO):
+    """A file on a disk that is full."""
+
+    def write(self, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+
+
+def test_a_full_disk_is_507_without_a_path(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path)
+    capture = store.get(keep(store))
+    monkeypatch.setattr("api_server.ranges.IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr("tempfile.TemporaryFile", FullDisk)
+    (tensor,) = select(capture)
+    with pytest.raises(CapturesUnwritable, match=r"disk: No space left on device\.$") as refusal:
+        tensor.array("float16")
+    assert refusal.value.status == 507
+    monkeypatch.setattr("pathlib.Path.open", lambda *_: FullDisk())
+    with store.begin() as writer, pytest.raises(CapturesUnwritable, match=r"No space left on device\.$"):
+        writer.add(fields(), np.zeros((1, 2, 4), np.float32))
+    assert len(list(tmp_path.glob("*cap-*"))) == 1
 
 
 # Threads

@@ -263,6 +263,8 @@ REFUSALS = {
     "not a range": ("q", {"positions": "1-3"}, "'2:10'"),
     "a step": ("q", {"positions": "1:8:2"}, "'2:10'"),
     "far away": ("q", {"positions": "9"}, "0-8"),
+    "one of them far away": ("q", {"positions": "0,9"}, "0-8"),
+    "one of the heads": ("q", {"heads": "0,4"}, "0-3"),
     "an empty range": ("q", {"positions": "20:30"}, "0-8"),
     "no such head": ("q", {"heads": "4"}, "0-3"),
     "no such head of k": ("k", {"heads": "4"}, "0-3"),
@@ -303,6 +305,56 @@ def test_no_id_leaves_the_store(client: FlaskClient, kept: Any, text: str) -> No
         assert client.get(address).status_code in (404, 400), address
     assert client.delete(f"/v1/captures/{text}").status_code in (404, 405)
     assert get(client, kept, "q").status_code == 200
+
+
+# What was selected when it was captured
+
+
+@pytest.fixture(scope="module")
+def selected(client: FlaskClient) -> Any:
+    """A run whose hooks keep some positions and heads, or a number of each."""
+    hooks = [
+        {"hook_point": "blocks.2.attn.hook_rot_q", "hook_id": "q", "heads": [1, 3], "positions": [1, 4, 7]},
+        {"hook_point": "blocks.2.attn.hook_rot_k", "hook_id": "k", "heads": [2, 3], "positions": "last"},
+        {"hook_point": "blocks.1.attn.hook_pattern", "hook_id": "pattern", "positions": [0, 3, 8], "heads": 2},
+        {"layer_name": "*", "component": "residual", "hook_id": "mean", "reduce": "mean"},
+        {"layer_name": "blocks.1", "component": "residual", "hook_id": "norm", "reduce": "norm"},
+    ]
+    return run(client, activation_hooks=hooks)
+
+
+def test_rows_with_gaps_are_one_array(client: FlaskClient, selected: Any, whole: dict[str, np.ndarray]) -> None:
+    q, k = whole["q/blocks.2.attn.hook_rot_q"], whole["k/blocks.2.attn.hook_rot_k"]
+    (found,) = arrays(client, selected, "q").values()
+    assert same(found, q[:, [1, 4, 7]][:, :, [1, 3]])
+    (found,) = arrays(client, selected, "q", positions="4:", heads="3").values()
+    assert same(found, q[:, [4, 7]][:, :, [3]])
+    (found,) = arrays(client, selected, "k", positions="6:").values()
+    assert same(found, k[:, [6, 7, 8]][:, :, [1]])
+    (found,) = arrays(client, selected, "k", heads="2").values()
+    assert same(found, k[:, [5, 6, 7, 8]][:, :, [1]])
+    (found,) = arrays(client, selected, "pattern", positions="3,8").values()
+    assert same(found, whole["pattern/blocks.1.attn.hook_pattern"][:, [2]][:, :, [3, 8]])
+    (record,) = get(client, selected, "q", encoding="none").json["activations"]["q"]
+    assert (record["positions"], record["position_ids"], record["heads"]) == ([1, 8], [1, 4, 7], [1, 3])
+    assert "1, 4, 7" in refused(client, selected, "q", positions="2")["message"]
+    assert "1, 3" in refused(client, selected, "q", heads="1,2")["message"]
+    assert "2-3" in refused(client, selected, "k", heads="0")["message"]
+
+
+def test_what_was_reduced_over_positions_stays_step_by_step(
+    client: FlaskClient, selected: Any, whole: dict[str, np.ndarray]
+) -> None:
+    found = arrays(client, selected, "mean", layers="1")
+    assert list(found) == [f"mean/blocks.1.hook_resid_post#step{step}" for step in range(4)]
+    sent = [r for r in selected["activations"]["mean"] if r["layer_index"] == 1]
+    assert all(same(a, decode_activation(r)) for a, r in zip(found.values(), sent, strict=True))
+    assert found["mean/blocks.1.hook_resid_post#step0"].shape == (1, 32)
+    assert "no position axis" in refused(client, selected, "mean", positions="1")["message"]
+    (norm,) = arrays(client, selected, "norm", positions="2:").values()
+    residual = whole["layer/1/blocks.1.hook_resid_post"].astype(np.float64)
+    np.testing.assert_allclose(norm, np.linalg.norm(residual, axis=-1)[:, 2:], rtol=1e-6)
+    assert "was reduced by 'norm'" in refused(client, selected, "norm", reduce="mean")["message"]
 
 
 # HTTP

@@ -90,7 +90,7 @@ def delete_capture(capture_id: str) -> Response:
     replies={200: CaptureActivationsReply, 206: None, 304: None},
     tags=["Captures"],
     query=RangeQuery,
-    errors=(404, 413, 416),
+    errors=(404, 413, 416, 507),
     media=BINARY,
     headers=HEADERS,
 )
@@ -104,7 +104,7 @@ def get_activations(capture_id: str) -> Response:
     replies={200: CaptureActivationsReply, 206: None, 304: None},
     tags=["Captures"],
     query=RangeQuery,
-    errors=(404, 413, 416),
+    errors=(404, 413, 416, 507),
     media=BINARY,
     headers=HEADERS,
 )
