@@ -1,16 +1,24 @@
 """Replies of raw bytes: large ones, sent from where they lie, whole or in parts, and not again if they are known."""
 
 import hashlib
+import tempfile
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 from flask import Response, request
 from werkzeug.wsgi import wrap_file
 
-from .errors import ApiError, json_reply
+from neuroscope_bridge import payload
+
+from .errors import ApiError
 
 Buffer = bytes | memoryview
+
+IN_MEMORY_BYTES = 2**20
+"""A JSON reply up to this size goes through memory."""
+READ_BYTES = 2**20
 
 
 class Pieces:
@@ -59,6 +67,22 @@ def entity_tag(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
+def large_json(body: object) -> Response:
+    """A JSON reply that may be megabytes long.
+
+    The HTTP server would copy such a body to a file bit by bit and read it back, many times over where the reader is
+    slower than the file. Here it is one mapped file, of which the socket takes what it can; no memory waits with it.
+    """
+    text = payload.dumps(body)
+    wants_less = any(request.accept_encodings[name] > 0 for name in ("gzip", "zstd", "br"))
+    if len(text) <= IN_MEMORY_BYTES or wants_less:
+        return Response(text, mimetype="application/json")
+    with tempfile.TemporaryFile() as file:
+        mapped = np.memmap(file, np.uint8, "w+", shape=len(text))
+    mapped[:] = np.frombuffer(text, np.uint8)
+    return _passed_through(Pieces([mapped.data]), len(text), "application/json")
+
+
 def is_known(etag: str) -> bool:
     """Whether the caller has this already (``If-None-Match``)."""
     return request.if_none_match.contains_weak(etag)
@@ -71,7 +95,7 @@ def not_modified(etag: str) -> Response:
 
 def tagged_json(body: object, etag: str) -> Response:
     """A JSON reply that need not be sent again."""
-    return _tagged(json_reply(body), etag)
+    return _tagged(large_json(body), etag)
 
 
 def download(buffers: Sequence[Buffer], content_type: str, filename: str, etag: str) -> Response:
@@ -89,19 +113,20 @@ def download(buffers: Sequence[Buffer], content_type: str, filename: str, etag: 
     size = sum(len(buffer) for buffer in buffers)
     start, stop = _asked_range(size, etag) or (0, size)
     is_part = (start, stop) != (0, size) or _asked_range(size, etag) is not None
-    file = Pieces(buffers, start, stop)
-    response = Response(
-        wrap_file(request.environ, file),  # type: ignore[arg-type]
-        206 if is_part else 200,
-        content_type=content_type,
-        direct_passthrough=True,
-    )
-    response.content_length = stop - start
+    response = _passed_through(Pieces(buffers, start, stop), stop - start, content_type, 206 if is_part else 200)
     response.headers["Accept-Ranges"] = "bytes"
     response.headers["Content-Disposition"] = f'attachment; filename="{filename}"'
     if is_part:
         response.headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     return _tagged(response, etag)
+
+
+def _passed_through(file: Pieces, size: int, content_type: str, status: int = 200) -> Response:
+    """A reply that the HTTP server sends from the file itself."""
+    wrapped = wrap_file(request.environ, file, READ_BYTES)  # type: ignore[arg-type]
+    response = Response(wrapped, status, content_type=content_type, direct_passthrough=True)
+    response.content_length = size
+    return response
 
 
 def _tagged(response: Response, etag: str) -> Response:

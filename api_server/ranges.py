@@ -182,7 +182,7 @@ class _Part:
         if wanted == "last":
             chosen = {p for p in held if p >= self.capture.about.prompt_length - 1}
             if not chosen:
-                raise _unfit(self.first, "positions", f"holds no last positions but {_spelled(held)}")
+                raise _unfit(self.first, "positions", f"holds the positions {_spelled(held)}, none of the last ones")
         else:
             chosen = _chosen(wanted, n_positions, held, self.first, "positions")
         self.rows = [[i for i, p in enumerate(_ids(record)) if p in chosen] for record in self.records]
@@ -349,10 +349,11 @@ def _indices(text: str, count: int) -> Iterable[int]:
 
 def _chosen(text: str, count: int, held: Sequence[int], record: StoredRecord, what: str) -> set[int]:
     asked = {i + count if i < 0 else i for i in _indices(text, count)}
-    lacking = asked - set(held)
     chosen = asked & set(held)
-    if not chosen or (lacking and ":" not in text):
-        raise _unfit(record, what, f"has no {what} {text!r} but {_spelled(held)}")
+    # A range may reach beyond what there is; what is named must be there.
+    if not chosen or (":" not in text and chosen != asked):
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise _unfit(record, what, f"holds the {what} {_spelled(held)}, but {shown!r} was asked for")
     return chosen
 
 

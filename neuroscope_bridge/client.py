@@ -290,7 +290,9 @@ class LMStudioNeuroScopeClient:
 
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`.
-            activation_hooks: Hook specs; None for the registered ones (`register_hooks`).
+            activation_hooks: Hook specs; None for the registered ones (`register_hooks`). `positions`, `heads` and
+                `reduce` of a spec limit what is computed and sent: `{"hook_point": "blocks.*.attn.hook_z",
+                "positions": "last", "heads": [0, 3]}`.
             max_tokens: 0 only reads the prompt.
             temperature: 0 takes the likeliest token each time.
             stream: Return an `EventStream`; each event has the activations of its step.

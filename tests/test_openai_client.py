@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -11,13 +12,16 @@ import numpy as np
 import openai
 import pytest
 import requests
-from byte_models import DETOKENIZERS, SAID, TEXT, byte_model
+from byte_models import DETOKENIZERS, SAID, TEXT, byte_model, byte_tokenizer
 from mlx_lm.sample_utils import make_logits_processors
 from openai import OpenAI
 from server_tools import MESSAGES, load_tiny, running_server
 
 from api_server import ModelWorker, ServerConfig
-from mlx_hooks import HookedModel
+from api_server.logprobs import chat_logprobs, score, text_logprobs
+from api_server.schemas.replies import ChatEvent, ChatReply, CompletionEvent, CompletionReply
+from api_server.token_text import TokenText
+from mlx_hooks import HookedModel, TokenLogprobs
 
 PROMPT = "w1 w2 w3"
 NOT_FIELDS = {"extra_headers", "extra_query", "extra_body", "timeout"}
@@ -201,6 +205,33 @@ def test_stop_texts_end_the_answer_across_tokens(client: OpenAI, model: str, sto
     answer = complete(client, **ask)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (said, "stop")
     assert said_in(list(complete(client, stream=True, **ask))) == said
+
+
+def test_impossible_tokens_and_those_spelled_alike_stay_json() -> None:
+    found = TokenLogprobs(-math.inf, [256, 257], [-0.5, -math.inf])
+    scored = score(256, found, 3, TokenText(byte_tokenizer()))
+    assert [one["logprob"] for one in chat_logprobs([scored])["content"][0]["top_logprobs"]] == [-0.5, -9999.0]
+    said = text_logprobs([scored])
+    assert said["token_logprobs"] == [-9999.0]
+    # The chosen token is already there under its text: the likelier number stays.
+    assert said["top_logprobs"] == [{"bytes:\\xf0\\x9f": -0.5, "bytes:\\x98\\x80": -9999.0}]
+
+
+@pytest.mark.parametrize("fields", [{"n": 2, "logprobs": True, "top_logprobs": 2}, {}], ids=["all", "none"])
+def test_replies_are_what_the_description_says(url: str, fields: dict[str, Any]) -> None:
+    with_usage = {"stream": True, "stream_options": {"include_usage": True}}
+    for route, body, whole, event in (
+        ("chat/completions", {"messages": MESSAGES}, ChatReply, ChatEvent),
+        ("completions", {"prompt": PROMPT}, CompletionReply, CompletionEvent),
+    ):
+        body |= {"model": "llama", "max_tokens": 3} | fields
+        if "logprobs" in fields and route == "completions":
+            body = {k: v for k, v in body.items() if k != "top_logprobs"} | {"logprobs": 2}
+        text = requests.post(f"{url}/v1/{route}", json=body, timeout=30).text
+        assert (whole.model_validate_json(text).choices[0].logprobs is None) == (not fields)
+        stream = requests.post(f"{url}/v1/{route}", json=body | with_usage, timeout=30).text
+        events = [event.model_validate_json(line[6:]) for line in stream.split("\n\n") if line.startswith("data: {")]
+        assert events[-1].usage is not None
 
 
 # -- choices and usage ------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from mlx_hooks import HookError, HookSpec, UnknownHookError
 from neuroscope_bridge import payload
 
 from .. import inference
-from ..errors import ApiError, json_reply
+from ..downloads import large_json
+from ..errors import ApiError
 from ..keeping import Keeping
 from ..models import LoadedModel
 from ..replies import Reply
@@ -30,7 +31,7 @@ def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response
     if asked.stream:
         return event_stream(reply.events(results), job)
     try:
-        return json_reply(reply.whole(results))
+        return large_json(reply.whole(results))
     finally:
         job.cancel()
 

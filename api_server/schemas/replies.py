@@ -328,29 +328,36 @@ class AssistantMessage(Reply):
 
 
 class TokenLogprob(Reply):
-    token: str
+    """How probable the model itself found a token: the softmax of its logits, before bias, penalties, temperature and
+    filters, and after interventions."""
+
+    token: str = Field(description="Its own text; bytes that are no character by themselves as `\\xf0`.")
     logprob: float = Field(description="Natural logarithm of the probability; -9999 for one that cannot be.")
     bytes: list[int] | None = Field(description="UTF-8; a token may hold a part of a character.")
 
 
 class ChosenTokenLogprob(TokenLogprob):
-    top_logprobs: list[TokenLogprob] = Field(description="The likeliest in its place.")
+    top_logprobs: list[TokenLogprob] = Field(description="The likeliest in its place, the likeliest first.")
 
 
 class ChatLogprobs(Reply):
-    """One entry per generated token."""
+    """One entry per generated token, an end token included; in an event those of its step."""
 
     content: list[ChosenTokenLogprob]
     refusal: None
 
 
 class TextLogprobs(Reply):
-    """Four lists with one entry per generated token."""
+    """Four lists with one entry per generated token, an end token included; in an event those of its step."""
 
-    tokens: list[str]
+    tokens: list[str] = Field(description="Their texts; `bytes:\\xf0` for bytes that are no character by themselves.")
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    top_logprobs: list[dict[str, float]] = Field(
+        description="By text: the likeliest and the chosen one, so there may be one more than asked for."
+    )
+    text_offset: list[int] = Field(
+        description="How many characters of the choice's text come before the token; a stop text counts."
+    )
 
 
 class ChatChoice(Reply):
