@@ -3,7 +3,8 @@
     python benchmarks/selection.py              # --tokens 512 --layers 12 --width 512
 
 The server runs in this process, on a random llama; the client asks for the prompt alone (``max_tokens: 0``) and decodes
-every array. Each request is timed next to one that keeps a single number per layer, in turn; the table shows medians.
+every array. Each request is timed next to one that keeps a single number, in turn; the table shows medians. Times are
+the processor's, of server and client together: other work on the machine does not count.
 The figures are written to docs/benchmarks.md.
 """
 
@@ -54,12 +55,12 @@ def make_model(layers: int, width: int) -> HookedModel:
 
 
 def measure(client: LMStudioNeuroScopeClient, prompt: list[int], rounds: int) -> list[tuple[str, int, float, float]]:
-    """For each capture its name, bytes of its arrays, seconds and seconds beyond those of a capture of nothing."""
+    """For each capture its name, bytes of its arrays, processor seconds, and those beyond keeping one number."""
 
     def ask(hook: dict[str, Any]) -> tuple[int, float]:
-        begin = time.perf_counter()
+        begin = time.process_time()
         reply = client.complete_with_activations(prompt, [hook], max_tokens=0)
-        taken = time.perf_counter() - begin
+        taken = time.process_time() - begin
         return sum(receipt["bytes"] for receipt in reply["hooks"].values()), taken
 
     found = []
@@ -96,7 +97,7 @@ def main() -> None:
         f"A llama of {asked.layers} layers, {asked.width} wide, 8 heads; one request over loopback that\n"
         f"reads a prompt of {asked.tokens} tokens, base64 float32, decoded in the client.\n"
         f"Medians of {asked.rounds} rounds; {load}.\n\n"
-        "| capture at all layers | bytes | request, ms | beyond a request that keeps one number, ms |\n"
+        "| capture at all layers | bytes | processor time, ms | beyond a request that keeps one number, ms |\n"
         "| --- | --- | --- | --- |\n"
         + "\n".join(
             f"| {name} | {nbytes:,} | {seconds * 1e3:.0f} | {more * 1e3:+.0f} |" for name, nbytes, seconds, more in rows
