@@ -24,7 +24,7 @@ class ServerConfig:
         model_roots: folders from which models may be loaded by path. Without a key none means any folder; with one,
             none. The bundled model and Hugging Face ids are always allowed.
         max_body_bytes: the largest request body.
-        max_tokens: the most tokens that one request may generate.
+        max_tokens: the most tokens that one request may generate, all its choices together.
         max_hooks: the most hooks of one request, and the most registered for one model.
         max_queued: how many requests may wait for the worker; one more is answered 503.
         max_active: how many requests run at a time, token by token in turn.

@@ -52,10 +52,10 @@ _PATH_PARAMETERS = {
 _ERRORS = {
     400: "The request does not fit; `param` names the field.",
     401: "The API key is missing or wrong.",
-    403: "The Host header is not one that this server answers to.",
+    403: "This server does not answer to that Host, or does not load models from that folder.",
     404: "Unknown; the message lists what there is.",
-    409: "The server's state does not allow it: no model is loaded, say.",
-    413: "The body is larger than this server reads.",
+    409: "No model is loaded, or the job was cancelled.",
+    413: "The body, or what is asked for, is larger than this server allows.",
     415: "The body is not application/json.",
     416: "The range lies outside.",
     500: "A fault in the server.",

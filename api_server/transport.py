@@ -74,10 +74,12 @@ def _within_limits(asked: M) -> M:
     limits = config()
     if isinstance(asked, GenerationRequest):
         name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
-        wanted = getattr(asked, name)
-        _check_limit(name, wanted or 0, limits.max_tokens, "tokens per request")
-        if wanted is None and limits.max_tokens < DEFAULT_MAX_TOKENS:
-            asked = asked.model_copy(update={"max_tokens": limits.max_tokens})
+        wanted, each = getattr(asked, name), limits.max_tokens // asked.n
+        unit = "tokens per request, all choices together"
+        _check_limit("n", asked.n, limits.max_tokens, unit)
+        _check_limit(name, (wanted or 0) * asked.n, limits.max_tokens, unit)
+        if wanted is None and each < DEFAULT_MAX_TOKENS:
+            asked = asked.model_copy(update={"max_tokens": each})
     if isinstance(asked, CaptureRequest):
         _check_limit("activation_hooks", len(asked.activation_hooks or []), limits.max_hooks, "hooks")
     if isinstance(asked, RegisterHooksRequest):

@@ -22,7 +22,7 @@ NOT_DESCRIBED = {"openapi", "docs", "asset"}
 
 # Schemathesis asks for the description when tests are collected; the fixture starts the worker.
 WORKER = ModelWorker(load_tiny)
-APP = create_app(WORKER, ServerConfig(max_tokens=4))
+APP = create_app(WORKER, ServerConfig(max_tokens=8))
 DOCUMENT: dict[str, Any] = APP.test_client().get("/openapi.json").json
 
 

@@ -144,9 +144,11 @@ def test_more_tokens_than_the_server_allows_are_refused(worker: ModelWorker, nam
     error = error_of(client.post(CHAT, json={"messages": MESSAGES, name: 4}), 400)
     assert (error["code"], error["param"]) == ("limit_exceeded", name)
     assert "at most 3 tokens" in error["message"]
-    for body in ({name: 3}, {}):
+    for body, generated in (({name: 3}, 3), ({}, 3), ({"n": 3}, 3), ({name: 1, "n": 3}, 3), ({"n": 2}, 2)):
         reply = client.post(CHAT, json={"messages": MESSAGES} | body).json
-        assert reply["usage"]["completion_tokens"] == 3
+        assert reply["usage"]["completion_tokens"] == generated
+    for body, param in (({name: 2, "n": 2}, name), ({"n": 4}, "n")):
+        assert error_of(client.post(CHAT, json={"messages": MESSAGES} | body), 400)["param"] == param
     schema = client.get("/openapi.json").json["components"]["schemas"]["ChatRequest"]["properties"][name]
     assert schema["anyOf"][0]["maximum"] == 3
 
@@ -159,6 +161,7 @@ def test_more_hooks_than_the_server_allows_are_refused(worker: ModelWorker) -> N
     assert error_of(client.post(register, json={"hooks": HOOKS}), 400)["param"] == "hooks"
     try:
         assert client.post(register, json={"hooks": HOOKS[:2]}).status_code == 200
+        assert client.post(register, json={"hooks": HOOKS[1:2]}).status_code == 200  # in that one's place
         error = error_of(client.post(register, json={"hooks": HOOKS[2:]}), 400)
         assert "2 hooks are registered and 1 more" in error["message"]
     finally:

@@ -24,10 +24,11 @@ def register_hooks() -> Response:
     """Register hooks for the requests that name none of their own."""
     asked = read(RegisterHooksRequest)
     known = worker().get(asked.model).hooks
-    if len(known) + len(asked.hooks) > config().max_hooks:
+    new = [hook for hook in asked.hooks if hook.hook_id not in known]
+    if len(known) + len(new) > config().max_hooks:
         raise ApiError(
             400,
-            f"{len(known)} hooks are registered and {len(asked.hooks)} more asked for; this server keeps at most "
+            f"{len(known)} hooks are registered and {len(new)} more asked for; this server keeps at most "
             f"{config().max_hooks} per model. DELETE /v1/activations/hooks makes room.",
             code="limit_exceeded",
             param="hooks",
