@@ -17,7 +17,7 @@ from .app import close_app, create_app
 from .captures import CannotOpenCaptures
 from .config import ServerConfig
 from .errors import ApiError
-from .schemas.requests import MAX_HOOKS, MAX_TOKENS
+from .schemas.fields import MAX_HOOKS, MAX_TOKENS
 from .server import Server
 from .worker import ModelWorker
 

@@ -13,7 +13,7 @@ from .config import ServerConfig
 from .description import REQUEST_ID_HEADER
 from .errors import ApiError
 from .routes import BLUEPRINTS
-from .schemas.requests import MODEL_PARTS
+from .schemas.fields import MODEL_PARTS
 from .worker import ModelWorker
 
 # Addresses that need no key: whether the server lives, and how to talk to it.

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .schemas.requests import MAX_HOOKS, MAX_TOKENS
+from .schemas.fields import MAX_HOOKS, MAX_TOKENS
 
 
 @dataclass(frozen=True)

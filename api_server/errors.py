@@ -15,7 +15,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from mlx_hooks import HookError, UnknownHookError
 from neuroscope_bridge import payload
 
-from .schemas.requests import supported
+from .schemas.fields import supported
 
 log = logging.getLogger("api_server")
 

@@ -17,7 +17,8 @@ from neuroscope_bridge.payload import NumberTooLargeError
 from .errors import ApiError
 from .jobs import Progress
 from .logprobs import TokenScore, score
-from .schemas.requests import MAX_TOKENS, ChatMessage, GenerationRequest
+from .schemas.fields import MAX_TOKENS
+from .schemas.requests import ChatMessage, GenerationRequest
 from .token_text import TokenText
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]

@@ -14,13 +14,9 @@ from .config import ServerConfig
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
 from .jobs import Job
 from .models import LoadedModel
-from .schemas.requests import (
-    DEFAULT_MAX_TOKENS,
-    CaptureRequest,
-    GenerationRequest,
-    NoQuery,
-    RegisterHooksRequest,
-)
+from .schemas.fields import DEFAULT_MAX_TOKENS
+from .schemas.queries import NoQuery
+from .schemas.requests import CaptureRequest, GenerationRequest, RegisterHooksRequest
 from .worker import ModelWorker
 
 M = TypeVar("M", bound=BaseModel)

@@ -32,7 +32,7 @@ from mlx_hooks import HookedModel, loading
 from .errors import ApiError, Busy, Cancelled, Stopping, UnknownJob
 from .jobs import Job, Progress, Work
 from .models import LoadedModel, LoadedModels
-from .schemas.requests import MODEL_ID_RULE, is_model_id
+from .schemas.fields import MODEL_ID_RULE, is_model_id
 
 log = logging.getLogger("api_server.worker")
 

@@ -14,6 +14,7 @@ from ..description import described
 from ..downloads import download, entity_tag, is_known, not_modified, tagged_json
 from ..errors import ApiError, json_reply
 from ..ranges import Tensor, select
+from ..schemas.queries import CapturesQuery, NoQuery, RangeQuery
 from ..schemas.replies import (
     CaptureActivationsReply,
     CaptureDeletedReply,
@@ -21,7 +22,6 @@ from ..schemas.replies import (
     CapturesClearedReply,
     CapturesReply,
 )
-from ..schemas.requests import CapturesQuery, NoQuery, RangeQuery
 from ..transport import captures, config, read_query
 
 blueprint = Blueprint("captures", __name__, url_prefix="/v1/captures")

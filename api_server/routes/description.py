@@ -6,7 +6,7 @@ from flask import Blueprint, Response, current_app, request
 
 from ..description import describe_api
 from ..errors import ApiError, json_reply
-from ..schemas.requests import NoQuery
+from ..schemas.queries import NoQuery
 from ..transport import config, read_query
 
 blueprint = Blueprint("description", __name__)

@@ -6,8 +6,8 @@ from flask import Blueprint, Response
 
 from ..description import described
 from ..errors import json_reply
+from ..schemas.queries import NoQuery
 from ..schemas.replies import HealthReply
-from ..schemas.requests import NoQuery
 from ..transport import read_query, worker
 
 blueprint = Blueprint("health", __name__)

@@ -4,8 +4,9 @@ from flask import Blueprint, Response
 
 from ..description import described
 from ..errors import ApiError, json_reply
+from ..schemas.queries import ModelQuery
 from ..schemas.replies import HookRemovedReply, HooksClearedReply, HooksRegisteredReply, HooksReply
-from ..schemas.requests import ModelQuery, RegisterHooksRequest
+from ..schemas.requests import RegisterHooksRequest
 from ..transport import config, read, read_query, worker
 from .generation import blame, spec_of
 

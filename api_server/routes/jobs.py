@@ -4,8 +4,8 @@ from flask import Blueprint, Response
 
 from ..description import described
 from ..errors import json_reply
+from ..schemas.queries import NoQuery
 from ..schemas.replies import JobReply, JobsReply
-from ..schemas.requests import NoQuery
 from ..transport import read_query, worker
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/v1/jobs")

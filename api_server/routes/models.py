@@ -14,6 +14,7 @@ from ..description import described
 from ..errors import ApiError, json_reply
 from ..jobs import Progress
 from ..models import LoadedModel
+from ..schemas.queries import NoQuery
 from ..schemas.replies import (
     HookPointsReply,
     JobReply,
@@ -23,7 +24,7 @@ from ..schemas.replies import (
     SelfTestReply,
     UnloadedReply,
 )
-from ..schemas.requests import LoadRequest, NoQuery, SelfTestRequest
+from ..schemas.requests import LoadRequest, SelfTestRequest
 from ..transport import config, in_background, read, read_query, reader_gone, submit, worker
 from ..worker import ModelWorker
 
