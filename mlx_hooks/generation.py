@@ -117,9 +117,11 @@ def generate_steps(
         offset = text.length
         new_text = text.add(token_id, is_end=token_id in end_tokens)
         stopped = token_id in end_tokens or text.stopped
-        reason = "stop" if stopped else "length" if last else None
-        if reason:
+        if stopped or last:
             new_text += text.finish()
+        # What was held back may complete a stop string.
+        stopped = stopped or text.stopped
+        reason = "stop" if stopped else "length" if last else None
         receipts = session.close() if reason else ()
         yield GenerationStep(
             index,

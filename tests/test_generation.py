@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from byte_models import byte_model
 from mlx_lm import stream_generate
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -416,6 +417,19 @@ def test_a_stop_string_ends_the_text_wherever_tokens_part(tiny: HookedModel) -> 
             steps = list(tiny.generate_steps("The capital of France is", max_tokens=12, stop=stop))
             assert "".join(step.text for step in steps) == whole[: whole.index(stop)]
             assert steps[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("detokenizer", ["naive", "bpe"])
+def test_a_stop_string_in_what_was_held_back_ends_the_text(detokenizer: str) -> None:
+    """The third token is half a character, which is spelled only when nothing more comes."""
+    result = byte_model(detokenizer).generate("?", max_tokens=3, stop=["i\ufffd"])
+    assert (result.text, result.finish_reason) == ("h", "stop")
+    assert byte_model(detokenizer).generate("?", max_tokens=3).finish_reason == "length"
+
+
+def test_an_end_token_that_comes_last_is_a_stop(tiny: HookedModel) -> None:
+    result = tiny.generate("The capital of France is", max_tokens=3)
+    assert (result.tokens[-1] in tiny.tokenizer.eos_token_ids, result.finish_reason) == (True, "stop")
 
 
 def test_a_stop_string_that_never_comes_holds_nothing_back(tiny: HookedModel) -> None:

@@ -204,7 +204,13 @@ def test_stop_texts_end_the_answer_across_tokens(client: OpenAI, model: str, sto
     ask = {"model": model, "prompt": "?", "temperature": 0, "max_tokens": 20, "stop": stop}
     answer = complete(client, **ask)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (said, "stop")
-    assert said_in(list(complete(client, stream=True, **ask))) == said
+    streamed = complete(client, stream=True, stream_options={"include_usage": True}, **ask)
+    *chunks, last = list(streamed)
+    assert said_in(chunks) == said
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    # The tokens that spell the stop text were generated.
+    assert last.usage == answer.usage
+    assert answer.usage.completion_tokens >= len(said)
 
 
 def test_impossible_tokens_and_those_spelled_alike_stay_json() -> None:
