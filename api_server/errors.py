@@ -123,12 +123,12 @@ class NoModelLoaded(ApiError):
 
 
 class Busy(ApiError):
-    """The queue is full."""
+    """The queue is full, or as much is under way as may be."""
 
-    def __init__(self, queued: int) -> None:
+    def __init__(self, count: int, what: str = "requests are waiting") -> None:
         super().__init__(
             503,
-            f"The server is busy: {queued} requests are waiting. Try again after {RETRY_AFTER_SECONDS} s.",
+            f"The server is busy: {count} {what}. Try again after {RETRY_AFTER_SECONDS} s.",
             code="busy",
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
@@ -157,7 +157,7 @@ class Stopping(ApiError):
 class Cancelled(ApiError):
     """Work that was given up: its reader went away, or somebody asked for it."""
 
-    def __init__(self, message: str = "The request was cancelled because its connection was closed.") -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(409, message, code="cancelled")
 
 
@@ -177,7 +177,11 @@ class NoRoomForModel(ApiError):
     """A model that would exceed the memory for models, even with all idle ones unloaded."""
 
     def __init__(self, needed: int, limit: int, in_use: int) -> None:
-        why = f"{in_use} bytes are in use by running requests: try again later" if in_use else "choose a smaller one"
+        why = (
+            f"{in_use} bytes are in use by running requests and loads: try again later"
+            if in_use
+            else "choose a smaller one"
+        )
         super().__init__(
             503 if in_use else 400,
             f"The model needs {needed} bytes; models may take {limit} ({limit / 2**30:.4g} GiB) in all: {why}.",

@@ -15,6 +15,7 @@ from .fields import (
     MAX_CHOICES,
     MAX_CONTENT_PARTS,
     MAX_HOOKS,
+    MAX_ID_LENGTH,
     MAX_INTERVENTIONS,
     MAX_MESSAGES,
     MAX_PROMPTS,
@@ -172,7 +173,7 @@ class GenerationRequest(Request):
     stop: Stop | None = None
     stream: Annotated[bool, OrNull()] = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = None
 
     response_format: Annotated[Any, only({"type": "text"}, None)] = None
     tools: Annotated[Any, only([], None)] = None
