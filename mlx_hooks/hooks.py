@@ -113,6 +113,8 @@ class Run:
     step: int = 0
     pass_index: int = 0
     """The pass through a layer that runs several times in one forward pass; 0 for nearly all models."""
+    begins: int | None = None
+    """The absolute position at which the next forward pass begins, if who runs it knows; else its KV cache says."""
     forward: int = -1
     """A number that each forward pass has for itself."""
     caches: Sequence[Any] = ()

@@ -14,6 +14,7 @@ from mlx_hooks.activations import join
 from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.generation import Sampling, collect, generate_steps
 from mlx_hooks.hook_points import HookPoint
+from mlx_hooks.hooks import Hook
 from mlx_hooks.instrument import attending
 from mlx_hooks.reductions import REDUCTIONS, check_reducible
 
@@ -23,8 +24,11 @@ MAX_TOKENS = 4
 LAST = len(PROMPT) + MAX_TOKENS - 2
 """The last position that the model reads."""
 SELECTIONS: list[Any] = ["last", 4, [1, 5, 12], [LAST], slice(2, 6), {"start": 9}, {"stop": 3}, slice(10, 12)]
-ARCHITECTURES = ["gpt2", "llama", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"]
-"""Learned positions, grouped queries, sliding windows, experts, sinks, latent attention."""
+ARCHITECTURES = [
+    *("gpt2", "llama", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"),
+    *("mamba", "mamba2", "rwkv7", "qwen3_next"),
+]
+"""Learned positions, grouped queries, sliding windows, experts, sinks, latent attention; no attention, and some."""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -168,6 +172,22 @@ def test_passes_without_a_position_do_not_meet_the_hook(llama: HookedModel) -> N
         patch.setattr(llama.instrument, "plan", noting)
         generate(llama, hooks, chunk=4)
     assert attached == [[], ["blocks.0.attn.hook_pattern"], [], ["hook_embed"]]
+
+
+def test_a_pass_that_a_hook_runs_in_between_begins_where_it_does() -> None:
+    model, starts, inside = HookedModel(tiny_model("mamba")), [], []
+
+    def running(value: mx.array, point: HookPoint) -> None:
+        starts.append((model.instrument.run.start, model.instrument.run.length))
+        if not inside:
+            inside.append(True)
+            model.model(mx.array([[1, 2]]))
+            inside.clear()
+
+    hook = Hook(model.hook_points["blocks.0.hook_resid_post"], running)
+    generate(model, [{"hook_point": "hook_embed", "positions": "last"}], chunk=4, hooks=[hook])
+    passes = [(0, 4), (4, 4), (8, 2), (10, 1), (11, 1), (12, 1), (13, 1)]
+    assert starts == [start for each in passes for start in (each, (0, 2))]
 
 
 # Reduction
