@@ -219,10 +219,8 @@ def shown(error: BaseException, request_id: str) -> ApiError:
 
 
 def _of_hook(error: HookError) -> ApiError:
-    if error.hook_id is not None:
-        return ApiError(400, str(error), code="invalid_hook", param="activation_hooks")
     if error.intervention is None:
-        return ApiError(400, str(error), code="invalid_value")
+        return ApiError(400, str(error), code="invalid_value", param=error.field)
     code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_intervention"
     return ApiError(400, str(error), code=code, param=f"interventions[{error.intervention}]")
 
@@ -263,7 +261,8 @@ def invalid_request(error: ValidationError, model: type[BaseModel], part: str = 
         message = f"{fault['msg']}."
     else:
         message = f"{part} {param!r} {_wanted(fault)}."
-    return ApiError(400, message, code="invalid_value", param=param or None)
+    # A check of several fields may name one.
+    return ApiError(400, message, code="invalid_value", param=param or fault.get("ctx", {}).get("param"))
 
 
 def _spell(loc: tuple[int | str, ...]) -> str:
@@ -292,8 +291,8 @@ def _wanted(fault: Any) -> str:
     kind = fault["type"].removeprefix("string_")
     if kind in bounds:
         word, key = bounds[kind]
-        unit = "characters" if fault["type"].startswith("string_") else "items"
-        return f"must have {word} {fault['ctx'][key]} {unit}"
+        unit, count = "character" if fault["type"].startswith("string_") else "item", fault["ctx"][key]
+        return f"must have {word} {count} {unit}{'' if count == 1 else 's'}"
     said = fault["msg"].replace("Input should be", "must be")
     return (said if said.startswith("must be") else f"is refused: {said}") + _got(fault["input"])
 

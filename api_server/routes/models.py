@@ -45,7 +45,7 @@ def list_models() -> Response:
     LoadRequest,
     replies={200: LoadedReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 503),
+    errors=(404, 409, 503),
     example={"model_path": "neuroscope-tiny"},
 )
 def load_model() -> Response:
@@ -132,7 +132,7 @@ def hook_points(model_id: str) -> Response:
     SelfTestRequest,
     replies={200: SelfTestReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 503),
+    errors=(404, 409, 503),
     example={},
 )
 def selftest(model_id: str) -> Response:
