@@ -86,7 +86,7 @@ class HeadSelection:
         asked = head_indices(heads)
         outside = [h for h in asked if not -n_heads <= h < n_heads]
         if outside:
-            raise HookError(f"Heads are 0 to {n_heads - 1}, got {', '.join(map(str, outside))}.")
+            raise HookError(f"Heads are 0 to {n_heads - 1}, got {', '.join(map(str, outside))}.", field="heads")
         return cls(tuple(sorted({h % n_heads for h in asked})), n_heads)
 
     def at(self, n_heads: int) -> tuple[int, ...]:

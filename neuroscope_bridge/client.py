@@ -433,6 +433,7 @@ class LMStudioNeuroScopeClient:
         format: Literal["npy"],
         dtype: str = "float32",
         encoding: str = "base64",
+        hook_point: str | None = None,
     ) -> np.ndarray: ...
     @overload
     def capture_activations(
@@ -447,6 +448,7 @@ class LMStudioNeuroScopeClient:
         format: Literal["json"],
         dtype: str = "float32",
         encoding: str = "base64",
+        hook_point: str | None = None,
     ) -> dict[str, list[Reply]]: ...
     @overload
     def capture_activations(
@@ -460,6 +462,8 @@ class LMStudioNeuroScopeClient:
         format: Literal["safetensors"] = "safetensors",
         dtype: str = "float32",
         encoding: str = "base64",
+        *,
+        hook_point: str | None = None,
     ) -> dict[str, np.ndarray]: ...
     def capture_activations(
         self,
@@ -472,6 +476,8 @@ class LMStudioNeuroScopeClient:
         format: str = "safetensors",
         dtype: str = "float32",
         encoding: str = "base64",
+        *,
+        hook_point: str | None = None,
     ) -> dict[str, np.ndarray] | np.ndarray | dict[str, list[Reply]]:
         """Activations of a run that was kept, whole or in ranges.
 
@@ -492,6 +498,7 @@ class LMStudioNeuroScopeClient:
             format: How they travel: `safetensors`, `npy` (which holds one array) or `json`.
             dtype: `float32`, or `float16` for half the bytes.
             encoding: How `json` carries arrays: `base64`, `json`, or `none`.
+            hook_point: Those of one hook point, or of a glob such as `blocks.*.attn.hook_z`.
 
         Returns:
             With `safetensors` arrays by `{hook_id}/{hook_point}`, which share one buffer; with `npy` the array; with
@@ -504,7 +511,7 @@ class LMStudioNeuroScopeClient:
         route += f"/{quote(hook_id, safe='')}" if hook_id is not None else ""
         ranges = {"positions": positions, "heads": heads, "layers": layers}
         params: Reply = {name: indices(value, name) for name, value in ranges.items() if value is not None}
-        params |= {"reduce": reduce, "format": format, "dtype": dtype}
+        params |= {"reduce": reduce, "format": format, "dtype": dtype, "hook_point": hook_point}
         source = f"GET {route}"
         if format == "json":
             reply = with_arrays(self._large_json("GET", route, params=params | {"encoding": encoding}), source)

@@ -3,7 +3,9 @@
 import copy
 import json
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema_rs
@@ -12,7 +14,7 @@ import schemathesis
 from flask import Flask
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from server_tools import load_tiny
+from server_tools import load_tiny, until
 
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.description import is_described
@@ -59,10 +61,6 @@ def test_every_answer_is_as_described(case: schemathesis.Case) -> None:
     case.call_and_validate(headers={"Accept-Encoding": "identity"}, excluded_checks=UNCHECKED)
 
 
-def test_the_description_is_a_valid_document() -> None:
-    api.validate()
-
-
 def bodies() -> list[Any]:
     found = [
         (path, operation["requestBody"]["content"]["application/json"]["example"])
@@ -71,6 +69,34 @@ def bodies() -> list[Any]:
         if "requestBody" in operation
     ]
     return [pytest.param(path, body, id=path) for path, body in found]
+
+
+def test_the_description_is_a_valid_document() -> None:
+    api.validate()
+
+
+JOBS = [one for one in bodies() if one.id != "/v1/activations/hooks"]
+
+
+@pytest.mark.parametrize(("path", "body"), JOBS)
+def test_a_job_that_is_cancelled_is_answered_as_described(path: str, body: dict[str, Any]) -> None:
+    gate = threading.Event()
+    with ModelWorker(load_tiny) as worker, ThreadPoolExecutor() as pool:
+        worker.load("llama", "tiny")
+        client = create_app(worker).test_client()
+        blocking = worker.submit(gate.wait)
+        until(lambda: blocking.status == "running")
+        try:
+            asking = pool.submit(client.post, path.replace("{model_id}", "tiny"), json=body)
+            until(lambda: len([job for job in worker.jobs() if job["status"] in ("queued", "running")]) == 2)
+            waiting = next(job["id"] for job in worker.jobs() if job["status"] == "queued")
+            assert client.delete(f"/v1/jobs/{waiting}").status_code == 200
+            reply = asking.result(10)
+        finally:
+            gate.set()
+    assert (reply.status_code, reply.json["error"]["code"]) == (409, "cancelled")
+    assert reply.headers["X-Job-Id"] == waiting
+    assert "409" in DOCUMENT["paths"][path]["post"]["responses"]
 
 
 def check(reply: Any, method: str, path: str) -> None:
@@ -89,11 +115,16 @@ def check(reply: Any, method: str, path: str) -> None:
             jsonschema_rs.validate(event_schema | components, json.loads(event))
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("path", "body"), bodies())
+def with_streams() -> list[Any]:
+    """Each example, and once more with a stream where there can be one."""
+    streams = [
+        pytest.param(*one.values, True, id=f"{one.id}-stream") for one in bodies() if "completions" in str(one.id)
+    ]
+    return [pytest.param(*one.values, False, id=one.id) for one in bodies()] + streams
+
+
+@pytest.mark.parametrize(("path", "body", "stream"), with_streams())
 def test_every_example_is_answered_well(app: Flask, path: str, body: dict[str, Any], stream: bool) -> None:
-    if stream and "completions" not in path:
-        pytest.skip("has no stream")
     reply = app.test_client().post(path.replace("{model_id}", "tiny"), json=body | ({"stream": True} if stream else {}))
     assert reply.status_code == 200, reply.text
     check(reply, "post", path)

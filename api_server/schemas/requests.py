@@ -7,7 +7,7 @@ refused, never ignored. These models know no transport.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .fields import (
@@ -15,6 +15,7 @@ from .fields import (
     MAX_CHOICES,
     MAX_CONTENT_PARTS,
     MAX_HOOKS,
+    MAX_ID_LENGTH,
     MAX_INTERVENTIONS,
     MAX_MESSAGES,
     MAX_PROMPTS,
@@ -36,8 +37,10 @@ from .fields import (
     Selection,
     Source,
     Stop,
+    Temperature,
     TokenId,
     null_is_none,
+    one_of,
     only,
 )
 
@@ -81,6 +84,18 @@ class ChatMessage(Request):
         return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
+_PLACE = one_of(("layer_name", "component"), ("hook_point",))
+# Something is captured, and a hook point has no input of its own.
+_SIDES: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"capture_output": {"enum": [True, None]}}},
+        {"required": ["capture_input"], "properties": {"capture_input": {"const": True}}},
+    ],
+    "if": {"required": ["hook_point"], "properties": {"hook_point": {"type": "string"}}},
+    "then": {"properties": {"capture_input": {"enum": [False, None]}}},
+}
+
+
 class HookRequest(Request):
     """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``.
 
@@ -88,12 +103,14 @@ class HookRequest(Request):
     ``positions``, ``heads`` and ``reduce`` limit what is computed and sent.
     """
 
+    model_config = ConfigDict(json_schema_extra=_PLACE | _SIDES)
+
     layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
     component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     hook_point: HookId | None = None
     hook_id: HookId | None = None
-    capture_input: bool = False
-    capture_output: bool = True
+    capture_input: Annotated[bool, OrNull()] = False
+    capture_output: Annotated[bool, OrNull()] = True
     positions: Positions = None
     heads: Heads = None
     reduce: Literal["mean", "max", "last", "norm"] | None = None
@@ -120,6 +137,8 @@ class HookRequest(Request):
 
 class InterventionRequest(Request):
     """One edit: ``{"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]}``; see ``Intervention``."""
+
+    model_config = ConfigDict(json_schema_extra=_PLACE)
 
     type: Literal["zero", "mean", "set", "patch", "add", "scale", "clamp", "noise"]
     hook_point: Annotated[str, Field(min_length=1, max_length=500)] | None = None
@@ -149,7 +168,7 @@ class InterventionRequest(Request):
 class StreamOptions(Request):
     """OpenAI's. With ``include_usage`` the usage has a last event of its own, without it the finishing one has it."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, OrNull()] = False
     include_obfuscation: Annotated[Any, only(False, None)] = None
 
 
@@ -159,7 +178,7 @@ class GenerationRequest(Request):
     model: Name | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    temperature: Annotated[float, OrNull()] = Field(0.7, ge=0, le=2)
+    temperature: Annotated[Temperature, OrNull()] = 0.7
     top_p: Annotated[float, OrNull()] = Field(1.0, gt=0, le=1)
     top_k: Annotated[int, OrNull()] = Field(0, ge=0, le=1_000_000)
     min_p: Annotated[float, OrNull()] = Field(0.0, ge=0, le=1)
@@ -172,7 +191,7 @@ class GenerationRequest(Request):
     stop: Stop | None = None
     stream: Annotated[bool, OrNull()] = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = None
 
     response_format: Annotated[Any, only({"type": "text"}, None)] = None
     tools: Annotated[Any, only([], None)] = None
@@ -184,7 +203,9 @@ class GenerationRequest(Request):
     def _one_limit(self) -> "GenerationRequest":
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise PydanticCustomError(
-                "one_limit", "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one"
+                "one_limit",
+                "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one",
+                {"param": "max_tokens"},
             )
         return self
 
@@ -284,9 +305,9 @@ class CaptureRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
     interventions: list[InterventionRequest] | None = Field(None, max_length=MAX_INTERVENTIONS)
-    activation_encoding: Literal["json", "base64", "none"] = "json"
-    activation_dtype: Literal["float32", "float16"] = "float32"
-    keep_capture: bool = False
+    activation_encoding: Annotated[Literal["json", "base64", "none"], OrNull()] = "json"
+    activation_dtype: Annotated[Literal["float32", "float16"], OrNull()] = "float32"
+    keep_capture: Annotated[bool, OrNull()] = False
 
 
 class ChatCaptureRequest(CaptureRequest, ChatRequest):
@@ -302,13 +323,13 @@ class LoadRequest(Request):
 
     model_path: Annotated[str, Field(min_length=1, max_length=4096)]
     model_id: ModelId | None = None
-    background: bool = False
+    background: Annotated[bool, OrNull()] = False
 
 
 class SelfTestRequest(Request):
     """``POST /v1/models/{id}/selftest``; in the background, the reply is the job."""
 
-    background: bool = False
+    background: Annotated[bool, OrNull()] = False
 
 
 class RegisterHooksRequest(Request):
@@ -320,6 +341,8 @@ class RegisterHooksRequest(Request):
 
 class TokenizeRequest(Request):
     """``POST /v1/tokenize``: exactly one of ``text`` and ``messages``."""
+
+    model_config = ConfigDict(json_schema_extra=one_of(("text",), ("messages",)))
 
     text: str | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
@@ -346,11 +369,13 @@ class DetokenizeRequest(Request):
 class LogitLensRequest(Request):
     """``POST /v1/analysis/logit_lens``: one of ``prompt`` and ``messages``; ``position`` may count from the end."""
 
+    model_config = ConfigDict(json_schema_extra=one_of(("prompt",), ("messages",)))
+
     prompt: Prompt | None = None
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     model: Name | None = None
     top_k: Annotated[int, OrNull()] = Field(5, ge=1, le=1000)
-    position: int = Field(-1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID)
+    position: Annotated[int, OrNull()] = Field(-1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID)
 
     @model_validator(mode="after")
     def _one_source(self) -> "LogitLensRequest":
