@@ -36,7 +36,8 @@ class HookSpec:
         hook_point: in place of layer_name and component a hook-point name, an alias, a glob or a raw module path.
         positions: absolute ones to keep. None is all. A number, a list, a slice or ``{"start": 2, "stop": 5}`` (either
             may be missing), from 0 up; or ``"last"``: the last token of the prompt, and each generated one. Forward
-            passes that have none of them compute nothing for this hook.
+            passes that have none of them compute nothing for this hook. What is kept is a slice of the whole capture,
+            bit for bit; attention scores, pattern and sink, computed for these rows alone, equal it within rounding.
         heads: query heads to keep where there is a head axis; of keys and values, the key-value heads that serve them.
             A number or a list; negative ones count from the last head. None is all.
         reduce: "mean", "max" or "last" over the positions of a record, or "norm", the length (L2) along the last axis;
