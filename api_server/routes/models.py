@@ -45,7 +45,8 @@ def list_models() -> Response:
     LoadRequest,
     replies={200: LoadedReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"model_path": "neuroscope-tiny"},
 )
 def load_model() -> Response:
@@ -132,7 +133,8 @@ def hook_points(model_id: str) -> Response:
     SelfTestRequest,
     replies={200: SelfTestReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={},
 )
 def selftest(model_id: str) -> Response:
