@@ -263,6 +263,15 @@ def test_the_headers_of_answers_are_as_described(app: Flask) -> None:
         check_headers(reply, response)
 
 
+def test_a_model_says_which_tokens_end_a_text(app: Flask) -> None:
+    client = app.test_client()
+    ends = client.get("/v1/models/tiny").json["eos_token_ids"]
+    body = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0, "activation_hooks": HOOKS[:1], "model": "tiny"}
+    reply = client.post("/v1/chat/completions/with_activations", json=body).json
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert ends == [reply["tokens"]["ids"][-1]]
+
+
 def test_no_field_of_a_request_stands_bare(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"].items()
     inputs = {

@@ -167,6 +167,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "created": loaded.created,
         "owned_by": "local",
         "weight_bytes": loaded.nbytes,
+        "eos_token_ids": sorted(getattr(loaded.model.tokenizer, "eos_token_ids", None) or ()),
         "supports_activations": True,
         "untrusted_hook_points": loaded.model.untrusted,
         "num_layers": cfg.n_layers,
