@@ -66,10 +66,10 @@ def save_tiny(folder: Path) -> Path:
 
 
 @contextmanager
-def running_server(worker: ModelWorker, config: ServerConfig | None = None) -> Iterator[str]:
-    """The URL of a real server on a free port."""
+def running_server(worker: ModelWorker, config: ServerConfig | None = None, **options: Any) -> Iterator[str]:
+    """The URL of a real server on a free port; ``options`` are those of ``Server``."""
     config = config or ServerConfig(port=0)
-    server = Server(create_app(worker, config), config, waiting=worker.max_queued)
+    server = Server(create_app(worker, config), config, waiting=worker.max_queued, **options)
     thread = server.start()
     try:
         yield server.url

@@ -45,7 +45,8 @@ def list_models() -> Response:
     LoadRequest,
     replies={200: LoadedReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"model_path": "neuroscope-tiny"},
 )
 def load_model() -> Response:
@@ -132,7 +133,8 @@ def hook_points(model_id: str) -> Response:
     SelfTestRequest,
     replies={200: SelfTestReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={},
 )
 def selftest(model_id: str) -> Response:
@@ -167,6 +169,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "created": loaded.created,
         "owned_by": "local",
         "weight_bytes": loaded.nbytes,
+        "eos_token_ids": sorted(getattr(loaded.model.tokenizer, "eos_token_ids", None) or ()),
         "supports_activations": True,
         "untrusted_hook_points": loaded.model.untrusted,
         "num_layers": cfg.n_layers,

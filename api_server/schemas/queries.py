@@ -45,7 +45,7 @@ PositionRange = Annotated[str, _is_spelled(f"last|{_SPAN}", f"'last', {_WANTED}"
 class CapturesQuery(Request):
     """Which part of the list of captures."""
 
-    limit: int = Field(100, ge=1, le=1000)
+    limit: int = Field(100, ge=1, le=1000, description="The most of them.")
     after: Name | None = Field(None, description="The last capture's id of the part before.")
 
 
@@ -67,7 +67,7 @@ class RangeQuery(Request):
         description="Over positions, after the selection; `norm` is L2 over the last axis. "
         "Computed in float64, rounded to float32, sent as `dtype`.",
     )
-    format: Literal["json", "npy", "safetensors"] = "json"
+    format: Literal["json", "npy", "safetensors"] = Field("json", description="`npy` holds one array.")
     encoding: Literal["json", "base64", "none"] = Field(
         "json", description="Of `format=json`; refused with the others."
     )

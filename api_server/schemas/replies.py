@@ -54,6 +54,7 @@ class ModelReply(Reply):
     owned_by: str
     supports_activations: bool
     weight_bytes: int = Field(description="What its weights take in memory.")
+    eos_token_ids: list[int] = Field(description="Tokens that end a text.")
     untrusted_hook_points: list[str] = Field(description="Hook points at which an identity of the self-test fails.")
     num_layers: int
     num_heads: int
