@@ -223,10 +223,10 @@ class SpelledTokens(Reply):
 
 
 class Omitted(Reply):
-    """Why the records have no data, and how to fetch it."""
+    """Why the records have no data, and how to fetch it. In a stream, they have none from that event on."""
 
-    bytes: int
-    limit: int
+    bytes: int = Field(description="Of all numbers, before encoding.")
+    limit: int = Field(description="The bytes of numbers that a reply carries; the records themselves do not count.")
     message: str
 
 
