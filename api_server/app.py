@@ -10,7 +10,7 @@ from werkzeug.routing import PathConverter
 from . import compression, cors, errors, logs
 from .captures import CaptureStore
 from .config import ServerConfig
-from .description import REQUEST_ID_HEADER
+from .description import JOB_ID_HEADER, REQUEST_ID_HEADER
 from .errors import ApiError
 from .routes import BLUEPRINTS
 from .schemas.fields import MODEL_PARTS
@@ -51,7 +51,7 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     def account(response: Response) -> Response:
         response.headers[REQUEST_ID_HEADER] = g.request_id
         if "job_id" in g:
-            response.headers["X-Job-Id"] = g.job_id
+            response.headers[JOB_ID_HEADER] = g.job_id
         # A page of another host shows nothing of an answer, and no browser guesses that JSON is a page.
         response.headers["X-Content-Type-Options"] = "nosniff"
         logs.account(response)

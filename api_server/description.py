@@ -65,6 +65,7 @@ _ERRORS = {
 
 REQUEST_ID_HEADER = "X-Request-Id"
 RETRY_AFTER_HEADER = "Retry-After"
+JOB_ID_HEADER = "X-Job-Id"
 _HEADERS: Schema = {
     REQUEST_ID_HEADER: {
         "description": "Names this request in errors and in the server's log.",
@@ -72,6 +73,29 @@ _HEADERS: Schema = {
         "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
     },
     RETRY_AFTER_HEADER: {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+    JOB_ID_HEADER: {
+        "description": "The job that the request was, or is: `GET` and `DELETE /v1/jobs/{job_id}`.",
+        "schema": {"type": "string", "pattern": "^job-"},
+    },
+    "Location": {
+        "description": "The job's address.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^/v1/jobs/"},
+    },
+    "Accept-Ranges": {
+        "description": "The bytes can be fetched in parts, with `Range`; JSON, and what is compressed, cannot.",
+        "schema": {"const": "bytes"},
+    },
+    "Content-Range": {
+        "description": "Which bytes these are, of how many: `bytes 0-99/4096`; with 416 `bytes */4096`.",
+        "required": True,
+        "schema": {"type": "string", "pattern": r"^bytes ([0-9]+-[0-9]+|\*)/[0-9]+$"},
+    },
+    "Vary": {"description": "The request's headers that the answer depends on.", "schema": {"type": "string"}},
+    "Content-Encoding": {
+        "description": "There if the answer is compressed, as `Accept-Encoding` asked.",
+        "schema": {"enum": ["zstd", "gzip", "br"]},
+    },
 }
 
 
@@ -80,6 +104,7 @@ class _Extras:
     """What an operation has beyond JSON bodies and JSON replies."""
 
     errors: frozenset[int]
+    job: bool
     event: type[BaseModel] | None
     media: Mapping[str, Schema]
     headers: Mapping[str, str]
@@ -117,6 +142,7 @@ def described(
     tags: Sequence[str],
     query: type[BaseModel] | None = None,
     errors: Sequence[int] = (),
+    job: bool = False,
     event: type[BaseModel] | None = None,
     media: Mapping[str, Schema] | None = None,
     headers: Mapping[str, str] | None = None,
@@ -129,6 +155,7 @@ def described(
         replies: the model of the reply, or one per status; None for a reply without a body.
         query: the model of the query parameters.
         errors: statuses beyond those that any request can get (400, 401, 403, 500).
+        job: whether the worker does it, as a job: it can be cancelled (409), or find no room or no time (503).
         event: the model of one server-sent event, where ``stream`` asks for events.
         media: other content types of replies 200 and 206, with their schemas.
         headers: headers of the replies below 400 besides X-Request-Id, with a sentence each.
@@ -136,13 +163,13 @@ def described(
     """
     by_status = dict(replies) if isinstance(replies, Mapping) else {200: replies}
     answers: dict[str, Any] = {f"HTTP_{status}": model for status, model in by_status.items()}
-    possible = frozenset({400, 403, 500, *errors, *((413, 415) if body else ())})
+    possible = frozenset({400, 403, 500, *errors, *((413, 415) if body else ()), *((409, 503) if job else ())})
 
     def decorate(view: View) -> View:
         name = view.__name__
         if name in _extras:
             raise ValueError(f"Two views are called {name!r}: an operation's id must be its own.")
-        _extras[name] = _Extras(possible, event, media or {}, headers or {}, example)
+        _extras[name] = _Extras(possible, job, event, media or {}, headers or {}, example)
         decorated: View = _tree.validate(
             query=query,
             json=body,
@@ -209,8 +236,8 @@ def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
     wants_key = api_key and operation["operationId"] not in OPEN_OPERATIONS
     operation["security"] = [{"bearer": []}] if wants_key else []
     responses = {status: one for status, one in operation["responses"].items() if int(status) < 400}
-    for response in responses.values():
-        response["headers"] = {REQUEST_ID_HEADER: {"$ref": f"#/components/headers/{REQUEST_ID_HEADER}"}}
+    for status, response in responses.items():
+        response["headers"] = {name: _header_named(name) for name in _headers_of(status, extras)}
         response["headers"] |= {name: _header(text) for name, text in extras.headers.items()}
     for status in ("200", "206"):
         if status in responses:
@@ -222,6 +249,18 @@ def _complete(operation: Schema, extras: _Extras, api_key: bool) -> None:
         del operation["description"]
     if extras.example is not None:
         operation["requestBody"]["content"][JSON]["example"] = extras.example
+
+
+def _headers_of(status: str, extras: _Extras) -> list[str]:
+    """The common headers of a reply below 400."""
+    names = [REQUEST_ID_HEADER, *([JOB_ID_HEADER] if extras.job else [])]
+    names += {"202": ["Location"], "206": ["Content-Range"]}.get(status, [])
+    names += ["Accept-Ranges"] if extras.media and status != "304" else []
+    return names + (["Vary"] if status != "206" else []) + (["Content-Encoding"] if status == "200" else [])
+
+
+def _header_named(name: str) -> Schema:
+    return {"$ref": f"#/components/headers/{name}"}
 
 
 def _other_content(extras: _Extras) -> Schema:
@@ -237,10 +276,12 @@ def _other_content(extras: _Extras) -> Schema:
 
 
 def _error(status: int) -> Schema:
-    names = [REQUEST_ID_HEADER, *([RETRY_AFTER_HEADER] if status == 503 else [])]
+    # What fails in the course of a job has its id.
+    names = [REQUEST_ID_HEADER, *([RETRY_AFTER_HEADER] if status == 503 else []), JOB_ID_HEADER]
+    names += ["Vary", *(["Content-Range"] if status == 416 else [])]
     return {
         "description": _ERRORS[status],
-        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+        "headers": {name: _header_named(name) for name in names},
         "content": {JSON: {"schema": {"$ref": _SCHEMA.format(name=ErrorReply.__name__)}}},
     }
 

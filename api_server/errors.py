@@ -123,12 +123,12 @@ class NoModelLoaded(ApiError):
 
 
 class Busy(ApiError):
-    """The queue is full."""
+    """The queue is full, or as much is under way as may be."""
 
-    def __init__(self, queued: int) -> None:
+    def __init__(self, count: int, what: str = "requests are waiting") -> None:
         super().__init__(
             503,
-            f"The server is busy: {queued} requests are waiting. Try again after {RETRY_AFTER_SECONDS} s.",
+            f"The server is busy: {count} {what}. Try again after {RETRY_AFTER_SECONDS} s.",
             code="busy",
             headers={"Retry-After": str(RETRY_AFTER_SECONDS)},
         )
@@ -157,7 +157,7 @@ class Stopping(ApiError):
 class Cancelled(ApiError):
     """Work that was given up: its reader went away, or somebody asked for it."""
 
-    def __init__(self, message: str = "The request was cancelled because its connection was closed.") -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(409, message, code="cancelled")
 
 
@@ -177,7 +177,11 @@ class NoRoomForModel(ApiError):
     """A model that would exceed the memory for models, even with all idle ones unloaded."""
 
     def __init__(self, needed: int, limit: int, in_use: int) -> None:
-        why = f"{in_use} bytes are in use by running requests: try again later" if in_use else "choose a smaller one"
+        why = (
+            f"{in_use} bytes are in use by running requests and loads: try again later"
+            if in_use
+            else "choose a smaller one"
+        )
         super().__init__(
             503 if in_use else 400,
             f"The model needs {needed} bytes; models may take {limit} ({limit / 2**30:.4g} GiB) in all: {why}.",
@@ -215,10 +219,8 @@ def shown(error: BaseException, request_id: str) -> ApiError:
 
 
 def _of_hook(error: HookError) -> ApiError:
-    if error.hook_id is not None:
-        return ApiError(400, str(error), code="invalid_hook", param="activation_hooks")
     if error.intervention is None:
-        return ApiError(400, str(error), code="invalid_value")
+        return ApiError(400, str(error), code="invalid_value", param=error.field)
     code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_intervention"
     return ApiError(400, str(error), code=code, param=f"interventions[{error.intervention}]")
 
@@ -259,7 +261,8 @@ def invalid_request(error: ValidationError, model: type[BaseModel], part: str = 
         message = f"{fault['msg']}."
     else:
         message = f"{part} {param!r} {_wanted(fault)}."
-    return ApiError(400, message, code="invalid_value", param=param or None)
+    # A check of several fields may name one.
+    return ApiError(400, message, code="invalid_value", param=param or fault.get("ctx", {}).get("param"))
 
 
 def _spell(loc: tuple[int | str, ...]) -> str:
@@ -288,8 +291,8 @@ def _wanted(fault: Any) -> str:
     kind = fault["type"].removeprefix("string_")
     if kind in bounds:
         word, key = bounds[kind]
-        unit = "characters" if fault["type"].startswith("string_") else "items"
-        return f"must have {word} {fault['ctx'][key]} {unit}"
+        unit, count = "character" if fault["type"].startswith("string_") else "item", fault["ctx"][key]
+        return f"must have {word} {count} {unit}{'' if count == 1 else 's'}"
     said = fault["msg"].replace("Input should be", "must be")
     return (said if said.startswith("must be") else f"is refused: {said}") + _got(fault["input"])
 

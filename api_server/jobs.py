@@ -14,6 +14,7 @@ from .models import LoadedModel
 T = TypeVar("T")
 
 LOOK_FOR_READER_SECONDS = 0.25
+READER_GONE = "The request was cancelled because its connection was closed."
 STATUSES = ("queued", "running", "completed", "failed", "cancelled")
 
 
@@ -44,9 +45,9 @@ class Job(Generic[T]):
         work: makes the generator; called on the worker thread.
         kind: what it is, for those who look at the list: ``chat.completion``, ``load``.
         model: the model that it needs, which is not unloaded while the job lives.
-        caller: who asked; the queue is fair among callers.
+        caller: who asked: an address, and a user there; the queue is fair among them.
         request_id: of the request that began it.
-        brief: it takes one short turn, so it may overtake.
+        brief: it takes one turn, in which it runs to its end.
         render: what ``to_dict`` shows as its result when nobody reads it: a job in the background.
     """
 
@@ -56,7 +57,7 @@ class Job(Generic[T]):
         *,
         kind: str = "call",
         model: LoadedModel | None = None,
-        caller: str = "",
+        caller: tuple[str, str] = ("", ""),
         request_id: str | None = None,
         brief: bool = False,
         render: Callable[[T], dict[str, Any]] | None = None,
@@ -72,18 +73,21 @@ class Job(Generic[T]):
         self.status = "queued"
         self._work: Work[T] | None = work
         self._steps: Generator[T | Progress, None, None] | None = None
+        self._is_background = render is not None
         self._render = render
         self._result: dict[str, Any] | None = None
         self._error: dict[str, Any] | None = None
         self._outcomes: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self._cancelled: BaseException | None = None
+        # Why it is cancelled; not the exception, whose traceback would keep what its frames hold.
+        self._cancelled: str | None = None
+        self._is_read = True
         self._ended = threading.Lock()
 
     # -- for those who asked ------------------------------------------------------------------------------------------
 
-    def cancel(self, why: BaseException | None = None) -> None:
+    def cancel(self, why: str = READER_GONE) -> None:
         """Stop at the next step; safe from any thread, at any time, more than once."""
-        self._cancelled = self._cancelled or why or Cancelled()
+        self._cancelled = self._cancelled or why
 
     @property
     def cancelled(self) -> bool:
@@ -106,7 +110,7 @@ class Job(Generic[T]):
         try:
             while True:
                 if reader_gone():
-                    raise Cancelled
+                    raise Cancelled(READER_GONE)
                 try:
                     kind, value = self._outcomes.get(timeout=LOOK_FOR_READER_SECONDS)
                 except Empty:
@@ -118,9 +122,15 @@ class Job(Generic[T]):
                 else:
                     return
         finally:
+            self._is_read = False
             if not self.is_finished:
                 self.cancel()
             self._drop()
+
+    def result(self, reader_gone: Callable[[], bool] = lambda: False) -> T:
+        """The last of its results, once the job has ended; raises what ``results`` does."""
+        *_, last = self.results(reader_gone)
+        return last
 
     def to_dict(self, ahead: int | None = None) -> dict[str, Any]:
         """The job as plain JSON values; times are seconds since 1970.
@@ -154,7 +164,7 @@ class Job(Generic[T]):
         What the work raises goes to the reader.
         """
         if self._cancelled is not None:
-            self.finish(self._cancelled)
+            self.finish(Cancelled(self._cancelled))
             return False
         try:
             if self._steps is None:
@@ -162,13 +172,9 @@ class Job(Generic[T]):
                 self.status, self.started = "running", time.time()
                 self.progress = Progress(None, "running")
                 self._steps = self._work()
-            result = next(self._steps)
-            if isinstance(result, Progress):
-                self.progress = result
-            elif self._render is not None:
-                self._result = self._render(result)
-            elif self._cancelled is None:
-                self._outcomes.put(("result", result))
+            self._take(next(self._steps))
+            while self.brief:
+                self._take(next(self._steps))
         except StopIteration:
             self.finish()
             return False
@@ -176,6 +182,14 @@ class Job(Generic[T]):
             self.finish(error)
             return False
         return True
+
+    def _take(self, result: T | Progress) -> None:
+        if isinstance(result, Progress):
+            self.progress = result
+        elif self._render is not None:
+            self._result = self._render(result)
+        elif self._cancelled is None:
+            self._outcomes.put(("result", result))
 
     def finish(self, error: BaseException | None = None) -> None:
         """Close the work and tell the reader that there is no more, or why."""
@@ -190,14 +204,14 @@ class Job(Generic[T]):
             self.status = "completed" if error is None else "cancelled" if isinstance(error, Cancelled) else "failed"
             if error is not None:
                 # Whoever reads the results describes the error to its caller; in the background nobody does.
-                tell = shown if self._render is None else describe
+                tell = describe if self._is_background else shown
                 self._error = tell(error, self.request_id or "-").body(self.request_id)["error"]
             # Neither a large capture nor a model stays alive for the book's sake.
-            self._work = self._steps = self.model = None
+            self._work = self._steps = self._render = self.model = None
             if self._cancelled is not None:
                 self._drop()
             self.finished = time.time()
-            if self._render is None:
+            if not self._is_background and self._is_read:
                 self._outcomes.put(("end", error))
 
     def _drop(self) -> None:

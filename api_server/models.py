@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mlx_hooks import HookedModel, HookSpec
@@ -38,6 +39,8 @@ class LoadedModels:
     def __init__(self, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._models: dict[str, LoadedModel] = {}
+        self._promised = 0
+        """Bytes of models that are being loaded."""
         self._lock = threading.Lock()
 
     def all(self) -> list[LoadedModel]:
@@ -77,33 +80,45 @@ class LoadedModels:
             if self._models.pop(model_id, None) is None:
                 raise UnknownModel(model_id, list(self._models))
 
-    def make_room(self, nbytes: int, in_use: Iterable[LoadedModel]) -> list[str]:
-        """Forget the models that were not used for longest, until ``nbytes`` more fit; answers their ids.
+    @contextmanager
+    def room(self, nbytes: int, in_use: Iterable[LoadedModel]) -> Iterator[list[str]]:
+        """Keep room for ``nbytes`` more: the models that were not used for longest are forgotten, until they fit.
 
         Args:
             in_use: models that jobs hold. They stay.
 
+        Returns:
+            the ids of those forgotten.
+
         Raises:
             NoRoomForModel: they would not fit anyway; nothing was forgotten.
         """
-        if self.max_bytes is None:
-            return []
-        busy = {id(loaded) for loaded in in_use}
+        gone = self._make_room(nbytes, list(in_use))
+        try:
+            yield gone
+        finally:
+            with self._lock:
+                self._promised -= nbytes
+
+    def _make_room(self, nbytes: int, in_use: list[LoadedModel]) -> list[str]:
         with self._lock:
-            # One that was removed while a job holds it takes memory all the same.
-            held = {id(loaded): loaded for loaded in (*self._models.values(), *in_use)}
-            excess = sum(loaded.nbytes for loaded in held.values()) + nbytes - self.max_bytes
-            idle = sorted((one for one in self._models.values() if id(one) not in busy), key=lambda one: one.used)
-            if excess > sum(loaded.nbytes for loaded in idle):
-                in_use_bytes = sum(loaded.nbytes for loaded in held.values() if id(loaded) in busy)
-                raise NoRoomForModel(nbytes, self.max_bytes, in_use_bytes if nbytes <= self.max_bytes else 0)
-            gone = []
-            for loaded in idle:
-                if excess <= 0:
-                    break
-                del self._models[loaded.model_id]
-                gone.append(loaded.model_id)
-                excess -= loaded.nbytes
+            gone: list[str] = []
+            if self.max_bytes is not None:
+                busy = {id(loaded) for loaded in in_use}
+                # One that was removed while a job holds it takes memory all the same.
+                held = {id(loaded): loaded for loaded in (*self._models.values(), *in_use)}
+                excess = self._promised + sum(one.nbytes for one in held.values()) + nbytes - self.max_bytes
+                idle = sorted((one for one in self._models.values() if id(one) not in busy), key=lambda one: one.used)
+                if excess > sum(loaded.nbytes for loaded in idle):
+                    needed = self._promised + sum(loaded.nbytes for key, loaded in held.items() if key in busy)
+                    raise NoRoomForModel(nbytes, self.max_bytes, needed if nbytes <= self.max_bytes else 0)
+                for loaded in idle:
+                    if excess <= 0:
+                        break
+                    del self._models[loaded.model_id]
+                    gone.append(loaded.model_id)
+                    excess -= loaded.nbytes
+            self._promised += nbytes
             return gone
 
     # -- registered hooks ---------------------------------------------------------------------------------------------

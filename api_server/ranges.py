@@ -12,12 +12,13 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from mlx_hooks.hook_points import POSITION_AXES
+from mlx_hooks.hook_points import POSITION_AXES, canonical_name
 from mlx_hooks.hooks import HeadSelection
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
@@ -27,6 +28,9 @@ from .errors import ApiError, CapturesUnwritable
 
 IN_MEMORY_BYTES = 64 * 2**20
 """Numbers that must be put together lie in memory up to this size, else in a temporary file."""
+
+_Sequence = tuple[str, list[StoredRecord]]
+"""The name of an array and the records that make it."""
 
 FEATURELESS = ("batch", "head", *POSITION_AXES)
 
@@ -99,6 +103,7 @@ def select(
     heads: str | None = None,
     layers: str | None = None,
     reduce: str | None = None,
+    hook_point: str | None = None,
 ) -> list[Tensor]:
     """The arrays of a capture, in forward order; nothing is read yet.
 
@@ -109,6 +114,7 @@ def select(
         heads: query heads, spelled alike; at k and v, the key-value heads that serve them.
         layers: spelled alike; what belongs to no layer is left out.
         reduce: ``mean``, ``max`` or ``last`` over positions, ``norm`` (L2) over the last axis.
+        hook_point: a name of a hook point, a glob, or what stands in an array's name behind the hook id.
 
     Raises:
         ApiError: an unknown hook, nothing selected, or a hook point that cannot be selected or reduced so.
@@ -122,9 +128,12 @@ def select(
     records = [record for record in capture.records if hook_id is None or record.hook_id == hook_id]
     if layers is not None:
         records = _of_layers(capture, records, layers)
+    sequences = list(_sequences(records))
+    if hook_point is not None:
+        sequences = _at(sequences, hook_point)
     n_positions = max((record.positions[1] for record in capture.records), default=0)
     tensors = []
-    for stem, members in _sequences(records):
+    for stem, members in sequences:
         part = _Part(capture, members)
         if positions is not None:
             part.take_positions(positions, n_positions)
@@ -275,7 +284,7 @@ class _Part:
                 yield tuple(to), tuple(of)
 
 
-def _sequences(records: list[StoredRecord]) -> Iterator[tuple[str, list[StoredRecord]]]:
+def _sequences(records: list[StoredRecord]) -> Iterator[_Sequence]:
     """The records that make one array each, under the array's name."""
     groups: dict[tuple[Any, ...], list[StoredRecord]] = {}
     for record in records:
@@ -337,6 +346,24 @@ def _of_layers(capture: Capture, records: list[StoredRecord], layers: str) -> li
         there = f"It has {_spelled(held)}" if held else "It has none"
         raise ApiError(400, f"The capture lacks layers {layers!r}. {there}.", code="invalid_value", param="layers")
     return [record for record in records if record.layer_index in chosen]
+
+
+def _at(sequences: list[_Sequence], hook_point: str) -> list[_Sequence]:
+    """Those of a hook point, or of the points that a glob means."""
+    wanted = canonical_name(hook_point)
+    is_glob = any(c in wanted for c in "*?")
+    there: list[str] = []
+    found = []
+    for stem, members in sequences:
+        names = (members[0].hook_point, stem.removeprefix(f"{members[0].hook_id}/"))
+        there += [name for name in names if name not in there]
+        if wanted in names or (is_glob and fnmatchcase(names[0], wanted)):
+            found.append((stem, members))
+    if not found:
+        some = ", ".join(there[:20]) + (" and more" if len(there) > 20 else "") or "none"
+        message = f"The capture lacks the hook point {hook_point!r}. Of what is asked for it has: {some}."
+        raise ApiError(400, message, code="invalid_value", param="hook_point")
+    return found
 
 
 def _indices(text: str, count: int) -> Iterable[int]:

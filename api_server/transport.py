@@ -100,7 +100,7 @@ def submit(
 
     The queue is fair among addresses, and at one address among those who give a ``user``.
     """
-    caller = f"{request.remote_addr} {user or ''}"
+    caller = (request.remote_addr or "", user or "")
     job = worker().submit(work, kind=kind, model=model, caller=caller, request_id=g.request_id, **about)
     g.job_id = job.id
     g.model = model.model_id if model else g.get("model")
@@ -113,7 +113,7 @@ def call(function: Callable[[], T], kind: str, model: LoadedModel | None = None)
     def work() -> Iterator[T]:
         yield function()
 
-    return cast(T, next(submit(work, kind, model, brief=True).results(reader_gone())))
+    return cast(T, submit(work, kind, model, brief=True).result(reader_gone()))
 
 
 def in_background(job: Job[Any]) -> Response:

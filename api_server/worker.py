@@ -9,8 +9,7 @@ reader; the reader takes the results in another thread. A job whose reader has g
     for step in worker.submit(lambda: generation(worker.get(), request)).results(): ...
 
 Several jobs run at a time, each a token in turn, so a short request does not wait for the end of a long one; each
-computes what it would compute alone. The others wait, and the one that is taken next is of the caller who has least
-running, then of the one who was served longest ago.
+computes what it would compute alone. ``schedule.py`` says whose turn it is.
 """
 
 import gc
@@ -18,8 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +30,7 @@ from mlx_hooks import HookedModel, loading
 from .errors import ApiError, Busy, Cancelled, Stopping, UnknownJob
 from .jobs import Job, Progress, Work
 from .models import LoadedModel, LoadedModels
+from .schedule import Schedule
 from .schemas.fields import MODEL_ID_RULE, is_model_id
 
 log = logging.getLogger("api_server.worker")
@@ -39,8 +38,10 @@ log = logging.getLogger("api_server.worker")
 T = TypeVar("T")
 
 REMEMBERED_JOBS = 500
+REMEMBERED_BRIEF_JOBS = 50
 REMEMBERED_SECONDS = 3600.0
 IDLE_SECONDS = 0.05
+MAX_DOWNLOADS = 4
 
 
 class ModelWorker:
@@ -70,11 +71,9 @@ class ModelWorker:
         self.max_active = max_active
         self.loaded = LoadedModels(max_model_bytes)
         self._load = load
-        self._waiting: deque[Job[Any]] = deque()
-        self._active: deque[Job[Any]] = deque()
+        self._downloads = _Downloads()
+        self._schedule = Schedule(max_queued, max_active)
         self._book: dict[str, Job[Any]] = {}
-        self._served: dict[str, int] = {}
-        self._idle_turns = 0
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._stop_at = 0.0
@@ -141,10 +140,7 @@ class ModelWorker:
         with self._changed:
             if self._stopping.is_set():
                 raise Stopping
-            waiting = [other for other in self._waiting if not other.cancelled]
-            if len(waiting) >= self.max_queued:
-                raise Busy(len(waiting))
-            self._waiting.append(job)
+            self._schedule.add(job)
             self._remember(job)
             self._changed.notify()
         return job
@@ -155,7 +151,7 @@ class ModelWorker:
         def work() -> Generator[T | Progress, None, None]:
             yield function()
 
-        return next(self.submit(work, brief=True, **about).results(reader_gone))
+        return self.submit(work, brief=True, **about).result(reader_gone)
 
     def job(self, job_id: str) -> Job[Any]:
         """A job that runs, waits or ended a while ago.
@@ -185,37 +181,35 @@ class ModelWorker:
             UnknownJob: it was never there or has been forgotten.
         """
         job = self.job(job_id)
-        job.cancel(Cancelled(f"The job {job_id} was cancelled."))
+        job.cancel(f"The job {job_id} was cancelled.")
         with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
+            if self._schedule.take_out(job):
                 job.finish(Cancelled(f"The job {job_id} was cancelled before it began."))
             return self._shown(job)
 
     def _shown(self, job: Job[Any]) -> dict[str, Any]:
-        return job.to_dict(self._waiting.index(job) if job in self._waiting else None)
+        return job.to_dict(self._schedule.ahead_of(job))
 
     def _remember(self, job: Job[Any]) -> None:
         self._book[job.id] = job
-        finished = [one for one in self._book.values() if one.finished is not None]
         horizon = time.time() - REMEMBERED_SECONDS
-        for i, old in enumerate(finished):
-            if len(finished) - i > REMEMBERED_JOBS or (old.finished or 0) < horizon:
-                del self._book[old.id]
+        # What takes one turn is asked for often, and seldom asked about.
+        for brief, most in ((False, REMEMBERED_JOBS), (True, REMEMBERED_BRIEF_JOBS)):
+            ended = [one for one in self._book.values() if one.brief is brief and one.finished is not None]
+            for i, old in enumerate(ended):
+                if len(ended) - i > most or (old.finished or 0) < horizon:
+                    del self._book[old.id]
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            more = job.step()
-            self._idle_turns = self._idle_turns + 1 if more and job.progress.idle else 0
-            if more:
-                self._active.append(job)
+            if job.step():
+                with self._changed:
+                    self._schedule.again(job)
             # A finished job must not keep a large capture alive while nothing is asked.
             del job
         with self._changed:
-            for job in (*self._active, *self._waiting):
+            for job in self._schedule.jobs:
                 job.finish(Stopping())
-            self._active.clear()
-            self._waiting.clear()
         # MLX keeps streams per thread; left to the thread's own end, their cleanup can abort the interpreter's exit.
         mx.clear_streams()
 
@@ -224,32 +218,14 @@ class ModelWorker:
         with self._changed:
             while True:
                 if self._stopping.is_set():
-                    for job in self._waiting:
-                        job.finish(Stopping())
-                    self._waiting.clear()
-                    if not self._active or time.monotonic() >= self._stop_at:
+                    for waiting in self._schedule.take_all_waiting():
+                        waiting.finish(Stopping())
+                    if not self._schedule.is_running or time.monotonic() >= self._stop_at:
                         return None
-                self._begin_waiting()
-                if self._active and self._idle_turns < len(self._active):
-                    return self._active.popleft()
+                if (job := self._schedule.next()) is not None:
+                    return job
                 # The timeout lets request_stop get by without taking this lock.
-                self._changed.wait(timeout=IDLE_SECONDS if self._active else 0.2)
-                self._idle_turns = 0
-
-    def _begin_waiting(self) -> None:
-        """Let waiting jobs into the round: brief ones at once, the others as far as there is room, by caller."""
-        for job in [job for job in self._waiting if job.cancelled or job.brief]:
-            self._waiting.remove(job)
-            # A cancelled one has its turn too: that ends it.
-            self._active.appendleft(job)
-        while self._waiting and sum(not job.brief for job in self._active) < self.max_active:
-            running = [job.caller for job in self._active]
-            job = min(self._waiting, key=lambda job: (running.count(job.caller), self._served.get(job.caller, 0)))
-            self._waiting.remove(job)
-            self._served[job.caller] = max(self._served.values(), default=0) + 1
-            if len(self._served) > 10 * REMEMBERED_JOBS:
-                del self._served[min(self._served, key=self._served.__getitem__)]
-            self._active.append(job)
+                self._changed.wait(timeout=IDLE_SECONDS if self._schedule.is_running else 0.2)
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -265,14 +241,14 @@ class ModelWorker:
             NoRoomForModel: it needs more memory than models may take.
             ApiError: its id cannot stand in an address.
         """
-        return next(self.submit(lambda: self.loading(path, model_id), kind="load").results())
+        return self.submit(lambda: self.loading(path, model_id), kind="load").result()
 
     def loading(self, path: str, model_id: str | None = None) -> Generator["LoadedModel | Progress", None, None]:
         """The work of ``load``: yields progress, then the model."""
         name = _own_name(path) if model_id is None else model_id
         folder = model = None
         if self._load is None:
-            folder = yield from _fetched(path)
+            folder = yield from self._downloads.fetched(path)
         else:
             model = self._load(path)
         if not is_model_id(name):
@@ -282,28 +258,25 @@ class ModelWorker:
                 code="invalid_value",
                 param="model_id",
             )
-        if folder is not None:
-            self._make_room(loading.weight_bytes(folder))
-            steps = _Result(loading.load_steps(folder, path))
-            for progress in steps:
-                yield Progress(progress.fraction, progress.message)
-            model = HookedModel(*steps.result)
-        assert model is not None
-        nbytes = sum(array.nbytes for _, array in tree_flatten(model.model.parameters()))
-        # Again, since weights in memory may be larger than their files; and others may have been loaded meanwhile.
-        self._make_room(nbytes)
-        loaded = LoadedModel(name, path, model, int(time.time()), nbytes)
-        self.loaded.put(loaded)
+        steps = _Result(loading.load_steps(folder, path)) if folder is not None else None
+        # Nothing is read yet when the first step says how much there is.
+        first = next(iter(steps)) if steps is not None else None
+        nbytes = first.nbytes if first is not None else _weight_bytes(model)
+        with self._changed:
+            in_use = [job.model for job in self._schedule.jobs if job.model is not None]
+        with self.loaded.room(nbytes, in_use) as gone:
+            if gone:
+                log.info("unloaded %s to make room", ", ".join(gone))
+                _release()
+            if steps is not None:
+                for progress in steps:
+                    yield Progress(progress.fraction, progress.message)
+                model = HookedModel(*steps.result)
+            assert model is not None
+            loaded = LoadedModel(name, path, model, int(time.time()), _weight_bytes(model))
+            self.loaded.put(loaded)
         _release()
         yield loaded
-
-    def _make_room(self, nbytes: int) -> None:
-        with self._changed:
-            in_use = [job.model for job in (*self._active, *self._waiting) if job.model is not None]
-        gone = self.loaded.make_room(nbytes, in_use)
-        if gone:
-            log.info("unloaded %s to make room", ", ".join(gone))
-            _release()
 
     def unload(self, model_id: str) -> None:
         """Forget a model; a job that already has it runs to its end.
@@ -333,32 +306,60 @@ def _release() -> None:
     mx.clear_cache()
 
 
-class _Result:
+def _weight_bytes(model: HookedModel | None) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(model.model.parameters())) if model is not None else 0
+
+
+class _Result(Iterator[Any]):
     """The steps of a generator, and what it returned once they are through."""
 
     def __init__(self, steps: Generator[Any, None, Any]) -> None:
         self._steps = steps
+        self.result: Any = None
 
-    def __iter__(self) -> Generator[Any, None, None]:
-        self.result = yield from self._steps
-
-
-def _fetched(name: str) -> Generator[Progress, None, Path]:
-    """The folder of a model, downloaded if need be: in a thread of its own, since that takes no MLX and long."""
-    if not loading.is_remote(name):
-        return loading.fetch(name)
-    outcome: Future[Path] = Future()
-
-    def fetch() -> None:
+    def __next__(self) -> Any:
         try:
-            outcome.set_result(loading.fetch(name))
-        except BaseException as error:
-            outcome.set_exception(error)
+            return next(self._steps)
+        except StopIteration as end:
+            self.result = end.value
+            raise
 
-    threading.Thread(target=fetch, name="model-download", daemon=True).start()
-    while not outcome.done():
-        yield Progress(None, "downloading", idle=True)
-    return outcome.result()
+
+class _Downloads:
+    """Models on their way from a hub, each once, in threads of their own: that takes no MLX, and long.
+
+    One that nobody waits for any more goes on: what it fetches stays in the hub's cache.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, Future[Path]] = {}
+
+    def fetched(self, name: str) -> Generator[Progress, None, Path]:
+        """The folder of a model, downloaded if need be. On the worker thread only.
+
+        Raises:
+            Busy: as many are on their way as may be.
+        """
+        if not loading.is_remote(name):
+            return loading.fetch(name)
+        self._running = {other: future for other, future in self._running.items() if not future.done()}
+        if name not in self._running:
+            if len(self._running) >= MAX_DOWNLOADS:
+                raise Busy(len(self._running), "downloads are under way")
+            future: Future[Path] = Future()
+            threading.Thread(target=_fetch, args=(name, future), name="model-download", daemon=True).start()
+            self._running[name] = future
+        future = self._running[name]
+        while not future.done():
+            yield Progress(None, "downloading", idle=True)
+        return future.result()
+
+
+def _fetch(name: str, outcome: Future[Path]) -> None:
+    try:
+        outcome.set_result(loading.fetch(name))
+    except BaseException as error:
+        outcome.set_exception(error)
 
 
 def _own_name(path: str) -> str:

@@ -17,10 +17,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 from page import PAGE, busy, environment, write_section
 from peers import NONE, PATTERNS, RESIDUAL, TEN, VOCABULARY, peers
+from random_llama import random_llama
 from tqdm import tqdm
 
 from mlx_hooks import HookedModel
@@ -38,23 +38,6 @@ LABELS = {
 }
 
 Run = Callable[[], object]
-
-
-def make_llama(layers: int, width: int) -> llama.Model:
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=4 * width,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        vocab_size=VOCABULARY,
-    )
-    mx.random.seed(0)
-    model = llama.Model(args)
-    mx.eval(model.parameters())
-    return model
 
 
 def captures(model: HookedModel, tokens: mx.array) -> dict[str, tuple[Run, Run]]:
@@ -143,7 +126,7 @@ def main() -> None:
 
     load = busy()
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, options.tokens))
-    model = HookedModel(make_llama(options.layers, options.width))
+    model = HookedModel(random_llama(options.layers, options.width))
     results = {"NeuroScope": measure(captures(model, mx.array(ids)), options.rounds, "NeuroScope")}
     found, missing = ([], []) if options.no_peers else peers(options.layers, options.width, ids)
     for peer in found:

@@ -15,9 +15,9 @@ from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 from page import PAGE, environment, write_section
+from random_llama import random_llama
 from tqdm import tqdm
 
 from mlx_hooks import HookedModel
@@ -25,23 +25,6 @@ from mlx_hooks import HookedModel
 NAMES = ["blocks.*.hook_resid_post", "blocks.*.hook_attn_out", "blocks.*.hook_mlp_out"]
 VOCABULARY = 1024
 MB = 1e6
-
-
-def make_model() -> HookedModel:
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        rms_norm_eps=1e-5,
-        vocab_size=VOCABULARY,
-    )
-    mx.random.seed(0)
-    model = llama.Model(args)
-    mx.eval(model.parameters())
-    return HookedModel(model)
 
 
 class Meter:
@@ -113,7 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", help="a new or empty folder for the files; without it, one that is removed again")
     parser.add_argument("--print-only", action="store_true", help="leave docs/benchmarks.md as it is")
     options = parser.parse_args()
-    model = make_model()
+    model = HookedModel(random_llama(2, 32, heads=1, vocabulary=VOCABULARY, wider=2))
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCABULARY, (1, options.tokens)))
     estimate = model.estimate_capture(tokens, NAMES)
 

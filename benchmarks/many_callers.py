@@ -58,6 +58,10 @@ WORDS = [
 ]
 
 
+MOST_GROWTH = 1.1
+"""Of resident memory, from the second third of a run to its end."""
+
+
 @dataclass
 class Outcome:
     """What came of it: counts by kind, seconds per answered request, faults in words, and memory in bytes."""
@@ -157,6 +161,9 @@ def run(url: str, pid: int, callers: int, seconds: float, variety: int, vandals:
             except (OSError, requests.RequestException):
                 # The server may close a connection on such a caller.
                 time.sleep(0.01)
+            except AssertionError as error:
+                with lock:
+                    outcome.faults.append(str(error))
             with lock:
                 outcome.counts[MISCHIEF[mischief].__name__] += 1
 
@@ -317,7 +324,9 @@ def main() -> int:
         print(fault)
     if not options.dry:
         write_section("Many callers", text)
-    return 1 if outcome.faults or outcome.left else 0
+    if outcome.growth > MOST_GROWTH:
+        print(f"memory grew by a factor of {outcome.growth:.2f}; at most {MOST_GROWTH} is allowed")
+    return 1 if outcome.faults or outcome.left or outcome.growth > MOST_GROWTH else 0
 
 
 if __name__ == "__main__":

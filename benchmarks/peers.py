@@ -144,10 +144,10 @@ def _nnsight(name: str, layers: int, width: int, tokens: np.ndarray) -> Peer:
 
 def _mlxterp(name: str, layers: int, width: int, tokens: np.ndarray) -> Peer:
     import mlx.core as mx
-    from capture_overhead import make_llama
     from mlxterp import InterpretableModel
+    from random_llama import random_llama
 
-    plain, hooked = make_llama(layers, width), make_llama(layers, width)
+    plain, hooked = random_llama(layers, width), random_llama(layers, width)
     model = InterpretableModel(hooked)
     ids = mx.array(tokens)
 

@@ -14,9 +14,8 @@ import threading
 import time
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models import llama
 from page import PAGE, busy, environment, write_section
+from random_llama import random_llama
 from tqdm import tqdm
 
 from api_server import ModelWorker, Server, ServerConfig, create_app
@@ -35,23 +34,6 @@ CAPTURES: dict[str, dict[str, Any]] = {
     'pattern, `positions: "last"`': {"hook_point": PATTERN, "positions": "last"},
     "pattern, `heads: [0]`": {"hook_point": PATTERN, "heads": [0]},
 }
-
-
-def make_model(layers: int, width: int) -> HookedModel:
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=4 * width,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        vocab_size=VOCABULARY,
-    )
-    mx.random.seed(0)
-    model = llama.Model(args)
-    mx.eval(model.parameters())
-    return HookedModel(model)
 
 
 def measure(client: LMStudioNeuroScopeClient, prompt: list[int], rounds: int) -> list[tuple[str, int, float, float]]:
@@ -82,7 +64,9 @@ def main() -> None:
     load = busy()
     prompt = [i % VOCABULARY for i in range(asked.tokens)]
     config = ServerConfig(port=0, max_reply_bytes=2**31)
-    with ModelWorker(load=lambda _: make_model(asked.layers, asked.width)) as worker:
+    with ModelWorker(
+        load=lambda _: HookedModel(random_llama(asked.layers, asked.width, vocabulary=VOCABULARY))
+    ) as worker:
         worker.load("random", "random")
         server = Server(create_app(worker, config), config, waiting=worker.max_queued)
         thread: threading.Thread = server.start()

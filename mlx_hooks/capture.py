@@ -19,7 +19,7 @@ from .activations import ActivationCache, CapturedActivation
 from .errors import HookError
 from .hook_points import HookPoint, block_point, outer_point
 from .hooks import HeadIndices, HeadSelection, Hook, Positions, Recorder, select_positions
-from .instrument import Instrument, kv_offset
+from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import InterventionSession, Reach
 from .manager import CapturePlan
 from .reductions import finished, is_begun
@@ -238,7 +238,9 @@ class CaptureRun:
                 run = self.instrument.run
                 recorders = [Recorder(run, keep, positions, self.heads.get(p)).hook(p) for p in self.points]
             due = [hook for hook in hooks if hook.is_due(start + begin, min(size, length - begin))]
-            output = self._forward(self.inputs[:, begin : begin + size], [*due, *recorders], kv_cache, alone)
+            tokens = self.inputs[:, begin : begin + size]
+            output = self._forward(tokens, [*due, *recorders], kv_cache, alone, begins=start + begin)
+            remember_offset(kv_cache, start + begin + tokens.shape[1])
             yield output, kv_cache, begin + size >= length
 
     def _wanted(self, start: int, length: int) -> Positions:
@@ -247,14 +249,16 @@ class CaptureRun:
             return self.positions
         return sorted(start + row for row in select_positions(self.positions, start, length))
 
-    def _forward(self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool) -> mx.array:
+    def _forward(
+        self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool, begins: int
+    ) -> mx.array:
         model = self.instrument.architecture.model
         if self.stop_at_layer == len(self.instrument.architecture.blocks):
-            return self._forward_to_the_end(tokens, hooks, kv_cache, alone)
+            return self._forward_to_the_end(tokens, hooks, kv_cache, alone, begins)
         if self.stop_at_layer is not None:
             hooks = [*hooks, *self._stop(self.stop_at_layer)]
         try:
-            with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
+            with self.instrument.attached(self.instrument.plan(hooks), alone=alone, begins=begins):
                 output = model(tokens) if kv_cache is None else model(tokens, cache=kv_cache)
                 output = output[0] if isinstance(output, tuple) else output
         except _Stopped as stopped:
@@ -265,7 +269,9 @@ class CaptureRun:
             raise HookError(f"The run did not stop at layer {self.stop_at_layer}: a hook broke off a pass of its own.")
         return output
 
-    def _forward_to_the_end(self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool) -> mx.array:
+    def _forward_to_the_end(
+        self, tokens: mx.array, hooks: list[Hook], kv_cache: list | None, alone: bool, begins: int
+    ) -> mx.array:
         """The stream that leaves the last block, in its last pass; nobody asks for the logits, so MLX computes none."""
         last: list[mx.array] = []
         point = self.instrument.architecture.points[
@@ -273,7 +279,7 @@ class CaptureRun:
         ]
         hooks = [*hooks, Hook(point, lambda value, _: last.append(value), reads=True)]
         model = self.instrument.architecture.model
-        with self.instrument.attached(self.instrument.plan(hooks), alone=alone):
+        with self.instrument.attached(self.instrument.plan(hooks), alone=alone, begins=begins):
             model(tokens) if kv_cache is None else model(tokens, cache=kv_cache)
         return last[-1]
 

@@ -2,12 +2,23 @@
 
 
 class HookError(Exception):
-    """A hook, capture or edit that cannot be done as asked."""
+    """A hook, capture or edit that cannot be done as asked.
+
+    Args:
+        message: one sentence.
+        field: the field or argument that is at fault, where one is: ``component`` of a hook, ``top_p`` of a generation.
+    """
 
     intervention: int | None = None
     """Index of the intervention that is at fault, where one is."""
+    hook: int | None = None
+    """Index of the hook that is at fault among those that were listed, where one is."""
     hook_id: str | None = None
     """The hook that is at fault, where one is."""
+
+    def __init__(self, message: str = "", *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class UnknownHookError(HookError):

@@ -218,9 +218,9 @@ class _Forward:
         due = [hook for hook in self.recorders if hook.is_due(self.position, tokens.size)]
         if due != self.due:
             self.due, self.attached = due, self.instrument.plan([*self.hooks, *due])
-        self.position += tokens.size
+        begins, self.position = self.position, self.position + tokens.size
         self.sampler.read(tokens)
-        with self.instrument.attached(self.attached, phase=phase, step=step):
+        with self.instrument.attached(self.attached, phase=phase, step=step, begins=begins):
             return self.model(tokens[None], cache=self.kv_cache)[:, -1, :]
 
     def _arrays(self) -> list[mx.array]:

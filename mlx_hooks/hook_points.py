@@ -245,7 +245,7 @@ def unknown_point(name: str, points: dict[str, HookPoint]) -> UnknownHookError:
     """The error for a name that ``points`` lacks: nearest name, and what there is."""
     near = difflib.get_close_matches(name, points, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return UnknownHookError(f"Unknown hook point {name!r}.{hint} {_overview(points)}")
+    return UnknownHookError(f"Unknown hook point {name!r}.{hint} {_overview(points)}", field="hook_point")
 
 
 def _overview(points: Iterable[str]) -> str:
@@ -347,7 +347,8 @@ def parse_layer_name(name: str, n_layers: int) -> LayerName:
         f"Unknown layer {name!r}. Blocks: transformer.h.0 to transformer.h.{last} (also model.layers.{last}, "
         f"layers.{last}, blocks.{last}, {last}), all of them: * or transformer.h.*; "
         "embedding: transformer.wte or model.embed_tokens; last norm: "
-        f"transformer.ln_f or model.norm; one norm of a block: transformer.h.{last}.ln_1, transformer.h.{last}.ln_2."
+        f"transformer.ln_f or model.norm; one norm of a block: transformer.h.{last}.ln_1, transformer.h.{last}.ln_2.",
+        field="layer_name",
     )
 
 
@@ -368,13 +369,16 @@ def component_points(
         UnknownHookError: for an unknown layer or component, or a component that this layer does not have.
     """
     if component not in COMPONENTS:
-        raise UnknownHookError(f"Unknown component {component!r}. There are: {', '.join(COMPONENTS)}.")
+        raise UnknownHookError(
+            f"Unknown component {component!r}. There are: {', '.join(COMPONENTS)}.", field="component"
+        )
     layer = parse_layer_name(layer_name, n_layers)
     side = COMPONENTS[component].input if is_input else COMPONENTS[component].output
     if side is None:
         raise UnknownHookError(
             f"Component {component!r} has no input to capture: set capture_input to false. "
-            f"With input: {', '.join(c for c, row in COMPONENTS.items() if row.input)}."
+            f"With input: {', '.join(c for c, row in COMPONENTS.items() if row.input)}.",
+            field="capture_input",
         )
     home = {"embedding": "embedding", "layernorm": "final_norm"}.get(component)
     if layer.place == "embedding" and component == "embedding":
@@ -388,7 +392,7 @@ def component_points(
     if layer.place == "block" and layer.norm is None and component != "embedding":
         return [block_point(name, _index(layer)) for name in side]
     allowed = "transformer.wte" if home == "embedding" else f"a block, transformer.h.0 to transformer.h.{n_layers - 1}"
-    raise UnknownHookError(f"{layer_name!r} has no component {component!r}: ask it of {allowed}.")
+    raise UnknownHookError(f"{layer_name!r} has no component {component!r}: ask it of {allowed}.", field="component")
 
 
 def rest_name(point: HookPoint) -> tuple[str, str, bool]:

@@ -86,7 +86,7 @@ class HeadSelection:
         asked = head_indices(heads)
         outside = [h for h in asked if not -n_heads <= h < n_heads]
         if outside:
-            raise HookError(f"Heads are 0 to {n_heads - 1}, got {', '.join(map(str, outside))}.")
+            raise HookError(f"Heads are 0 to {n_heads - 1}, got {', '.join(map(str, outside))}.", field="heads")
         return cls(tuple(sorted({h % n_heads for h in asked})), n_heads)
 
     def at(self, n_heads: int) -> tuple[int, ...]:
@@ -113,6 +113,8 @@ class Run:
     step: int = 0
     pass_index: int = 0
     """The pass through a layer that runs several times in one forward pass; 0 for nearly all models."""
+    begins: int | None = None
+    """The absolute position at which the next forward pass begins, if who runs it knows; else its KV cache says."""
     forward: int = -1
     """A number that each forward pass has for itself."""
     caches: Sequence[Any] = ()

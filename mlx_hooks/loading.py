@@ -26,10 +26,14 @@ SHOWN_NAMES = 3
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far loading has come: the fraction of the weights' bytes that are in memory, and a message."""
+    """How far loading has come: the fraction of the weights' bytes that are in memory, and a message.
+
+    The first one comes before anything is read: ``nbytes`` says how much there will be.
+    """
 
     fraction: float
     message: str
+    nbytes: int
 
 
 def load(name: str) -> tuple[nn.Module, Any]:
@@ -108,23 +112,27 @@ def load_steps(folder: Path, name: str | None = None) -> Generator[LoadProgress,
             raise ModelLoadError(f"{_short(name)} brings its own code ({code}), which is never run.")
         model, tokenizer = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True)[:2]
         arrays = [array for _, array in tree_flatten(model.parameters())]
-        total = sum(array.nbytes for array in arrays)
-        size = min(LARGEST_STEP, total // STEPS)
+        total, done = sum(array.nbytes for array in arrays), 0
+        yield _progress(done, total)
         waiting: list[mx.array] = []
-        done = pending = 0
+        pending = 0
         for array in arrays:
             waiting.append(array)
             pending += array.nbytes
-            if pending > size:
+            if pending > min(LARGEST_STEP, total // STEPS):
                 mx.eval(waiting)
                 waiting, done, pending = [], done + pending, 0
-                yield LoadProgress(done / total, f"{done / 1e6:.1f} of {total / 1e6:.1f} MB of weights")
+                yield _progress(done, total)
         mx.eval(waiting)
     except ModelLoadError:
         raise
     except Exception as error:
         raise ModelLoadError(f"mlx-lm could not load {_short(name)}: {_reason(error)}.") from error
     return model, tokenizer
+
+
+def _progress(done: int, total: int) -> LoadProgress:
+    return LoadProgress(done / max(1, total), f"{done / 1e6:.1f} of {total / 1e6:.1f} MB of weights", total)
 
 
 def _reason(error: Exception) -> str:

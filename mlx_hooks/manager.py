@@ -36,7 +36,8 @@ class HookSpec:
         hook_point: in place of layer_name and component a hook-point name, an alias, a glob or a raw module path.
         positions: absolute ones to keep. None is all. A number, a list, a slice or ``{"start": 2, "stop": 5}`` (either
             may be missing), from 0 up; or ``"last"``: the last token of the prompt, and each generated one. Forward
-            passes that have none of them compute nothing for this hook.
+            passes that have none of them compute nothing for this hook. What is kept is a slice of the whole capture,
+            bit for bit; attention scores, pattern and sink, computed for these rows alone, equal it within rounding.
         heads: query heads to keep where there is a head axis; of keys and values, the key-value heads that serve them.
             A number or a list; negative ones count from the last head. None is all.
         reduce: "mean", "max" or "last" over the positions of a record, or "norm", the length (L2) along the last axis;
@@ -175,9 +176,19 @@ def blame_hook(hook_id: str) -> Iterator[None]:
     try:
         yield
     except HookError as error:
-        blamed = type(error)(f"Hook {hook_id!r}: {error}")
+        blamed = type(error)(f"Hook {hook_id!r}: {error}", field=error.field)
         blamed.hook_id = hook_id
         raise blamed from error
+
+
+@contextmanager
+def _counted(i: int) -> Iterator[None]:
+    """Say in an error which of the listed captures it is about."""
+    try:
+        yield
+    except HookError as error:
+        error.hook = i
+        raise
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,10 @@ class ResolvedCapture:
         else:
             due = within_reach(self.positions, reach)
         if not due and whole:
-            raise HookError(f"there is nothing to capture: this run comes to positions {span(reach.positions(None))}.")
+            raise HookError(
+                f"there is nothing to capture: this run comes to positions {span(reach.positions(None))}.",
+                field="positions",
+            )
         if self.reduce != "last":
             return due
         # One record per forward pass, after that of the prompt: the last row of each is what is asked for.
@@ -296,7 +310,7 @@ def resolve(
         select: finds the points that a name means.
 
     Raises:
-        HookError: when two specs share a hook id.
+        HookError: when two specs share a hook id; ``error.hook`` is the index of the capture at fault.
         UnknownHookError: for a layer, component or name that the model lacks.
     """
     resolved: list[ResolvedCapture] = []
@@ -306,18 +320,22 @@ def resolve(
         captures = [captures]
     if not isinstance(captures, Iterable):
         raise HookError(f"capture is a list of hook specs and hook-point names, got {captures!r}.")
-    for capture in captures:
-        if isinstance(capture, str):
-            # Names and globs may overlap: a point is captured once under its own name.
-            points = [point for point in select(capture) if point.name not in names]
-            names.update(point.name for point in points)
-            resolved += [ResolvedCapture(point, {"hook_id": point.name}) for point in points]
-            continue
-        spec = HookSpec.of(capture)
-        if spec.hook_id in seen:
-            raise HookError(f"Two hooks share the hook_id {spec.hook_id!r}: give each its own.")
-        seen.add(spec.hook_id)
-        resolved += _resolved(spec, architecture, select)
+    for i, capture in enumerate(captures):
+        with _counted(i):
+            if isinstance(capture, str):
+                # Names and globs may overlap: a point is captured once under its own name.
+                points = [point for point in select(capture) if point.name not in names]
+                names.update(point.name for point in points)
+                resolved += [ResolvedCapture(point, {"hook_id": point.name}) for point in points]
+                continue
+            spec = HookSpec.of(capture)
+            if spec.hook_id in seen:
+                raise HookError(
+                    f"Two hooks share the hook_id {spec.hook_id!r}: give each its own.",
+                    field="hook_id",
+                )
+            seen.add(spec.hook_id)
+            resolved += _resolved(spec, architecture, select)
     if seen & names:
         raise HookError(f"The hook_id {min(seen & names)!r} is the name of a captured hook point too: choose another.")
     return CapturePlan(resolved)
@@ -339,12 +357,14 @@ def _resolved(
     with blame_hook(spec.hook_id):
         if spec.heads is not None and not any("head" in point.axes for point, _ in found):
             axes = ", ".join(found[0][0].axes) or "unnamed"
-            raise HookError(f"heads need a head axis; the axes of {found[0][0].name} are {axes}.")
+            raise HookError(f"heads need a head axis; the axes of {found[0][0].name} are {axes}.", field="heads")
         resolved = []
         for point, labels in found:
             if spec.positions is not None and point.position_axis is None:
                 axes = ", ".join(point.axes) or "unnamed"
-                raise HookError(f"{point.name} has no axis over positions to select on; its axes are {axes}.")
+                raise HookError(
+                    f"{point.name} has no axis over positions to select on; its axes are {axes}.", field="positions"
+                )
             if spec.reduce is not None:
                 check_reducible(spec.reduce, point)
             heads = None

@@ -189,7 +189,9 @@ class HookedModel:
             tokens: text, ids or rows of ids.
             names_filter: None (all hook points), a name, a glob, a list of these or a predicate. All of them on a long
                 text take much memory: ``"blocks.*.hook_resid_post"`` is often enough.
-            positions: absolute positions to keep: None (all), "last", an int, a list or a slice.
+            positions: absolute positions to keep: None (all), "last", an int, a list or a slice. What is kept is a
+                slice of the whole capture, bit for bit; attention scores, pattern and sink, computed for these rows
+                alone, equal it within rounding.
             kv_cache: mlx-lm's prompt cache; with it, the call continues the sequence of the calls before.
             interventions: edits, in the order in which they are made; captures show the edited values. See
                 :class:`Intervention`.

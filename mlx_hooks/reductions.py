@@ -30,13 +30,19 @@ def check_reducible(reduce: str, point: HookPoint) -> None:
     """Raises HookError for a hook point that lacks the axis, or whose numbers have no such meaning."""
     axes = ", ".join(point.axes) or "unnamed"
     if point.component in _IDS:
-        raise HookError(f"{point.name} holds ids, which cannot be reduced: leave reduce out.")
+        raise HookError(f"{point.name} holds ids, which cannot be reduced: leave reduce out.", field="reduce")
     if reduce != "norm" and point.position_axis is None:
-        raise HookError(f"{point.name} has no axis over positions to reduce by {reduce!r}; its axes are {axes}.")
+        raise HookError(
+            f"{point.name} has no axis over positions to reduce by {reduce!r}; its axes are {axes}.", field="reduce"
+        )
     if reduce == "norm" and point.axes and point.axes[-1] in ("batch", "head", *POSITION_AXES):
-        raise HookError(f"{point.name} has no last axis of features to reduce by 'norm'; its axes are {axes}.")
+        raise HookError(
+            f"{point.name} has no last axis of features to reduce by 'norm'; its axes are {axes}.", field="reduce"
+        )
     if reduce == "norm" and point.component == "attn_scores":
-        raise HookError(f"{point.name} holds -inf at masked keys, which has no norm: capture hook_pattern.")
+        raise HookError(
+            f"{point.name} holds -inf at masked keys, which has no norm: capture hook_pattern.", field="reduce"
+        )
 
 
 def begin(reduce: str, value: mx.array, point: HookPoint) -> tuple[mx.array, HookPoint]:

@@ -49,7 +49,7 @@ class Sampling:
     seed: int | None = None
 
     def check(self) -> None:
-        """Raises HookError for a number outside its range."""
+        """Raises HookError for a number outside its range; ``error.field`` names it."""
         for name, kind, high in [
             ("temperature", "number", math.inf),
             ("top_p", "number", 1),
@@ -65,15 +65,17 @@ class Sampling:
             # Written so that NaN fails.
             if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= high or value == math.inf:
                 upward = f" to {high}" if high < math.inf else " up"
-                raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.")
+                raise HookError(f"{name} is a {kind} from 0{upward}, got {value!r}.", field=name)
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise HookError(f"{name} is a finite number, got {value!r}.")
+                raise HookError(f"{name} is a finite number, got {value!r}.", field=name)
         if 0 < self.temperature < LOWEST_TEMPERATURE:
-            raise HookError(f"temperature is 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature!r}.")
+            raise HookError(
+                f"temperature is 0 or at least {LOWEST_TEMPERATURE}, got {self.temperature!r}.", field="temperature"
+            )
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.")
+            raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.", field="logit_bias")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from packaging.version import Version
 
-from mlx_hooks import HookedModel, HookError, UntrustedHookWarning
+from mlx_hooks import CapturedActivation, HookedModel, HookError, UntrustedHookWarning
 from mlx_hooks.attention import KeyPositions
 from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import architectures, tiny_model
 from mlx_hooks.coverage.table import ATTENTION, REST, STREAM, document, note_row, survey, table_row
+from mlx_hooks.generation import Sampling, generate_steps
 from mlx_hooks.instrument.taps import Tap
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -62,6 +63,44 @@ def test_the_table_is_the_one_that_the_command_writes() -> None:
 def test_a_variant_passes_the_selftest(name: str) -> None:
     report = HookedModel(tiny_model(name)).selftest()
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+def test_what_is_selected_is_a_part_of_the_whole_capture(name: str) -> None:
+    if name in NEED_METAL and not mx.metal.is_available():
+        pytest.skip(f"{name} calls a Metal kernel")
+    model, prompt = HookedModel(tiny_model(name)), [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
+    limits: list[dict] = [{}, {"positions": "last"}, {"positions": [1, 9, 12]}, {"reduce": "last"}, {"reduce": "mean"}]
+    hooks = [{"hook_point": "blocks.*.hook_resid_post", "hook_id": str(i)} | more for i, more in enumerate(limits)]
+
+    def captured(hook: dict) -> list[CapturedActivation]:
+        # mlx-lm's own olmo runs on single tokens only.
+        chunk = 1 if name == "olmo" else 4
+        options: dict = {"max_tokens": 3, "sampling": Sampling(), "stop": [], "prefill_step_size": chunk}
+        steps = generate_steps(model.instrument, None, prompt, plan=model.resolve_hooks([hook]), **options)
+        return [record for step in steps for record in step.activations[hook["hook_id"]]]
+
+    # Each alone: passes in which none is due are attached without any.
+    whole, last, some, last_rows, means = map(captured, hooks)
+    assert [record.step for record in whole[:: len(whole) // 3]] == [0, 1, 2]
+
+    def compare(got: list[CapturedActivation], kept: list[list[int]], reduced: bool = False) -> None:
+        expected = [(record, positions) for record, positions in zip(whole, kept, strict=True) if positions]
+        assert [list(record.position_ids) for record in got] == [positions for _, positions in expected]
+        for record, (source, positions) in zip(got, expected, strict=True):
+            axis = source.hook_point.position_axis
+            assert axis is not None
+            rows = np.take(source.numpy(), [p - source.positions[0] for p in positions], axis=axis)
+            np.testing.assert_array_equal(record.numpy(), rows.take(0, axis) if reduced else rows)
+
+    ids = [list(record.position_ids) for record in whole]
+    compare(last, [positions[-1:] for positions in ids])
+    compare(some, [[p for p in positions if p in (1, 9, 12)] for positions in ids])
+    compare(last_rows, [positions[-1:] for positions in ids], reduced=True)
+    for mean, source in zip(means, whole, strict=True):
+        expected = source.numpy().astype(np.float64).mean(axis=source.hook_point.position_axis)
+        assert list(mean.position_ids) == list(source.position_ids)
+        np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="there it runs")

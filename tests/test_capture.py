@@ -525,6 +525,23 @@ def test_chunks_stop_at_a_layer(llama: HookedModel) -> None:
     np.testing.assert_allclose(np.array(last), np.array(residual[:, -1:]), atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next", "jamba"])
+@pytest.mark.parametrize("stop_at_layer", [None, 1])
+def test_chunks_of_a_state_space_model_know_where_they_stand(name: str, stop_at_layer: int | None) -> None:
+    model, tokens, point = HookedModel(tiny_model(name)), TOKENS[:1], "blocks.0.hook_resid_post"
+    _, whole = model.run_with_cache(tokens, point, chunk=3, stop_at_layer=stop_at_layer)
+    assert [list(r.position_ids) for r in whole.records[point]] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    for positions in ([7], [1, 7], "last"):
+        _, cache = model.run_with_cache(tokens, point, positions, chunk=3, stop_at_layer=stop_at_layer)
+        kept = [1, 7] if positions == [1, 7] else [7]
+        assert list(cache.positions(point)) == kept
+        np.testing.assert_array_equal(cache.numpy(point), whole.numpy(point)[:, kept])
+    kv_cache = make_prompt_cache(model.model)
+    model.run_with_cache(tokens, point, [0], kv_cache, chunk=3)
+    _, more = model.run_with_cache(tokens, point, kv_cache=kv_cache)
+    assert list(more.positions(point)) == list(range(8, 16))
+
+
 def test_logits_of_all_positions_of_the_last_or_of_none(llama: HookedModel) -> None:
     logits = llama(TOKENS)
     for chunk in (None, 3):

@@ -453,3 +453,48 @@ def test_a_failed_run_leaves_nothing(make_client: Callable[..., FlaskClient], tm
     client = make_client(captures_dir=tmp_path)
     run(client, 400, activation_hooks=[{"layer_name": "9", "component": "mlp"}])
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+# By hook point
+
+
+def test_npy_names_one_of_several_arrays_of_a_hook(client: FlaskClient, kept: Any, whole: dict[str, Any]) -> None:
+    points = [name.removeprefix("both/") for name in whole if name.startswith("both/")]
+    assert len(points) == 2
+    for point in points:
+        reply = get(client, kept, "both", format="npy", hook_point=point)
+        assert same(np.load(io.BytesIO(reply.data)), whole[f"both/{point}"])
+    error = refused(client, kept, "both", format="npy")
+    assert "2: both/blocks.0.hook_resid_pre, both/blocks.0.hook_resid_post" in error["message"]
+    assert "'hook_point'" in error["message"]
+
+
+def test_a_glob_means_hook_points_of_all_hooks(client: FlaskClient, kept: Any, whole: dict[str, Any]) -> None:
+    found = arrays(client, kept, hook_point="blocks.*.hook_resid_post", positions="-1:")
+    names = [*(f"layer/{i}/blocks.{i}.hook_resid_post" for i in range(N_LAYERS)), "both/blocks.0.hook_resid_post"]
+    assert set(found) == set(names)
+    assert all(same(found[name], whole[name][:, -1:]) for name in names)
+    assert [*arrays(client, kept, hook_point="layers_output[2]")] == ["layer/2/blocks.2.hook_resid_post"]
+    tag = get(client, kept, hook_point="layers_output[2]").headers["ETag"]
+    assert tag != get(client, kept).headers["ETag"]
+
+
+def test_a_hook_point_that_was_not_captured_is_refused_with_those_that_were(client: FlaskClient, kept: Any) -> None:
+    for wanted in ("blocks.0.hook_resid_mid", "blocks.*.hook_mlp_out", ""):
+        error = refused(client, kept, "both", hook_point=wanted)
+        assert error["param"] == "hook_point"
+        assert "character" in error["message"] or "blocks.0.hook_resid_pre, blocks.0" in error["message"]
+
+
+@pytest.mark.parametrize("format", ["npy", "safetensors"])
+def test_binary_has_no_encoding(client: FlaskClient, kept: Any, format: str) -> None:
+    for encoding in ("base64", "json"):
+        error = refused(client, kept, "q", format=format, encoding=encoding)
+        assert error["param"] == "encoding"
+        assert error["message"] == "Query parameter 'encoding' belongs to format=json: leave it out."
+
+
+def test_a_reduction_travels_as_the_type_asked_for(client: FlaskClient, kept: Any, whole: dict[str, Any]) -> None:
+    (mean,) = arrays(client, kept, "q", reduce="mean", dtype="float16").values()
+    expected = np.mean(whole["q/blocks.2.attn.hook_rot_q"], axis=1, dtype=np.float64)
+    assert same(mean, expected.astype(np.float32).astype(np.float16))

@@ -122,6 +122,14 @@ def test_layers_reduction_and_type(client: LMStudioNeuroScopeClient, kept: Any, 
     assert np.array_equal(half, q.astype(np.float16))
 
 
+def test_one_hook_point_is_one_array(client: LMStudioNeuroScopeClient, kept: Any, q: np.ndarray) -> None:
+    capture_id = kept["capture_id"]
+    assert np.array_equal(
+        client.capture_activations(capture_id, hook_point="blocks.1.attn.hook_rot_q", format="npy"), q
+    )
+    assert len(client.capture_activations(capture_id, hook_point="blocks.*.hook_resid_post")) == 3
+
+
 @pytest.mark.parametrize("positions", [1.5, slice(0, 8, 2), ["1"], True, [None], {"start": 1}])
 def test_what_is_no_index_is_refused_before_it_is_sent(client: LMStudioNeuroScopeClient, positions: Any) -> None:
     with pytest.raises(ValueError, match="positions is an index, a list of them or a slice without step"):

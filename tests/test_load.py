@@ -1,22 +1,25 @@
 """The server under load, in a short form; ``benchmarks/many_callers.py`` is the long one."""
 
+import gc
 import http.client
 import json
 import random
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
 import many_callers
+import mlx.core as mx
 import psutil
 import pytest
 import requests
 from server_tools import HOOKS, load_tiny, running_server, server_process, url_of
 
-from api_server import ModelWorker
+from api_server import ModelWorker, ServerConfig, create_app
 
 CAPTURE = many_callers.CAPTURE
 N_MALFORMED = 10_000
@@ -67,6 +70,42 @@ def test_ten_thousand_malformed_bodies_harm_nothing() -> None:
             reply = requests.post(url + CAPTURE, json={"prompt": [1, 2], "activation_hooks": HOOKS[:1]}, timeout=20)
             assert reply.status_code == 200
             assert all(job["finished"] for job in requests.get(f"{url}/v1/jobs", timeout=20).json()["data"])
+
+
+def test_requests_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process holds, in Python, NumPy and MLX, is the same after 40 requests and after 100."""
+    monkeypatch.setattr("api_server.worker.REMEMBERED_JOBS", 20)
+    made = [many_callers.make_request(number) | {"activation_encoding": "base64"} for number in range(10)]
+    made += [request | {"keep_capture": True} for request in made[:3]]
+    with ModelWorker() as worker:
+        worker.load("neuroscope-tiny", "tiny")
+        app = create_app(worker, ServerConfig(captures_max_bytes=2**20))
+        client = app.test_client()
+
+        def ask(count: int) -> None:
+            for number in range(count):
+                with client.post(CAPTURE, json=made[number % len(made)]) as reply:
+                    assert reply.status_code == 200
+                    # Half of the streams are left before they end.
+                    if not reply.is_streamed or number % 2:
+                        reply.get_data()
+
+        def held() -> tuple[int, int]:
+            worker.call(mx.clear_cache)
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0], int(worker.call(mx.get_active_memory))
+
+        tracemalloc.start()
+        try:
+            ask(40)
+            before = held()
+            ask(60)
+            after = held()
+        finally:
+            tracemalloc.stop()
+    # Small things differ: how full tables are, how long names are.
+    assert after[0] - before[0] < 60 * 1000
+    assert after[1] - before[1] < 60 * 100
 
 
 def send_all(address: Any, bodies: list[bytes]) -> Counter[int]:

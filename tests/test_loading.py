@@ -60,4 +60,4 @@ def test_weights_that_are_a_link_to_nothing_are_a_400(tmp_path: Path) -> None:
         reply = create_app(worker).test_client().post("/v1/models/load", json={"model_path": str(folder)})
     assert reply.status_code == 400
     assert reply.json["error"]["code"] == "model_not_loadable"
-    assert "cannot be read" in reply.json["error"]["message"]
+    assert f"Failed to open file {folder}/model.safetensors." in reply.json["error"]["message"]

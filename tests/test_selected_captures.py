@@ -1,6 +1,10 @@
-"""Captures of some positions and heads are slices of the whole capture; reduced ones are recomputed in float64."""
+"""Captures of some positions and heads are slices of the whole capture; reduced ones are recomputed in float64.
 
-from collections.abc import Iterable
+Bit for bit, but for attention scores and what is made of them: of some rows only they are another matrix product, and a
+BLAS may choose another order of additions for its shape. There the tolerance is ROUNDING.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,17 +18,27 @@ from mlx_hooks.activations import join
 from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.generation import Sampling, collect, generate_steps
 from mlx_hooks.hook_points import HookPoint
+from mlx_hooks.hooks import Hook
 from mlx_hooks.instrument import attending
 from mlx_hooks.reductions import REDUCTIONS, check_reducible
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
 """11 tokens: longer than the sliding windows, which are 8."""
 MAX_TOKENS = 4
+LONG_PROMPT = [3 + 7 * i * i % 53 for i in range(44)]
+"""Long enough for products of rows to be computed in blocks."""
 LAST = len(PROMPT) + MAX_TOKENS - 2
 """The last position that the model reads."""
 SELECTIONS: list[Any] = ["last", 4, [1, 5, 12], [LAST], slice(2, 6), {"start": 9}, {"stop": 3}, slice(10, 12)]
-ARCHITECTURES = ["gpt2", "llama", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"]
-"""Learned positions, grouped queries, sliding windows, experts, sinks, latent attention."""
+ARCHITECTURES = [
+    *("gpt2", "llama", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"),
+    *("mamba", "mamba2", "rwkv7"),
+]
+"""Learned positions, grouped queries, sliding windows, experts, sinks, latent attention, and none at all."""
+OF_ROWS = ("attn_scores", "pattern", "sink")
+"""What is computed for the rows that are kept only."""
+ROUNDING = 1e-5
+"""Relative and absolute: float32 products of 16 to 64 terms of size 1, added in another order."""
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -38,11 +52,13 @@ def llama() -> HookedModel:
     return HookedModel(make_model("llama"))
 
 
-def generate(model: HookedModel, capture: Iterable[Any], chunk: int = 2048, **options: Any) -> GenerationResult:
+def generate(
+    model: HookedModel, capture: Iterable[Any], chunk: int = 2048, prompt: Sequence[int] = PROMPT, **options: Any
+) -> GenerationResult:
     """Generate, the prompt in chunks of ``chunk`` tokens."""
     asked = {"max_tokens": MAX_TOKENS, "sampling": Sampling(), "stop": [], "prefill_step_size": chunk} | options
-    steps = generate_steps(model.instrument, None, PROMPT, plan=model.resolve_hooks(capture), **asked)
-    return collect(PROMPT, steps, model.hook_points)
+    steps = generate_steps(model.instrument, None, prompt, plan=model.resolve_hooks(capture), **asked)
+    return collect(prompt, steps, model.hook_points)
 
 
 def everywhere(model: HookedModel, **limits: Any) -> list[dict[str, Any]]:
@@ -70,14 +86,28 @@ def rows_of(record: CapturedActivation, positions: list[int]) -> np.ndarray:
     return np.take(record.numpy(), [p - record.positions[0] for p in positions], axis=axis)
 
 
-def assert_selected(part: GenerationResult, whole: GenerationResult, selection: Any) -> None:
+def assert_same(got: np.ndarray, expected: np.ndarray, point: HookPoint, rows: bool = True) -> None:
+    """Bit for bit, or within ROUNDING where ``rows`` were selected of something that is computed for these alone."""
+    if rows and point.component in OF_ROWS:
+        np.testing.assert_allclose(got, expected, rtol=ROUNDING, atol=ROUNDING, err_msg=point.name)
+    else:
+        np.testing.assert_array_equal(got, expected, err_msg=point.name)
+
+
+def assert_selected(part: GenerationResult, whole: GenerationResult, selection: Any = None) -> None:
+    """Each record is what a selection of positions (None: all), and the record's heads, are of the whole one."""
     for name, full in whole.activations.items():
-        kept = [(r, at(selection, r.position_ids, r.phase == "prefill")) for r in full]
+        kept = [(r, list(r.position_ids)) for r in full]
+        if selection is not None:
+            kept = [(r, at(selection, positions, r.phase == "prefill")) for r, positions in kept]
         kept = [(record, positions) for record, positions in kept if positions]
         got = part.activations[name]
         assert [(r.phase, r.step, list(r.position_ids)) for r in got] == [(r.phase, r.step, p) for r, p in kept], name
         for record, (source, positions) in zip(got, kept, strict=True):
-            np.testing.assert_array_equal(record.numpy(), rows_of(source, positions), err_msg=name)
+            expected = rows_of(source, positions)
+            if record.heads is not None:
+                expected = np.take(expected, record.heads, axis=source.hook_point.axes.index("head"))
+            assert_same(record.numpy(), expected, source.hook_point, rows=selection is not None)
 
 
 @pytest.mark.parametrize("chunk", [2048, 3])
@@ -102,12 +132,45 @@ def test_selected_heads_are_those_of_the_whole_capture(model: HookedModel, heads
             held = sorted({h % n_query * n_heads // n_query for h in np.atleast_1d(heads).tolist()})
             assert record.heads == tuple(held)
             rows = rows_of(source, [p for p in (2, 12) if p in source.position_ids])
-            np.testing.assert_array_equal(record.numpy(), np.take(rows, held, axis=axis), err_msg=point.name)
+            assert_same(record.numpy(), np.take(rows, held, axis=axis), point)
 
 
 def kept(result: GenerationResult, name: str, positions: list[int]) -> list[CapturedActivation]:
     """The records that hold one of the positions."""
     return [r for r in result.activations[name] if set(positions) & set(r.position_ids)]
+
+
+@pytest.mark.parametrize(("seed", "chunk"), [(0, 2048), (1, 7)])
+def test_selections_at_random_of_a_longer_prompt(model: HookedModel, seed: int, chunk: int) -> None:
+    rng = np.random.default_rng(seed)
+    whole = generate(model, everywhere(model), chunk, LONG_PROMPT)
+    n_heads = min(model.architecture.n_query_heads(layer) or 1 for layer in range(model.cfg.n_layers))
+    for which in ("rows", "heads", "both"):
+        rows = sorted(rng.choice(len(LONG_PROMPT) + 2, rng.integers(1, 19), replace=False).tolist())
+        heads = rng.choice(n_heads, rng.integers(1, n_heads + 1), replace=False).tolist()
+        positions = None if which == "heads" else rows
+        hooks = everywhere(model, positions=positions)
+        for hook in hooks:
+            if which != "rows" and "head" in model.hook_points[hook["hook_point"]].axes:
+                hook["heads"] = heads
+        assert_selected(generate(model, hooks, chunk, LONG_PROMPT), whole, positions)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v3"])
+def test_one_pass_keeps_the_same_selection(name: str) -> None:
+    model, rng = HookedModel(tiny_model(name)), np.random.default_rng(2)
+    names = [point.name for point in model.hook_points.values() if "head" in point.axes]
+    _, whole = model.run_with_cache(LONG_PROMPT, names)
+    for n_rows in (1, 5, 18):
+        rows = sorted(rng.choice(len(LONG_PROMPT), n_rows, replace=False).tolist())
+        for limits in ({"positions": rows}, {"heads": [3, 1]}, {"positions": rows, "heads": [0, 3]}):
+            _, part = model.run_with_cache(LONG_PROMPT, names, **limits)
+            for point in map(model.hook_points.__getitem__, names):
+                ((record,), (source,)) = part.records[point.name], whole.records[point.name]
+                expected = rows_of(source, limits.get("positions", list(source.position_ids)))
+                if "heads" in limits:
+                    expected = np.take(expected, record.heads, axis=point.axes.index("head"))
+                assert_same(record.numpy(), expected, point, rows="positions" in limits)
 
 
 def test_selection_takes_memory_of_its_own_only(llama: HookedModel) -> None:
@@ -168,6 +231,22 @@ def test_passes_without_a_position_do_not_meet_the_hook(llama: HookedModel) -> N
         patch.setattr(llama.instrument, "plan", noting)
         generate(llama, hooks, chunk=4)
     assert attached == [[], ["blocks.0.attn.hook_pattern"], [], ["hook_embed"]]
+
+
+def test_a_pass_that_a_hook_runs_in_between_begins_where_it_does() -> None:
+    model, starts, inside = HookedModel(tiny_model("mamba")), [], []
+
+    def running(value: mx.array, point: HookPoint) -> None:
+        starts.append((model.instrument.run.start, model.instrument.run.length))
+        if not inside:
+            inside.append(True)
+            model.model(mx.array([[1, 2]]))
+            inside.clear()
+
+    hook = Hook(model.hook_points["blocks.0.hook_resid_post"], running)
+    generate(model, [{"hook_point": "hook_embed", "positions": "last"}], chunk=4, hooks=[hook])
+    passes = [(0, 4), (4, 4), (8, 2), (10, 1), (11, 1), (12, 1), (13, 1)]
+    assert starts == [start for each in passes for start in (each, (0, 2))]
 
 
 # Reduction

@@ -581,7 +581,7 @@ def test_health_answers_and_the_queue_refuses_while_the_worker_is_busy() -> None
             assert held.wait(10)
             try:
                 waiting = [pool.submit(worker.call, lambda: "done") for _ in range(2)]
-                until(lambda: len(worker._waiting) == 2)
+                until(lambda: len(worker._schedule._brief) == 2)
                 assert requests.get(f"{url}/health", timeout=5).json()["status"] == "healthy"
                 assert requests.get(f"{url}/v1/models", timeout=5).status_code == 200
                 reply = requests.post(url + CHAT, json={"messages": MESSAGES}, timeout=5)
@@ -749,7 +749,7 @@ def test_a_cancelled_job_leaves_the_queue_to_others() -> None:
     with ModelWorker(load=load_tiny, max_queued=1) as worker:
         held = threading.Event()
         running = worker.submit(lambda: (held.wait(10) for _ in range(1)))
-        until(lambda: not worker._waiting)
+        until(lambda: not worker._schedule._waiting)
         gone = worker.submit(lambda: iter([1]))  # type: ignore[arg-type, return-value]
         with pytest.raises(Busy):
             worker.submit(lambda: iter([1]))  # type: ignore[arg-type, return-value]

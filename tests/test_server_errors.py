@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import numpy as np
 import pytest
 import requests
@@ -18,7 +19,11 @@ from api_server import ModelWorker, ServerConfig, create_app
 from api_server.__main__ import main
 from api_server.errors import ApiError, describe, invalid_request
 from api_server.inference import Step
+from api_server.schemas import requests as schemas
+from api_server.schemas.fields import Request
 from api_server.schemas.requests import ChatCaptureRequest, CompletionRequest
+from mlx_hooks import HookError
+from mlx_hooks.sampling import Sampling
 from neuroscope_bridge.payload import PayloadError
 
 CHAT = "/v1/chat/completions"
@@ -63,7 +68,7 @@ def refused(reply: Any, status: int) -> dict[str, Any]:
 
 TEXT = {"type": "text", "text": "w1"}
 CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
-    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": []}, "messages", "at least 1 item."),
     ({"messages": "hello"}, "messages", "array"),
     ({"messages": [{"role": "tool", "content": "w1"}]}, "messages[0].role", "'developer', 'user' or 'assistant'"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "string"),
@@ -88,8 +93,9 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"max_tokens": 2**64}, "max_tokens", "less than or equal to 32768, not 18446744073709551616"),
     ({"max_tokens": 10**400}, "max_tokens", "less than or equal to 32768."),
     ({"max_completion_tokens": -1}, "max_completion_tokens", "greater than or equal to 0"),
-    ({"max_tokens": 5, "max_completion_tokens": 6}, None, "two names of one limit"),
-    ({"max_tokens": 100, "max_completion_tokens": 6}, None, "two names of one limit"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "two names of one limit"),
+    ({"max_tokens": 100, "max_completion_tokens": 6}, "max_tokens", "two names of one limit"),
+    ({"temperature": 1e-7}, "temperature", "must be 0 or at least 1e-06, not 1e-07"),
     ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
     ({"temperature": 2.1}, "temperature", "less than or equal to 2"),
     ({"temperature": 10**400}, "temperature", "number"),
@@ -139,7 +145,9 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"activation_hooks": [HOOK | {"layer": 0}]}, "activation_hooks[0].layer", "layer_name, component, hook_point"),
     ({"activation_hooks": [HOOK | {"positions": [-1]}]}, "activation_hooks[0].positions", "'last', an index from 0"),
     ({"activation_hooks": [HOOK | {"positions": "first"}]}, "activation_hooks[0].positions", "'last', an index from 0"),
-    ({"activation_hooks": [HOOK | {"positions": [2, 2]}]}, "activation_hooks", "a list of different ones"),
+    ({"activation_hooks": [HOOK | {"positions": [2, 2]}]}, "activation_hooks[0].positions", "a list of different ones"),
+    ({"activation_hooks": [HOOK | {"heads": [1, 1]}]}, "activation_hooks[0].heads", "a list of different ones"),
+    ({"activation_hooks": [HOOK | {"positions": {"start": 3, "stop": 2}}]}, "activation_hooks[0].positions", "whole"),
     (
         {"activation_hooks": [HOOK | {"heads": {"start": 1}}]},
         "activation_hooks[0].heads",
@@ -152,10 +160,11 @@ CHAT_FAULTS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"activation_hooks": [HOOK | {"hook_id": ".."}]}, "activation_hooks[0].hook_id", "printable characters"),
     ({"activation_hooks": [HOOK | {"hook_id": "a\x07"}]}, "activation_hooks[0].hook_id", "printable characters"),
     ({"activation_hooks": [HOOK] * 3000}, "activation_hooks", "at most 2048"),
-    ({"activation_hooks": [HOOK | {"layer_name": "transformer.h.3"}]}, "activation_hooks", "transformer.h.0 to"),
-    ({"activation_hooks": [HOOK | {"layer_name": "attic"}]}, "activation_hooks", "transformer.wte"),
-    ({"activation_hooks": [HOOK | {"component": "soul"}]}, "activation_hooks", "residual, attention, mlp"),
-    ({"activation_hooks": [HOOK, HOOK]}, "activation_hooks", "share the hook_id"),
+    ({"activation_hooks": [HOOK | {"layer_name": "transformer.h.3"}]}, "activation_hooks[0].layer_name", "h.0 to"),
+    ({"activation_hooks": [HOOK | {"layer_name": "attic"}]}, "activation_hooks[0].layer_name", "transformer.wte"),
+    ({"activation_hooks": [HOOK, HOOK | {"component": "soul"}]}, "activation_hooks[1].component", "residual, attent"),
+    ({"activation_hooks": [HOOK, {"hook_point": "hook_soul"}]}, "activation_hooks[1].hook_point", "Unknown hook point"),
+    ({"activation_hooks": [HOOK, HOOK]}, "activation_hooks[1].hook_id", "share the hook_id"),
     ({"activation_hooks": []}, "activation_hooks", "POST /v1/activations/hooks"),
     ({"activation_hooks": None}, "activation_hooks", "POST /v1/activations/hooks"),
     ({"activation_encoding": "pickle"}, "activation_encoding", "'json', 'base64' or 'none'"),
@@ -316,7 +325,7 @@ def test_model_that_cannot_be_loaded_leaves_the_others(client: FlaskClient, tmp_
 def test_a_model_id_that_no_address_can_hold_is_refused(client: FlaskClient, model_id: str) -> None:
     error = refused(client.post("/v1/models/load", json={"model_path": "llama", "model_id": model_id}), 400)
     assert error["param"] == "model_id"
-    assert "characters" in error["message"]
+    assert "character" in error["message"]
     assert client.get("/health").get_json()["models"] == ["tiny"]
 
 
@@ -341,9 +350,10 @@ def test_hooks_of_another_model_are_named_when_there_is_nothing_to_capture() -> 
 
 
 def test_registering_a_wrong_hook_registers_nothing(client: FlaskClient) -> None:
-    for wrong in (HOOK | {"layer_name": "7"}, HOOK | {"component": "soul"}, HOOK):
-        hooks = [HOOK, wrong]
-        assert refused(client.post("/v1/activations/hooks", json={"hooks": hooks}), 400)["param"] == "hooks"
+    faults = {"layer_name": HOOK | {"layer_name": "7"}, "component": HOOK | {"component": "soul"}, "hook_id": HOOK}
+    for field, wrong in faults.items():
+        error = refused(client.post("/v1/activations/hooks", json={"hooks": [HOOK, wrong]}), 400)
+        assert error["param"] == f"hooks[1].{field}"
     refused(client.post("/v1/activations/hooks", json={"hooks": []}), 400)
     assert client.get("/v1/activations/hooks").get_json()["hooks"] == []
 
@@ -594,12 +604,77 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (hooked.activation_hooks[0].capture_input, hooked.activation_hooks[0].capture_output) == (False, True)
 
 
-def test_null_is_the_default() -> None:
-    names = ["model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "stream"]
-    names += ["repetition_penalty", "seed", "stop", "stream_options", "user", "n"]
-    names += ["frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs"]
-    nulls = ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES} | dict.fromkeys(names)))
-    assert nulls == ChatCaptureRequest.model_validate_json(json.dumps({"messages": MESSAGES}))
+# The least that each request may hold.
+LEAST: dict[type[Request], dict[str, Any]] = {
+    schemas.TextPart: {"type": "text", "text": "w1"},
+    schemas.ChatMessage: MESSAGES[0],
+    schemas.HookRequest: HOOK,
+    schemas.InterventionRequest: {"type": "zero", "hook_point": "a"},
+    schemas.StreamOptions: {},
+    schemas.GenerationRequest: {},
+    schemas.CaptureRequest: {},
+    schemas.ChatRequest: {"messages": MESSAGES},
+    schemas.CompletionRequest: {"prompt": "w1"},
+    schemas.ChatCaptureRequest: {"messages": MESSAGES},
+    schemas.CompletionCaptureRequest: {"prompt": "w1"},
+    schemas.LoadRequest: {"model_path": "llama"},
+    schemas.SelfTestRequest: {},
+    schemas.RegisterHooksRequest: {"hooks": [HOOK]},
+    schemas.TokenizeRequest: {"text": "w1"},
+    schemas.DetokenizeRequest: {"tokens": []},
+    schemas.LogitLensRequest: {"prompt": "w1"},
+}
+OPTIONAL = [(model, name) for model in LEAST for name in model.model_fields if name not in LEAST[model]]
+
+
+def test_no_request_is_left_out() -> None:
+    models = {model for model in vars(schemas).values() if isinstance(model, type) and issubclass(model, Request)}
+    assert models - {Request} == set(LEAST)
+
+
+@pytest.mark.parametrize(("model", "name"), OPTIONAL, ids=[f"{model.__name__}-{name}" for model, name in OPTIONAL])
+def test_null_is_the_default(model: type[Request], name: str) -> None:
+    absent = model.model_validate_json(json.dumps(LEAST[model]))
+    assert model.model_validate_json(json.dumps(LEAST[model] | {name: None})) == absent
+    schema = model.model_json_schema()
+    jsonschema_rs.validate(schema, LEAST[model] | {name: None})
+
+
+EITHER = [
+    (schemas.HookRequest, [{}, HOOK, {"hook_point": "a"}, HOOK | {"hook_point": "a"}, {"layer_name": "1"}]),
+    (schemas.HookRequest, [HOOK | {"capture_output": out, "capture_input": in_} for out in (0, 1) for in_ in (0, 1)]),
+    (schemas.HookRequest, [{"hook_point": "a", "capture_input": True}, {"hook_point": "a", "layer_name": None}]),
+    (schemas.TokenizeRequest, [{}, {"text": "a"}, {"messages": MESSAGES}, {"messages": MESSAGES, "text": "a"}]),
+    (schemas.LogitLensRequest, [{"prompt": "a", "messages": None}, {"messages": MESSAGES, "prompt": [1]}, {}]),
+    (schemas.CompletionRequest, [{"prompt": "a", "temperature": t} for t in (0, 0.0, 1e-7, 1e-6, 2, 2.1, -1, None)]),
+    (schemas.HookRequest, [HOOK | {name: [1, again]} for name in ("heads", "positions") for again in (1, 2)]),
+]
+
+
+@pytest.mark.parametrize(("model", "bodies"), EITHER)
+def test_the_schema_refuses_what_the_validator_refuses(model: type[Request], bodies: list[dict[str, Any]]) -> None:
+    schema = jsonschema_rs.validator_for(model.model_json_schema())
+    for body in bodies:
+        body = {k: bool(v) if k.startswith("capture_") else v for k, v in body.items()}
+        try:
+            model.model_validate_json(json.dumps(body))
+            fits = True
+        except ValidationError:
+            fits = False
+        assert schema.is_valid(body) is fits, body
+
+
+def test_an_intervention_has_one_place_in_the_schema() -> None:
+    schema = jsonschema_rs.validator_for(schemas.InterventionRequest.model_json_schema())
+    place, point = {"layer_name": "1", "component": "mlp"}, {"hook_point": "a"}
+    edits = [{"type": "zero"} | given for given in (place, point, place | point, {}, {"component": "mlp"})]
+    assert [schema.is_valid(edit) for edit in edits] == [True, True, False, False, False]
+
+
+def test_a_number_that_the_engine_refuses_is_named() -> None:
+    with pytest.raises(HookError) as caught:
+        Sampling(top_p=2).check()
+    assert describe(caught.value, "req-1").param == "top_p"
 
 
 NEUTRAL: list[dict[str, Any]] = [

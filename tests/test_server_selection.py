@@ -169,23 +169,37 @@ def test_a_text_that_ends_early_leaves_a_hook_silent(web: FlaskClient, model: Ho
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("hook", "code", "message"),
+    ("hook", "field", "code", "message"),
     [
-        ({"positions": [LAST + 1]}, "invalid_hook", f"Hook 'h': position {LAST + 1} is out of reach: .* 0 to {LAST}"),
-        ({"positions": {"start": 99}}, "invalid_hook", f"Hook 'h': there is nothing to capture: .* 0 to {LAST}"),
-        ({"heads": [4]}, "invalid_hook", "Hook 'h': Heads are 0 to 3, got 4"),
-        ({"hook_point": "hook_embed", "heads": [0]}, "invalid_hook", "heads need a head axis"),
-        ({"hook_point": "blocks.9.attn.hook_z"}, "unknown_hook", "Unknown hook point"),
-        ({"hook_point": "blocks.*.hook_y"}, "unknown_hook", "Unknown hook point"),
-        ({"hook_point": "embed.hook_in", "reduce": "mean"}, "invalid_hook", "holds ids"),
+        (
+            {"positions": [LAST + 1]},
+            "positions",
+            "invalid_hook",
+            f"Hook 'h': position {LAST + 1} is out of reach: .* 0 to {LAST}",
+        ),
+        (
+            {"positions": {"start": 99}},
+            "positions",
+            "invalid_hook",
+            f"Hook 'h': there is nothing to capture: .* 0 to {LAST}",
+        ),
+        ({"heads": [4]}, "heads", "invalid_hook", "Hook 'h': Heads are 0 to 3, got 4"),
+        ({"hook_point": "hook_embed", "heads": [0]}, "heads", "invalid_hook", "heads need a head axis"),
+        ({"hook_point": "blocks.9.attn.hook_z"}, "hook_point", "unknown_hook", "Unknown hook point"),
+        ({"hook_point": "blocks.*.hook_y"}, "hook_point", "unknown_hook", "Unknown hook point"),
+        ({"hook_point": "embed.hook_in", "reduce": "mean"}, "reduce", "invalid_hook", "holds ids"),
     ],
 )
-def test_what_cannot_be_kept_is_named(web: FlaskClient, hook: Any, code: str, message: str, stream: bool) -> None:
+def test_what_cannot_be_kept_is_named(
+    web: FlaskClient, hook: Any, field: str, code: str, message: str, stream: bool
+) -> None:
     asked = {"hook_point": "blocks.0.attn.hook_z", "hook_id": "h"} | hook
-    body = {"prompt": PROMPT, "activation_hooks": [asked], "max_tokens": MAX_TOKENS, "stream": stream}
-    reply = web.post(ROUTE, json=body)
+    hooks = [{"hook_point": "hook_embed", "hook_id": "fine"}, asked]
+    reply = web.post(
+        ROUTE, json={"prompt": PROMPT, "activation_hooks": hooks, "max_tokens": MAX_TOKENS, "stream": stream}
+    )
     error = reply.get_json()["error"]
-    assert (reply.status_code, error["code"], error["param"]) == (400, code, "activation_hooks")
+    assert (reply.status_code, error["code"], error["param"]) == (400, code, f"activation_hooks[1].{field}")
     assert re.search(message, error["message"]), error["message"]
 
 

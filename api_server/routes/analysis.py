@@ -17,7 +17,8 @@ blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
     LogitLensRequest,
     replies=LogitLensReply,
     tags=["Analysis"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"prompt": "The capital of France is", "top_k": 3},
 )
 def logit_lens() -> Response:

@@ -116,7 +116,7 @@ def get_hook_activations(capture_id: str, hook_id: str) -> Response:
 def _answer(capture_id: str, hook_id: str | None, asked: RangeQuery) -> Response:
     capture = captures().get(capture_id)
     etag = entity_tag(capture.capture_id, hook_id, _plain(asked))
-    tensors = select(capture, hook_id, asked.positions, asked.heads, asked.layers, asked.reduce)
+    tensors = select(capture, hook_id, asked.positions, asked.heads, asked.layers, asked.reduce, asked.hook_point)
     if is_known(etag):
         return not_modified(etag)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(filter(None, [capture_id, hook_id])))[:120]
@@ -137,7 +137,7 @@ def _npy(tensors: list[Tensor], dtype: str) -> list[bytes | memoryview]:
         raise ApiError(
             400,
             f"npy holds one array, and this asks for {len(tensors)}{f': {names}' if names else ''}. "
-            "Ask for one hook and narrow it with 'layers', or for safetensors.",
+            "Ask for one hook and narrow it with 'hook_point' or 'layers', or for safetensors.",
             code="invalid_value",
             param="format",
         )

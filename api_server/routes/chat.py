@@ -17,7 +17,8 @@ blueprint = Blueprint("chat", __name__, url_prefix="/v1/chat/completions")
     replies=ChatReply,
     event=ChatEvent,
     tags=["Generation"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"messages": [{"role": "user", "content": "What is the capital of France ?"}], "max_tokens": 4},
 )
 def chat() -> Response:
@@ -32,7 +33,8 @@ def chat() -> Response:
     replies=ChatCaptureReply,
     event=ChatCaptureEvent,
     tags=["Generation"],
-    errors=(404, 409, 413, 503, 507),
+    errors=(404, 413, 507),
+    job=True,
     example={
         "messages": [{"role": "user", "content": "What is the capital of France ?"}],
         "activation_hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}],

@@ -17,7 +17,8 @@ blueprint = Blueprint("completions", __name__, url_prefix="/v1/completions")
     replies=CompletionReply,
     event=CompletionEvent,
     tags=["Generation"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"prompt": "The capital of France is", "max_tokens": 4},
 )
 def complete() -> Response:
@@ -32,7 +33,8 @@ def complete() -> Response:
     replies=CompletionCaptureReply,
     event=CompletionCaptureEvent,
     tags=["Generation"],
-    errors=(404, 409, 413, 503, 507),
+    errors=(404, 413, 507),
+    job=True,
     example={
         "prompt": "The capital of France is",
         "activation_hooks": [{"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer_1_residual"}],

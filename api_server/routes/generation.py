@@ -1,6 +1,6 @@
 """How all four ways to generate answer: one job on the worker, its results as one object or as events."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,14 @@ from ..transport import captures, config, event_stream, reader_gone, submit, wor
 def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response:
     """Generate for ``asked`` on the model it names."""
     loaded = worker().get(asked.model)
-    with blame("activation_hooks"):
+    listed = isinstance(asked, CaptureRequest) and bool(asked.activation_hooks)
+    with blame("activation_hooks", listed=listed):
         plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
     edits = loaded.model.resolve_interventions(_interventions(asked) if isinstance(asked, CaptureRequest) else [])
     kind = "chat.completion" if isinstance(asked, ChatRequest) else "text_completion"
     job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded, asked.user)
-    reply, results = Reply(asked, loaded.model_id, _keeping(asked, loaded)), job.results(reader_gone())
+    reply = Reply(asked, loaded.model_id, _keeping(asked, loaded))
+    results = _blaming(job.results(reader_gone()), plan.hook_ids, listed)
     if asked.stream:
         return event_stream(reply.events(results), job)
     try:
@@ -43,19 +45,42 @@ def _keeping(asked: GenerationRequest, loaded: LoadedModel) -> Keeping | None:
     return Keeping(captures(), asked, loaded, config().max_reply_bytes)
 
 
-def spec_of(hook: HookRequest) -> HookSpec:
-    """The engine's spec of a hook in a request."""
-    return HookSpec.of(hook.model_dump())
+def specs_of(hooks: Sequence[HookRequest]) -> list[HookSpec]:
+    """The engine's specs of the hooks in a request."""
+    specs: list[HookSpec] = []
+    for hook in hooks:
+        try:
+            specs.append(HookSpec.of(hook.model_dump()))
+        except HookError as error:
+            error.hook = len(specs)
+            raise
+    return specs
 
 
 @contextmanager
-def blame(param: str) -> Iterator[None]:
-    """What the engine says about hooks, as an error about the field that named them."""
+def blame(param: str, hook_ids: Sequence[str] = (), *, listed: bool = True) -> Iterator[None]:
+    """What the engine says about a hook, as an error about the field that named it.
+
+    Args:
+        param: the request's list of hooks.
+        hook_ids: their ids, for an error that knows the id alone.
+        listed: False where the hooks are registered ones, which have no index in the request.
+    """
     try:
         yield
     except HookError as error:
+        index = hook_ids.index(error.hook_id) if error.hook_id in hook_ids else error.hook
+        if index is None:
+            raise
         code = "unknown_hook" if isinstance(error, UnknownHookError) else "invalid_hook"
-        raise ApiError(400, str(error), code=code, param=param) from error
+        place = f"{param}[{index}]" + (f".{error.field}" if error.field else "")
+        raise ApiError(400, str(error), code=code, param=place if listed else param) from error
+
+
+def _blaming(results: Iterator[Any], hook_ids: Sequence[str], listed: bool) -> Iterator[Any]:
+    """The same results; some faults of hooks are found once the prompt's length is known."""
+    with blame("activation_hooks", hook_ids, listed=listed):
+        yield from results
 
 
 def _interventions(asked: CaptureRequest) -> list[dict[str, Any]]:
@@ -91,7 +116,7 @@ def _decoded(record: dict[str, Any]) -> dict[str, Any]:
 
 def _hooks(asked: CaptureRequest, loaded: LoadedModel) -> list[HookSpec]:
     """The request's own hooks, or those registered for its model."""
-    hooks = [spec_of(hook) for hook in asked.activation_hooks or []] or list(loaded.hooks.values())
+    hooks = specs_of(asked.activation_hooks or []) or list(loaded.hooks.values())
     if not hooks and not asked.interventions:
         others = [other.model_id for other in worker().models() if other.hooks]
         elsewhere = f" Hooks are registered for {', '.join(others)}, not for {loaded.model_id}." if others else ""

@@ -8,7 +8,7 @@ from ..schemas.queries import ModelQuery
 from ..schemas.replies import HookRemovedReply, HooksClearedReply, HooksRegisteredReply, HooksReply
 from ..schemas.requests import RegisterHooksRequest
 from ..transport import config, read, read_query, worker
-from .generation import blame, spec_of
+from .generation import blame, specs_of
 
 blueprint = Blueprint("hooks", __name__, url_prefix="/v1/activations/hooks")
 
@@ -35,7 +35,7 @@ def register_hooks() -> Response:
             param="hooks",
         )
     with blame("hooks"):
-        ids = worker().loaded.register_hooks([spec_of(hook) for hook in asked.hooks], asked.model)
+        ids = worker().loaded.register_hooks(specs_of(asked.hooks), asked.model)
     return json_reply({"status": "hooks_registered", "registered_hooks": ids})
 
 

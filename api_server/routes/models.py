@@ -45,7 +45,8 @@ def list_models() -> Response:
     LoadRequest,
     replies={200: LoadedReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 503),
+    errors=(404,),
+    job=True,
     example={"model_path": "neuroscope-tiny"},
 )
 def load_model() -> Response:
@@ -58,7 +59,7 @@ def load_model() -> Response:
     _check_place(asked.model_path)
     render = _loaded if asked.background else None
     job = submit(partial(_loading, worker(), asked), "load", render=render)
-    return in_background(job) if render else json_reply(_loaded(next(job.results(reader_gone()))))
+    return in_background(job) if render else json_reply(_loaded(job.result(reader_gone())))
 
 
 def _loading(worker: ModelWorker, asked: LoadRequest) -> Generator[LoadedModel | Progress, None, None]:
@@ -132,7 +133,8 @@ def hook_points(model_id: str) -> Response:
     SelfTestRequest,
     replies={200: SelfTestReply, 202: JobReply},
     tags=["Models"],
-    errors=(404, 503),
+    errors=(404,),
+    job=True,
     example={},
 )
 def selftest(model_id: str) -> Response:
@@ -140,12 +142,14 @@ def selftest(model_id: str) -> Response:
     asked = read(SelfTestRequest)
     loaded = worker().get(model_id)
 
+    name = loaded.model_id
+
     def render(report: SelfTest) -> dict[str, Any]:
-        return {"model": loaded.model_id} | report.to_dict()
+        return {"model": name} | report.to_dict()
 
     work = partial(inference.selftest, loaded.model)
     job = submit(work, "selftest", loaded, render=render if asked.background else None)
-    return in_background(job) if asked.background else json_reply(render(next(job.results(reader_gone()))))
+    return in_background(job) if asked.background else json_reply(render(job.result(reader_gone())))
 
 
 def _exists(path: str) -> bool:
@@ -165,6 +169,7 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "created": loaded.created,
         "owned_by": "local",
         "weight_bytes": loaded.nbytes,
+        "eos_token_ids": sorted(getattr(loaded.model.tokenizer, "eos_token_ids", None) or ()),
         "supports_activations": True,
         "untrusted_hook_points": loaded.model.untrusted,
         "num_layers": cfg.n_layers,

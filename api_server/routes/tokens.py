@@ -17,7 +17,8 @@ blueprint = Blueprint("tokens", __name__, url_prefix="/v1")
     TokenizeRequest,
     replies=TokenizeReply,
     tags=["Tokens"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"text": "The capital of France is"},
 )
 def tokenize() -> Response:
@@ -32,7 +33,8 @@ def tokenize() -> Response:
     DetokenizeRequest,
     replies=DetokenizeReply,
     tags=["Tokens"],
-    errors=(404, 409, 503),
+    errors=(404,),
+    job=True,
     example={"tokens": [5, 17, 33]},
 )
 def detokenize() -> Response:

@@ -17,6 +17,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticUseDefault, core_schema
 
+from mlx_hooks.sampling import LOWEST_TEMPERATURE
+
 MAX_TOKENS = 32768
 DEFAULT_MAX_TOKENS = 100
 MAX_MESSAGES = 1024
@@ -116,6 +118,19 @@ HookId = Annotated[Name, AfterValidator(must(is_hook_id, ID_RULE))]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
+MAX_TEMPERATURE = 2
+Temperature = Annotated[
+    float,
+    Field(ge=0, le=MAX_TEMPERATURE),
+    AfterValidator(
+        must(lambda value: value == 0 or value >= LOWEST_TEMPERATURE, f"0 or at least {LOWEST_TEMPERATURE}")
+    ),
+    WithJsonSchema(
+        {"anyOf": [{"const": 0}, {"type": "number", "minimum": LOWEST_TEMPERATURE, "maximum": MAX_TEMPERATURE}]}
+    ),
+]
+
+
 def _is_prompt(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and all(type(token) is int and 0 <= token <= MAX_TOKEN_ID for token in value)
@@ -167,6 +182,11 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+def _are_indices(value: Any) -> bool:
+    """A list of indices, each once."""
+    return isinstance(value, list) and all(_is_index(index) for index in value) and 0 < len(value) == len(set(value))
+
+
 def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_TOKEN_ID
 
@@ -174,7 +194,7 @@ def _is_index(value: Any) -> bool:
 def _is_selection(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and not set(value) - {"start", "stop"} and all(_is_index(end) for end in value.values())
-    return _is_index(value) or (isinstance(value, list) and bool(value) and all(_is_index(index) for index in value))
+    return _is_index(value) or _are_indices(value)
 
 
 def _are_numbers(value: Any) -> bool:
@@ -188,8 +208,8 @@ def _is_source(value: Any) -> bool:
     return bool(records) and all(isinstance(record, dict) for record in records)
 
 
-_SELECTION = "an index from 0 up, a list of them, or an object with 'start', 'stop' or both"
-_HEADS = "an index from 0 up or a list of them"
+_SELECTION = "an index from 0 up, a list of different ones, or an object with 'start', 'stop' or both"
+_HEADS = "an index from 0 up or a list of different ones"
 
 # What these check themselves, and say in one sentence, is told to the description in JSON Schema.
 _INDEX: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": MAX_TOKEN_ID}
@@ -231,7 +251,7 @@ Positions = Annotated[
 ]
 Heads = Annotated[
     Any,
-    BeforeValidator(must(lambda value: not isinstance(value, dict) and _is_selection(value), _HEADS)),
+    BeforeValidator(must(lambda value: _is_index(value) or _are_indices(value), _HEADS)),
     WithJsonSchema({"anyOf": [_INDEX, _INDICES, _NULL], "description": _HEADS}),
 ]
 Numbers = Annotated[
@@ -244,6 +264,17 @@ Source = Annotated[
     BeforeValidator(must(_is_source, "an activation record or a list of records")),
     WithJsonSchema({"anyOf": [_RECORD, {"type": "array", "items": _RECORD, "minItems": 1}, _NULL]}),
 ]
+
+
+def one_of(*choices: tuple[str, ...]) -> dict[str, Any]:
+    """JSON Schema of "exactly one of these groups of fields is given", where null is not given."""
+    names = [name for choice in choices for name in choice]
+
+    def given(choice: tuple[str, ...]) -> dict[str, Any]:
+        fields = {name: {"not": _NULL} if name in choice else _NULL for name in names}
+        return {"required": list(choice), "properties": fields}
+
+    return {"oneOf": [given(choice) for choice in choices]}
 
 
 def null_is_none(value: Any, check: Callable[[Any], Any]) -> Any:

@@ -7,7 +7,9 @@ from pydantic import (
     AfterValidator,
     Field,
     WithJsonSchema,
+    model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from .fields import MAX_ID_LENGTH, MAX_RANGE_LENGTH, Name, Request, must
 
@@ -43,7 +45,7 @@ PositionRange = Annotated[str, _is_spelled(f"last|{_SPAN}", f"'last', {_WANTED}"
 class CapturesQuery(Request):
     """Which part of the list of captures."""
 
-    limit: int = Field(100, ge=1, le=1000)
+    limit: int = Field(100, ge=1, le=1000, description="The most of them.")
     after: Name | None = Field(None, description="The last capture's id of the part before.")
 
 
@@ -55,9 +57,26 @@ class RangeQuery(Request):
     )
     heads: Range | None = Field(None, description="Query heads; at k and v, the key-value heads that serve them.")
     layers: Range | None = Field(None, description="What belongs to no layer is left out.")
-    reduce: Literal["mean", "max", "last", "norm"] | None = Field(
-        None, description="Over positions, after the selection; `norm` is L2 over the last axis. The result is float32."
+    hook_point: Name | None = Field(
+        None,
+        description="The arrays of one hook point, or of those that a glob means: `blocks.*.attn.hook_z`. What stands "
+        "in an array's name behind the hook id names that array alone.",
     )
-    format: Literal["json", "npy", "safetensors"] = "json"
-    encoding: Literal["json", "base64", "none"] = Field("json", description="Of `format=json`.")
+    reduce: Literal["mean", "max", "last", "norm"] | None = Field(
+        None,
+        description="Over positions, after the selection; `norm` is L2 over the last axis. "
+        "Computed in float64, rounded to float32, sent as `dtype`.",
+    )
+    format: Literal["json", "npy", "safetensors"] = Field("json", description="`npy` holds one array.")
+    encoding: Literal["json", "base64", "none"] = Field(
+        "json", description="Of `format=json`; refused with the others."
+    )
     dtype: Literal["float32", "float16"] = Field("float32", description="Of numbers that are no integers.")
+
+    @model_validator(mode="after")
+    def _encoding_of_json(self) -> "RangeQuery":
+        if "encoding" in self.model_fields_set and self.format != "json":
+            raise PydanticCustomError(
+                "encoding", "Query parameter 'encoding' belongs to format=json: leave it out", {"param": "encoding"}
+            )
+        return self

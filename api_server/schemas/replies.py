@@ -54,6 +54,7 @@ class ModelReply(Reply):
     owned_by: str
     supports_activations: bool
     weight_bytes: int = Field(description="What its weights take in memory.")
+    eos_token_ids: list[int] = Field(description="Tokens that end a text.")
     untrusted_hook_points: list[str] = Field(description="Hook points at which an identity of the self-test fails.")
     num_layers: int
     num_heads: int
@@ -222,10 +223,10 @@ class SpelledTokens(Reply):
 
 
 class Omitted(Reply):
-    """Why the records have no data, and how to fetch it."""
+    """Why the records have no data, and how to fetch it. In a stream, they have none from that event on."""
 
-    bytes: int
-    limit: int
+    bytes: int = Field(description="Of all numbers, before encoding.")
+    limit: int = Field(description="The bytes of numbers that a reply carries; the records themselves do not count.")
     message: str
 
 

@@ -7,7 +7,7 @@ refused, never ignored. These models know no transport.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from .fields import (
@@ -15,6 +15,7 @@ from .fields import (
     MAX_CHOICES,
     MAX_CONTENT_PARTS,
     MAX_HOOKS,
+    MAX_ID_LENGTH,
     MAX_INTERVENTIONS,
     MAX_MESSAGES,
     MAX_PROMPTS,
@@ -36,17 +37,28 @@ from .fields import (
     Selection,
     Source,
     Stop,
+    Temperature,
     TokenId,
     null_is_none,
+    one_of,
     only,
+)
+
+_MODEL = "A loaded model's id; by default the model loaded last."
+_LIMIT = f"The most tokens to generate; {DEFAULT_MAX_TOKENS} by default."
+_CHAT = "A chat, as the model's template writes it."
+_LAYER_NAME = "A block, such as `transformer.h.5` or `*` for all; `transformer.wte`; `transformer.ln_f`."
+_COMPONENT = (
+    "`residual`, `attention`, `mlp`, `embedding`, `layernorm`, `query`, `key`, `value`, `attention_scores` or "
+    "`attention_pattern`."
 )
 
 
 class TextPart(Request):
     """Part of a message: ``{"type": "text", "text": "hello"}``; other types than text are refused."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text"] = Field(description="Text is all that is read.")
+    text: str = Field(description="The text.")
 
 
 def _as_parts(value: Any) -> Any:
@@ -60,12 +72,13 @@ def _as_parts(value: Any) -> Any:
 class ChatMessage(Request):
     """What somebody said. ``developer`` is OpenAI's newer name of ``system``; the parts of a text are joined."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who said it.")
     # A list in any case: the error about a part then has the address of that part.
     content: Annotated[
         list[TextPart],
         Field(min_length=1, max_length=MAX_CONTENT_PARTS),
         BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
+        Field(description="What was said: a string, or parts that are joined."),
     ]
 
     # An answer's other fields, with which it may come back as a message.
@@ -81,6 +94,18 @@ class ChatMessage(Request):
         return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
+_PLACE = one_of(("layer_name", "component"), ("hook_point",))
+# Something is captured, and a hook point has no input of its own.
+_SIDES: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"capture_output": {"enum": [True, None]}}},
+        {"required": ["capture_input"], "properties": {"capture_input": {"const": True}}},
+    ],
+    "if": {"required": ["hook_point"], "properties": {"hook_point": {"type": "string"}}},
+    "then": {"properties": {"capture_input": {"enum": [False, None]}}},
+}
+
+
 class HookRequest(Request):
     """One thing to capture: ``{"layer_name": "transformer.h.5", "component": "residual", "hook_id": "mine"}``.
 
@@ -88,15 +113,21 @@ class HookRequest(Request):
     ``positions``, ``heads`` and ``reduce`` limit what is computed and sent.
     """
 
-    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
-    component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
-    hook_point: HookId | None = None
-    hook_id: HookId | None = None
-    capture_input: bool = False
-    capture_output: bool = True
+    model_config = ConfigDict(json_schema_extra=_PLACE | _SIDES)
+
+    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(None, description=_LAYER_NAME)
+    component: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(None, description=_COMPONENT)
+    hook_point: HookId | None = Field(
+        None, description="A name of `GET .../hook_points`, or a glob: `blocks.*.attn.hook_z`."
+    )
+    hook_id: HookId | None = Field(None, description="Its name in the reply; made of the place where it is missing.")
+    capture_input: Annotated[bool, OrNull()] = Field(False, description="What goes into the component.")
+    capture_output: Annotated[bool, OrNull()] = Field(True, description="What comes out of it.")
     positions: Positions = None
     heads: Heads = None
-    reduce: Literal["mean", "max", "last", "norm"] | None = None
+    reduce: Literal["mean", "max", "last", "norm"] | None = Field(
+        None, description="Over a record's positions; `norm` (L2) over its last axis. The result is float32."
+    )
 
     _nulls = field_validator("positions", "heads", mode="wrap")(null_is_none)
 
@@ -121,27 +152,35 @@ class HookRequest(Request):
 class InterventionRequest(Request):
     """One edit: ``{"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]}``; see ``Intervention``."""
 
-    type: Literal["zero", "mean", "set", "patch", "add", "scale", "clamp", "noise"]
-    hook_point: Annotated[str, Field(min_length=1, max_length=500)] | None = None
-    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = None
-    component: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    model_config = ConfigDict(json_schema_extra=_PLACE)
+
+    type: Literal["zero", "mean", "set", "patch", "add", "scale", "clamp", "noise"] = Field(
+        description="What becomes of the selected values."
+    )
+    hook_point: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(
+        None, description="A name of `GET .../hook_points`, or a glob: `blocks.*.attn.hook_z`."
+    )
+    layer_name: Annotated[str, Field(min_length=1, max_length=500)] | None = Field(None, description=_LAYER_NAME)
+    component: Annotated[str, Field(min_length=1, max_length=100)] | None = Field(None, description=_COMPONENT)
     positions: Positions = None
     heads: Selection = None
     neurons: Selection = None
     keys: Selection = None
-    phase: Literal["prefill", "decode"] | None = None
+    phase: Literal["prefill", "decode"] | None = Field(None, description="In the prompt or in generated tokens only.")
     passes: Selection = None
     values: Numbers = None
-    source: Source = None
-    over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = None
+    source: Source = Field(None, description="An activation record as this server returns it, or a list of them.")
+    over: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)] | None = Field(
+        None, description="Of `mean`: the prompts over whose positions it is taken."
+    )
     vector: Numbers = None
-    coefficient: float | None = None
-    norm_match: bool | None = None
-    factor: float | None = None
-    min: float | None = None
-    max: float | None = None
-    std: float | None = Field(None, ge=0)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    coefficient: float | None = Field(None, description="Of `add`: how much of the vector.")
+    norm_match: bool | None = Field(None, description="Of `add`: give the vector the length of what it is added to.")
+    factor: float | None = Field(None, description="Of `scale`.")
+    min: float | None = Field(None, description="Of `clamp`.")
+    max: float | None = Field(None, description="Of `clamp`.")
+    std: float | None = Field(None, ge=0, description="Of `noise`: the standard deviation.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Of `noise`: the same seed gives the same noise.")
 
     _nulls = field_validator("positions", "heads", "neurons", "keys", "passes", "source", mode="wrap")(null_is_none)
 
@@ -149,30 +188,49 @@ class InterventionRequest(Request):
 class StreamOptions(Request):
     """OpenAI's. With ``include_usage`` the usage has a last event of its own, without it the finishing one has it."""
 
-    include_usage: bool = False
+    include_usage: Annotated[bool, OrNull()] = Field(False, description="Give the usage an event of its own.")
     include_obfuscation: Annotated[Any, only(False, None)] = None
 
 
 class GenerationRequest(Request):
     """What all four ways to generate have in common. A number that is null is the default."""
 
-    model: Name | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    temperature: Annotated[float, OrNull()] = Field(0.7, ge=0, le=2)
-    top_p: Annotated[float, OrNull()] = Field(1.0, gt=0, le=1)
-    top_k: Annotated[int, OrNull()] = Field(0, ge=0, le=1_000_000)
-    min_p: Annotated[float, OrNull()] = Field(0.0, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    frequency_penalty: Annotated[float, OrNull()] = Field(0.0, ge=-2, le=2)
-    presence_penalty: Annotated[float, OrNull()] = Field(0.0, ge=-2, le=2)
-    logit_bias: LogitBias | None = None
-    n: Annotated[int, OrNull()] = Field(1, ge=1, le=MAX_CHOICES)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    stop: Stop | None = None
-    stream: Annotated[bool, OrNull()] = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    model: Name | None = Field(None, description=_MODEL)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description=_LIMIT)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="The same as `max_tokens`.")
+    temperature: Annotated[Temperature, OrNull()] = Field(0.7, description="0 takes the likeliest token.")
+    top_p: Annotated[float, OrNull()] = Field(
+        1.0, gt=0, le=1, description="Draw among the likeliest tokens that have this probability together."
+    )
+    top_k: Annotated[int, OrNull()] = Field(
+        0, ge=0, le=1_000_000, description="Draw among this many of the likeliest tokens; 0 is all."
+    )
+    min_p: Annotated[float, OrNull()] = Field(
+        0.0, ge=0, le=1, description="Leave out tokens below this share of the likeliest one's probability."
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="Positive logits of the last 20 tokens are divided by it, negative ones multiplied.",
+    )
+    frequency_penalty: Annotated[float, OrNull()] = Field(
+        0.0, ge=-2, le=2, description="A token's logit loses this as often as the token was generated."
+    )
+    presence_penalty: Annotated[float, OrNull()] = Field(
+        0.0, ge=-2, le=2, description="A token's logit loses this once the token was generated."
+    )
+    logit_bias: LogitBias | None = Field(None, description="Token ids, each with what is added to its logit.")
+    n: Annotated[int, OrNull()] = Field(
+        1, ge=1, le=MAX_CHOICES, description="How many choices; choice i draws with `seed` + i."
+    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
+    stop: Stop | None = Field(None, description="The text ends before the one that is complete first.")
+    stream: Annotated[bool, OrNull()] = Field(False, description="Answer with server-sent events.")
+    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
+    user: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(
+        None, description="Who asks: users of one address are served by turns."
+    )
 
     response_format: Annotated[Any, only({"type": "text"}, None)] = None
     tools: Annotated[Any, only([], None)] = None
@@ -184,7 +242,9 @@ class GenerationRequest(Request):
     def _one_limit(self) -> "GenerationRequest":
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise PydanticCustomError(
-                "one_limit", "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one"
+                "one_limit",
+                "'max_tokens' and 'max_completion_tokens' are two names of one limit: give one",
+                {"param": "max_tokens"},
             )
         return self
 
@@ -218,9 +278,14 @@ class GenerationRequest(Request):
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``"""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    logprobs: Annotated[bool, OrNull()] = False
-    top_logprobs: Annotated[int, OrNull()] = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, description="The chat, in order.")
+    logprobs: Annotated[bool, OrNull()] = Field(False, description="Tell how probable the model found each token.")
+    top_logprobs: Annotated[int, OrNull()] = Field(
+        0,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="How many of the likeliest tokens to tell with each; with `logprobs` only.",
+    )
 
     audio: Annotated[Any, only(None)] = None
     function_call: Annotated[Any, only("none", None)] = None
@@ -257,7 +322,7 @@ _LogprobsCount = Annotated[int, Field(ge=0, le=MAX_TEXT_LOGPROBS)]
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``"""
 
-    prompt: Prompt
+    prompt: Prompt = Field(description="A text, or token ids.")
     logprobs: Annotated[
         _LogprobsCount | None,
         # A chat's way to ask for none.
@@ -265,7 +330,7 @@ class CompletionRequest(GenerationRequest):
             lambda value: None if value is False else value,
             json_schema_input_type=_LogprobsCount | Literal[False] | None,
         ),
-    ] = None
+    ] = Field(None, description="Tell how probable the model found each token, and this many of the likeliest ones.")
 
     top_logprobs: Annotated[Any, only(0, None)] = None
     best_of: Annotated[Any, only(1, None)] = None
@@ -279,14 +344,22 @@ class CompletionRequest(GenerationRequest):
 class CaptureRequest(GenerationRequest):
     """What capturing adds; ``max_tokens: 0`` only reads the prompt. There is one answer, whose activations come."""
 
-    n: Annotated[Any, only(1), OrNull()] = 1
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    activation_hooks: list[HookRequest] | None = Field(None, max_length=MAX_HOOKS)
-    interventions: list[InterventionRequest] | None = Field(None, max_length=MAX_INTERVENTIONS)
-    activation_encoding: Literal["json", "base64", "none"] = "json"
-    activation_dtype: Literal["float32", "float16"] = "float32"
-    keep_capture: bool = False
+    n: Annotated[Any, only(1), OrNull()] = Field(1, description="There is one answer.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description=f"{_LIMIT} 0 only reads the prompt.")
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="The same as `max_tokens`.")
+    activation_hooks: list[HookRequest] | None = Field(
+        None, max_length=MAX_HOOKS, description="What to capture; without any, what the registered hooks do."
+    )
+    interventions: list[InterventionRequest] | None = Field(
+        None, max_length=MAX_INTERVENTIONS, description="What to edit, in this order, before anything is captured."
+    )
+    activation_encoding: Annotated[Literal["json", "base64", "none"], OrNull()] = Field(
+        "json", description="How the numbers travel; `none`: records without data."
+    )
+    activation_dtype: Annotated[Literal["float32", "float16"], OrNull()] = Field(
+        "float32", description="As what; integers are int32 in any case."
+    )
+    keep_capture: Annotated[bool, OrNull()] = Field(False, description="Keep the activations, to be fetched later.")
 
 
 class ChatCaptureRequest(CaptureRequest, ChatRequest):
@@ -300,30 +373,36 @@ class CompletionCaptureRequest(CaptureRequest, CompletionRequest):
 class LoadRequest(Request):
     """``POST /v1/models/load``; in the background, the reply is the job."""
 
-    model_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    model_id: ModelId | None = None
-    background: bool = False
+    model_path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="`neuroscope-tiny`, a folder on the server, or a Hugging Face id."
+    )
+    model_id: ModelId | None = Field(None, description="Its name in requests; by default the last part of the path.")
+    background: Annotated[bool, OrNull()] = Field(False, description="Answer 202 and the job at once.")
 
 
 class SelfTestRequest(Request):
     """``POST /v1/models/{id}/selftest``; in the background, the reply is the job."""
 
-    background: bool = False
+    background: Annotated[bool, OrNull()] = Field(False, description="Answer 202 and the job at once.")
 
 
 class RegisterHooksRequest(Request):
     """``POST /v1/activations/hooks``"""
 
-    hooks: list[HookRequest] = Field(min_length=1, max_length=MAX_HOOKS)
-    model: Name | None = None
+    hooks: list[HookRequest] = Field(
+        min_length=1, max_length=MAX_HOOKS, description="One with a known id takes that one's place."
+    )
+    model: Name | None = Field(None, description=_MODEL)
 
 
 class TokenizeRequest(Request):
     """``POST /v1/tokenize``: exactly one of ``text`` and ``messages``."""
 
-    text: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    model: Name | None = None
+    model_config = ConfigDict(json_schema_extra=one_of(("text",), ("messages",)))
+
+    text: str | None = Field(None, description="A text.")
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description=_CHAT)
+    model: Name | None = Field(None, description=_MODEL)
 
     @model_validator(mode="after")
     def _one_source(self) -> "TokenizeRequest":
@@ -339,18 +418,22 @@ class TokenizeRequest(Request):
 class DetokenizeRequest(Request):
     """``POST /v1/detokenize``"""
 
-    tokens: list[TokenId]
-    model: Name | None = None
+    tokens: list[TokenId] = Field(description="Token ids.")
+    model: Name | None = Field(None, description=_MODEL)
 
 
 class LogitLensRequest(Request):
     """``POST /v1/analysis/logit_lens``: one of ``prompt`` and ``messages``; ``position`` may count from the end."""
 
-    prompt: Prompt | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    model: Name | None = None
-    top_k: Annotated[int, OrNull()] = Field(5, ge=1, le=1000)
-    position: int = Field(-1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID)
+    model_config = ConfigDict(json_schema_extra=one_of(("prompt",), ("messages",)))
+
+    prompt: Prompt | None = Field(None, description="A text, or token ids.")
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description=_CHAT)
+    model: Name | None = Field(None, description=_MODEL)
+    top_k: Annotated[int, OrNull()] = Field(5, ge=1, le=1000, description="How many tokens of each layer.")
+    position: Annotated[int, OrNull()] = Field(
+        -1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID, description="Of the prompt's tokens; negative ones count from the end."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "LogitLensRequest":

@@ -185,12 +185,22 @@ class Instrument:
         return Plan(self.architecture, hooks, self.run)
 
     @contextmanager
-    def attached(self, plan: Plan, *, phase: str | None = None, step: int = 0, alone: bool = False) -> Iterator[None]:
+    def attached(
+        self,
+        plan: Plan,
+        *,
+        phase: str | None = None,
+        step: int = 0,
+        alone: bool = False,
+        begins: int | None = None,
+    ) -> Iterator[None]:
         """Attach a plan for the duration of a block. Another thread that asks for the same model waits.
 
         Args:
             phase, step: what the records of this block say; None leaves what an outer block said.
             alone: leave the hooks of outer blocks out.
+            begins: the absolute position at which the block's forward pass begins; None leaves it to the KV cache,
+                which cannot tell where the passes before were not attached or did not reach its layers.
         """
         with self._lock:
             outer, run = self._attached, replace(self.run)
@@ -202,14 +212,14 @@ class Instrument:
                 outer.detach()
             if phase is not None:
                 self.run.phase, self.run.step = phase, step
-            self._attached = plan
+            self._attached, self.run.begins = plan, begins
             try:
                 plan.attach()
                 yield
                 plan.check_fired()
             finally:
                 plan.detach()
-                self._attached = outer
+                self._attached, self.run.begins = outer, run.begins
                 self.run.phase, self.run.step = run.phase, run.step
                 if outer is not None:
                     outer.attach()

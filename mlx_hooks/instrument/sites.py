@@ -161,7 +161,10 @@ class ModelSite(Site):
         tokens = args[0] if args else kwargs["inputs"]
         cache = kwargs.get("cache") if "cache" in kwargs else next((a for a in args[1:] if isinstance(a, list)), None)
         outer = replace(self.run)
-        self.run.start, (self.run.batch, self.run.length) = kv_offset(cache), tokens.shape[:2]
+        # A pass that a hook runs in between begins elsewhere.
+        begins, self.run.begins = self.run.begins, None
+        self.run.start = kv_offset(cache) if begins is None else begins
+        self.run.batch, self.run.length = tokens.shape[:2]
         self.run.forward = next(_forward_numbers)
         self.run.caches = single_caches(cache)
         self.called = True

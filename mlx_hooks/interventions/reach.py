@@ -45,7 +45,8 @@ def within_reach(
         outside = [p for p in positions if p not in everything]
         if outside:
             raise HookError(
-                f"position {outside[0]} is out of reach: this run comes to positions {span(everything)}.{hint}"
+                f"position {outside[0]} is out of reach: this run comes to positions {span(everything)}.{hint}",
+                field="positions",
             )
         return [p for p in positions if p in within]
     if positions is None:

@@ -24,7 +24,8 @@ def chosen_of(name: str, given: Any, more: str = "") -> Chosen | None:
     """Indices in one of their spellings: a list in its order, or an interval."""
     problem = HookError(
         f"{name} are a whole number from 0 up, a list of different ones, {{'start': a, 'stop': b}}{more}; "
-        f"got {given!r}."
+        f"got {given!r}.",
+        field=name,
     )
     if given is None:
         return None
