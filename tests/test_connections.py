@@ -46,16 +46,21 @@ def is_closed(one: socket.socket) -> bool:
         return True
 
 
+def more(one: socket.socket, length: int) -> bytes:
+    data = one.recv(length)
+    assert data, "the connection was closed before the whole reply came"
+    return data
+
+
 def answer(one: socket.socket) -> tuple[int, dict[str, Any]]:
     """The status and the JSON of the next reply."""
-    text = b""
-    while b"\r\n\r\n" not in text:
-        text += one.recv(65536)
-    head, _, body = text.partition(b"\r\n\r\n")
+    head = body = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += more(one, 1)  # what follows may be the next reply's
     length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
     while len(body) < length:
-        body += one.recv(65536)
-    return int(head.split()[1]), json.loads(body[:length])
+        body += more(one, length - len(body))
+    return int(head.split()[1]), json.loads(body)
 
 
 @pytest.mark.parametrize(
