@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
         argv: the arguments after the program's name; those of this process if None.
         prog: the program's name in the usage message.
     """
+    _leave_on_signals()
     options = _parser(prog).parse_args(argv)
     api_key = options.api_key or os.environ.get("NEUROSCOPE_API_KEY") or None
     logs.configure(options.log_level, options.log_format, secret=api_key)
@@ -37,6 +38,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m api_server") 
     except CannotStart as error:
         sys.stderr.write(f"neuroscope: {error}\n")
         return 1
+
+
+def _leave_on_signals() -> None:
+    """Until there is a worker to stop, a signal ends the process as orderly as later ones do."""
+
+    def leave(signum: int, _: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
 
 
 # A forward pass cannot be interrupted: after the grace and this, the process ends all the same.

@@ -41,6 +41,7 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     def admit() -> None:
         g.request_id, g.began = logs.request_id(request.headers.get(REQUEST_ID_HEADER, "")), time.perf_counter()
         _check_host(request.environ.get("HTTP_HOST", ""), config)
+        g.host_admitted = True
         # A browser asks by OPTIONS what it may do before it sends the key; the answer tells nothing else.
         if config.api_key and request.method != "OPTIONS" and request.endpoint not in OPEN_ENDPOINTS:
             _check_key(request.headers.get("Authorization", ""), config.api_key)

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,9 @@ class ServerConfig:
             address other than loopback the name is only looked at if there are any.
         cors_origins: pages of these origins, ``https://lab.example:8000``, may use the server from a browser; ``*``
             lets in the pages of all.
-        model_roots: folders from which models may be loaded by path. Without a key none means any folder; with one,
-            none. The bundled model and Hugging Face ids are always allowed.
+        model_roots: folders from which models may be loaded by path; no link in a model's folder may lead out of them.
+            Without a key none means any folder; with one, none. The bundled model and Hugging Face ids are always
+            allowed.
         max_body_bytes: the largest request body.
         max_tokens: the most tokens that one request may generate, all its choices together.
         max_hooks: the most hooks of one request, and the most registered for one model.
@@ -39,7 +41,7 @@ class ServerConfig:
         compress_binary: whether npy and safetensors are compressed on ``Accept-Encoding``, as JSON is.
 
     Raises:
-        ValueError: an origin is none, or a limit is beyond what the server can do.
+        ValueError: an origin is none, no request could give the key, or a limit is beyond what the server can do.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +68,10 @@ class ServerConfig:
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"An origin looks like https://lab.example or http://localhost:3000, not {origin!r}.")
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            raise ValueError(
+                "An API key is printable ASCII with no blank before or after it: no request could send this one."
+            )
         for name, most in (("max_tokens", MAX_TOKENS), ("max_hooks", MAX_HOOKS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, got {getattr(self, name)}.")
@@ -81,13 +87,24 @@ class ServerConfig:
         return not self.is_local and not self.allowed_hosts
 
     def admits_folder(self, path: Path) -> bool:
-        """Whether a model may be loaded from a path; what a link points to counts."""
+        """Whether a model may be loaded from a path; what a link points to counts, also of those inside the folder."""
         if not self.model_roots:
             return self.api_key is None
-        found = path.resolve()
-        return any(found.is_relative_to(root.expanduser().resolve()) for root in self.model_roots)
+        roots = [root.expanduser().resolve() for root in self.model_roots]
+
+        def is_inside(path: Path) -> bool:
+            found = path.resolve()
+            return any(found.is_relative_to(root) for root in roots)
+
+        # Of the files in it a loader reads those that it has a name for, and of folders those with chat templates.
+        return is_inside(path) and all(is_inside(file) for depth in ("*", "*/*") for file in _links(path, depth))
 
 
+def _links(folder: Path, pattern: str) -> Iterator[Path]:
+    return (path for path in folder.glob(pattern) if path.is_symlink())
+
+
+_KEY = re.compile(r"[!-~]([ -~]*[!-~])?")
 _ORIGIN = re.compile(r"https?://[^\s/?#@*,]+")
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 
-from flask import Flask
+from flask import Flask, Response, g
 from flask_cors import CORS
 
 # What a page may read of a reply besides its body.
@@ -18,6 +18,17 @@ def register(app: Flask, origins: Sequence[str]) -> None:
     """
     if not origins:
         return
+
+    # Registered before Flask-CORS, so it runs after it.
+    @app.after_request
+    def withdraw(response: Response) -> Response:
+        """A page that reached this server under a name that is not its own learns nothing (DNS rebinding)."""
+        if "host_admitted" not in g:
+            for name, _ in list(response.headers):
+                if name.startswith("Access-Control-"):
+                    response.headers.remove(name)
+        return response
+
     # As patterns: Flask-CORS takes a name with brackets, such as http://[::1]:3000, for one.
     exact = "*" if "*" in origins else [re.compile(re.escape(origin) + r"\Z", re.IGNORECASE) for origin in origins]
     CORS(app, origins=exact, expose_headers=EXPOSED, max_age=PREFLIGHT_SECONDS, methods=["GET", "POST", "DELETE"])

@@ -5,6 +5,7 @@ it came through. At level debug tracebacks are written too, for those who look f
 """
 
 import copy
+import json
 import logging
 import re
 import time
@@ -36,6 +37,8 @@ _PATH = r"(?:file://)?(?:~[\w.-]*|[A-Za-z]:)?[/\\](?!(?:v1|health|docs|openapi\.
 _QUOTED = re.compile(rf"""(['"]){_PATH}(?:(?!\1).)*\1""")
 _BARE = re.compile(rf"""(?<![\w:/\\.<>~}}-]){_PATH}[^\s'"(),;\]}}>]+""")
 
+_REST = r"""((?:[/\\][^\s'"(),;\]}>]*[^\s'"(),;\]}>.])?/?)"""
+
 
 def scrub(text: str, keep: str | None = None) -> str:
     """The text with the paths of files cut to their last part.
@@ -45,10 +48,17 @@ def scrub(text: str, keep: str | None = None) -> str:
 
     Args:
         text: a message of a library.
-        keep: what the caller sent, which may be told to the caller again.
+        keep: a path that the caller sent, which may be told to the caller again.
     """
-    if keep and keep in text:
-        return keep.join(scrub(part) for part in text.split(keep))
+    if keep and keep.strip("/\\"):
+        own = re.compile(rf"(?<![\w/\\.~-]){re.escape(keep.rstrip('/'))}(?![\w-]|\.\w){_REST}")
+        parts, at = [], 0
+        for found in own.finditer(text):
+            # Of a file inside of it, its name.
+            name = "/" + _last_part(found[1]) if found[1].strip("/\\") else found[1]
+            parts += [scrub(text[at : found.start()]), keep.rstrip("/"), name]
+            at = found.end()
+        return "".join(parts) + scrub(text[at:])
     text = _QUOTED.sub(lambda found: found[1] + _last_part(found[0][1:-1]) + found[1], text)
     return _BARE.sub(lambda found: _last_part(found[0]), text)
 
@@ -109,7 +119,18 @@ class _Discreet:
         if not self._tracebacks:
             record.exc_info = record.exc_text = record.stack_info = None
         line: str = super().format(record)  # type: ignore[misc]
-        return line.replace(self._secret, "***") if self._secret else line
+        for secret in (self._secret, json.dumps(self._secret)[1:-1]) if self._secret else ():
+            line = line.replace(secret, "***")
+        return line
+
+
+def _value(value: Any) -> str:
+    """A field's value as it is, if that is one word; else as JSON."""
+    text = str(value)
+    return text if text.isprintable() and text and not _UNLIKE_A_WORD.search(text) else json.dumps(text)
+
+
+_UNLIKE_A_WORD = re.compile(r"""[\s"'\\]""")
 
 
 class TextFormatter(_Discreet, logging.Formatter):
@@ -117,9 +138,10 @@ class TextFormatter(_Discreet, logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         said = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
-        # One line, whatever a message holds.
-        told = " ".join([super().formatMessage(record), *(f"{name}={value}" for name, value in said.items())])
-        return told.replace("\n", " ")
+        # One line, whatever a message holds, and nothing in it that could pass for a field or move a terminal's cursor.
+        message = super().formatMessage(record).replace("\n", " ")
+        message = "".join(one if one.isprintable() else json.dumps(one)[1:-1] for one in message)
+        return " ".join([message, *(f"{name}={_value(value)}" for name, value in said.items())])
 
 
 class JsonLineFormatter(_Discreet, JsonFormatter):
@@ -155,3 +177,5 @@ def configure(level: str, form: str, secret: str | None = None) -> None:
     handler.setFormatter(formatter(form, tracebacks=level == "debug", secret=secret))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
+    # Waitress warns of every request that waits for a thread; the worker's queue has a limit and an answer of its own.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)

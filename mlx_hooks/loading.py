@@ -2,6 +2,7 @@
 
 import json
 import re
+import traceback
 from collections.abc import Generator
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +20,8 @@ BUNDLED = "neuroscope-tiny"
 STEPS = 20
 LARGEST_STEP = 2**30
 """Bytes of weights that one step of loading reads at most."""
+SHOWN_NAMES = 3
+"""How many of a list of parameters a message tells."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,19 @@ def is_remote(name: str) -> bool:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a model, which are those that its weights take in memory."""
-    return sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    """Bytes of the weight files of a model, which are those that its weights take in memory.
+
+    Raises:
+        ModelLoadError: one of them cannot be read, such as a link to a file that is gone.
+    """
+    total = 0
+    for path in folder.glob("model*.safetensors"):
+        try:
+            total += path.stat().st_size
+        except OSError as error:
+            reason = f"its {path.name} cannot be read ({error.strerror or type(error).__name__})"
+            raise ModelLoadError(f"{_short(folder.name)} could not be loaded: {reason}.") from error
+    return total
 
 
 def load_steps(folder: Path, name: str | None = None) -> Generator[LoadProgress, None, tuple[nn.Module, Any]]:
@@ -91,7 +105,10 @@ def load_steps(folder: Path, name: str | None = None) -> Generator[LoadProgress,
     name = name or folder.name
     try:
         # mlx-lm's newest versions refuse this themselves; older ones run the file.
-        if code := json.loads((folder / "config.json").read_text()).get("model_file"):
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ModelLoadError(f"mlx-lm could not load {_short(name)}: its config.json is no object.")
+        if code := config.get("model_file"):
             raise ModelLoadError(f"{_short(name)} brings its own code ({code}), which is never run.")
         model, tokenizer = mlx_lm.load(str(folder), tokenizer_config={"trust_remote_code": False}, lazy=True)[:2]
         arrays = [array for _, array in tree_flatten(model.parameters())]
@@ -119,8 +136,19 @@ def _progress(done: int, total: int) -> LoadProgress:
 
 
 def _reason(error: Exception) -> str:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-    return f"its config.json lacks {reason}" if isinstance(error, KeyError) else reason
+    """The first line of a message, and where a list follows its first names."""
+    first, *rest = [line.strip(" ,.") for line in str(error).strip().splitlines()] or [type(error).__name__]
+    reason = first
+    if first.endswith(":") and rest:
+        more = f" and {len(rest) - SHOWN_NAMES} more" if len(rest) > SHOWN_NAMES else ""
+        reason = f"{first} {', '.join(rest[:SHOWN_NAMES])}{more}"
+    owner = "tokenizer" if _is_about_the_tokenizer(error) else "config.json"
+    return f"its {owner} lacks {reason}" if isinstance(error, KeyError) else reason
+
+
+def _is_about_the_tokenizer(error: Exception) -> bool:
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name == "mlx_lm.tokenizer_utils" or name.startswith("transformers.") for name in modules)
 
 
 def _model_folder(name: str) -> str:

@@ -5,6 +5,7 @@ import os
 # No test may reach for a model hub; set before any Hugging Face library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,6 +20,15 @@ from mlx_hooks import HookedModel, ModelLoadError
 def tiny() -> HookedModel:
     """The bundled model; tests leave nothing registered on it."""
     return HookedModel.from_pretrained("neuroscope-tiny")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """The server's command takes the signals of its process, which here is that of the tests."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from server_tools import HOOKS, MESSAGES, load_tiny, running_server, save_tiny
 
 from api_server import ModelWorker, Server, ServerConfig, create_app
 from api_server.__main__ import _parser, main
-from api_server.logs import FORMATS, formatter, request_id, scrub
+from api_server.logs import FORMATS, configure, formatter, request_id, scrub
 from mlx_hooks import HookedModel, ModelLoadError
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError
 
@@ -85,6 +85,16 @@ def test_pages_of_other_origins_may_not(worker: ModelWorker, origin: str) -> Non
         client.get("/v1/models/unknown", headers={"Origin": origin}),
     ):
         assert allowed_origin(reply) is None
+
+
+def test_a_page_that_calls_the_server_by_another_name_is_told_nothing(worker: ModelWorker) -> None:
+    for origins in ((ALLOWED,), ("*",)):
+        client = client_of(worker, cors_origins=origins)
+        for host, status in (("localhost", 200), ("evil.example", 403)):
+            headers = {"Origin": ALLOWED, "Host": host}
+            for reply in (client.get("/health", headers=headers), client.options(CHAT, headers=headers | PREFLIGHT)):
+                assert reply.status_code == status
+                assert any(name.startswith("Access-Control-") for name, _ in reply.headers) == (status == 200)
 
 
 def test_a_page_learns_what_it_may_do_before_it_shows_the_key(worker: ModelWorker) -> None:
@@ -186,6 +196,22 @@ def test_the_options_of_the_command_line_reach_the_configuration() -> None:
     assert (options.compress_binary, options.log_format) == (True, "json")
 
 
+@pytest.mark.parametrize("key", ["", " ", "schl\u00fcssel", " pad", "pad ", "a\tb", "a\n", "a\x7f"])
+def test_a_key_that_no_request_can_send_is_refused_at_the_start(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="An API key is printable ASCII"):
+        ServerConfig(api_key=key)
+    if key:
+        assert main(["--api-key", key]) == 1
+        told = capsys.readouterr().err
+        assert re.fullmatch(r"neuroscope: An API key is [^\n]*\n", told)
+        assert key == " " or key not in told
+
+
+def test_a_key_may_hold_blanks_and_signs(worker: ModelWorker) -> None:
+    key = "a \"k'ey\\~"
+    assert client_of(worker, api_key=key).get("/v1/models", headers=bearer(key)).status_code == 200
+
+
 # -- models from folders ----------------------------------------------------------------------------------------------
 
 
@@ -226,6 +252,19 @@ def test_with_a_key_models_come_from_inside_the_roots_only(folders: Path) -> Non
             assert str(folders) not in error["message"]
         # An id of the hub is let through to the hub, which is offline here.
         assert error_of(load("owner/name"), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_templates", "sub/tool.jinja"])
+def test_no_file_of_a_model_may_lead_out_of_the_roots(folders: Path, name: str) -> None:
+    inside = folders / "root" / "inside"
+    (inside / "sub").mkdir()
+    (inside / "fine.json").symlink_to(inside / "config.json")
+    config = ServerConfig(api_key=KEY, model_roots=(folders / "root",))
+    assert config.admits_folder(inside)
+    (inside / name).unlink(missing_ok=True)
+    (inside / name).symlink_to(folders / "outside")
+    assert not config.admits_folder(inside)
+    assert ServerConfig(model_roots=(folders,)).admits_folder(inside)
 
 
 def test_with_a_key_and_no_root_no_folder_is_read(folders: Path) -> None:
@@ -401,6 +440,24 @@ def test_paths_are_cut_to_their_last_part(text: str, told: str | None) -> None:
     assert scrub(f"mlx-lm could not load '/mine/m': {text}", "/mine/m").startswith("mlx-lm could not load '/mine/m'")
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cannot open /srv/m/model.safetensors.", "cannot open /srv/m/model.safetensors."),
+        ("no folder '/srv/m': /srv/m/ or /srv/m/a/b.json", "no folder '/srv/m': /srv/m/ or /srv/m/b.json"),
+        ("/srv/model/x and /data/srv/m/y", "x and y"),
+        ("There is no model at /srv/m.", "There is no model at /srv/m."),
+    ],
+)
+def test_a_path_that_was_sent_is_told_with_the_names_of_its_files(text: str, told: str) -> None:
+    assert scrub(text, "/srv/m") == told
+
+
+@pytest.mark.parametrize("sent", ["/", "//", "m", "s"])
+def test_no_path_is_told_for_a_part_of_it_that_was_sent(sent: str) -> None:
+    assert scrub("cannot open /srv/m/secrets", sent) == "cannot open secrets"
+
+
 # -- the log ----------------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +482,48 @@ def test_a_request_is_one_line_of_json(worker: ModelWorker) -> None:
     assert whole["ms"] > 0
     assert (unknown["route"], unknown["model"]) == ("/v1/models/<model:model_id>", "none")
     assert streamed["bytes"] == sent
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("llama-3.1:8b", "llama-3.1:8b"),
+        ("gr\u00fcn", "gr\u00fcn"),
+        (200, "200"),
+        ("x status=200 job_id=1", '"x status=200 job_id=1"'),
+        ('a"b', r'"a\"b"'),
+        ("a\rb", r'"a\rb"'),
+        ("\x1b[2J", r'"\u001b[2J"'),
+        ("a\u2028b", r'"a\u2028b"'),
+        ("a\\b", r'"a\\b"'),
+        ("", '""'),
+    ],
+)
+def test_no_value_passes_for_a_field_or_a_line(value: Any, told: str) -> None:
+    record = logging.makeLogRecord({"name": "x", "levelname": "INFO", "msg": "request", "model": value})
+    assert formatter("text").format(record).endswith(f" INFO x request model={told}")
+
+
+def test_no_message_breaks_its_line() -> None:
+    record = logging.makeLogRecord({"name": "x", "levelname": "INFO", "msg": "a\nb\r\x1b[2J\u2028c"})
+    assert formatter("text").format(record).endswith(r" INFO x a b\r\u001b[2J\u2028c")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_key_that_is_escaped_is_not_told_either(form: str) -> None:
+    record = logging.makeLogRecord({"msg": "given", "reason": 'the key is k"e\\y'})
+    line = formatter(form, secret='k"e\\y').format(record)
+    assert "***" in line
+    assert "k" + json.dumps('"e')[1:-1] not in line
+
+
+def test_a_request_that_waits_for_a_thread_is_no_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    monkeypatch.setattr(logging, "captureWarnings", lambda _: None)
+    queue = logging.getLogger("waitress.queue")
+    monkeypatch.setattr(queue, "level", logging.NOTSET)
+    configure("warning", "text")
+    assert not queue.isEnabledFor(logging.WARNING)
 
 
 def test_tracebacks_are_for_level_debug() -> None:

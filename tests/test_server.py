@@ -4,6 +4,8 @@ import json
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -779,6 +781,17 @@ def test_process_serves_and_ends_cleanly_in_the_middle_of_a_stream(folder: Path,
     assert process.returncode == 0, err
     assert out == ""
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("place", "signum"), [("ModelWorker", signal.SIGTERM), ("Server", signal.SIGINT)])
+def test_process_that_is_stopped_before_it_serves_ends_cleanly(place: str, signum: signal.Signals) -> None:
+    program = (
+        "import os, sys, api_server.__main__ as it\n"
+        f"it.{place} = lambda *_, **__: os.kill(os.getpid(), {int(signum)})\n"
+        "sys.exit(it.main(['--port', '0']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
 def test_process_keeps_to_its_key_its_limit_and_its_model_s_id(folder: Path) -> None:
