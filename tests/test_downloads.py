@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -19,6 +20,7 @@ from api_server.captures import Capture, CaptureAbout, CaptureStore
 from api_server.downloads import Pieces
 from api_server.errors import ApiError
 from api_server.ranges import select, sources
+from api_server.scratch import room
 
 ROW_AXES = ["batch", "pos", "head", "d_head"]
 KEY_AXES = ["batch", "head", "query", "key"]
@@ -296,3 +298,17 @@ with app.test_request_context():
 def test_a_disk_that_is_full_ends_no_process() -> None:
     done = subprocess.run([sys.executable, "-c", FULL_DISK], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ["507", str(2**20 + 8)]), done.stderr
+
+
+def test_a_file_has_its_blocks_before_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    original = np.memmap
+
+    def mapping(file: Any, *arguments: Any, **options: Any) -> Any:
+        taken.append(os.fstat(file.fileno()).st_blocks * 512)
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr("api_server.scratch.IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("numpy.memmap", mapping)
+    room((3 * MIB,), np.dtype(np.uint8))
+    assert taken[0] >= 3 * MIB, "a hole: the process would end where the disk is full"
