@@ -155,6 +155,15 @@ class Entry:
         )
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A capture that cannot be read. It takes room, and is the first to make some."""
+
+    capture_id: str
+    used: float
+    disk_bytes: int
+
+
 class Capture:
     """A finished capture, open for reading. It reads whole even if it is deleted meanwhile."""
 
@@ -198,6 +207,7 @@ class CaptureStore:
         self.durable = folder is not None
         self._lock = threading.RLock()
         self._entries: dict[str, Entry] = {}  # in the order of use
+        self._damaged: dict[str, Damaged] = {}
         self._kept = 0
         self._claimed = 0
         self._folder: Path | None = None
@@ -236,7 +246,9 @@ class CaptureStore:
             log.warning("capture %s is damaged and left out: %s", capture_id, _reason(error))
             with self._lock:
                 if capture_id in self._entries:
-                    self._drop(self._entries[capture_id])
+                    entry = self._entries[capture_id]
+                    self._drop(entry)
+                    self._enter(Damaged(capture_id, entry.used, entry.disk_bytes))
                 raise self._unknown(capture_id) from error
 
     @property
@@ -246,28 +258,35 @@ class CaptureStore:
             return self._claimed + self._kept
 
     def delete(self, capture_id: str) -> None:
-        """Forget a capture.
+        """Forget a capture, also a damaged one.
 
         Raises:
             UnknownCapture: lists those that there are.
         """
         with self._lock:
             self._forget_old()
-            self._remove(self._known(capture_id))
+            self._remove(self._damaged.get(capture_id) or self._known(capture_id))
 
     def clear(self) -> int:
-        """Forget all captures; answers how many there were."""
+        """Forget all captures, damaged ones too; answers how many there were."""
         with self._lock:
-            entries = list(self._entries.values())
+            entries = self._all()
             for entry in entries:
                 self._remove(entry)
             return len(entries)
+
+    def forget_old(self) -> None:
+        """Remove the captures that nobody has read for ``max_age``; a thread of the store's does so now and then."""
+        with self._lock:
+            if self._folder is not None:
+                self._forget_old()
 
     def close(self) -> None:
         """Let the folder go; a temporary one is removed."""
         with self._lock:
             self._leave()
             self._entries.clear()
+            self._damaged.clear()
             self._kept = 0
             self._folder = None
             self._closed = True
@@ -286,6 +305,7 @@ class CaptureStore:
                 raise Stopping
             if self._folder is None:
                 self._open(None)
+            self._forget_old()
             return CaptureWriter(self, claimed)
 
     def _reserve(self, writer: "CaptureWriter", nbytes: int) -> None:
@@ -315,6 +335,7 @@ class CaptureStore:
                 _sync(self._folder)
             self._claimed -= writer.reserved
             self._enter(Entry.of(manifest, writer.reserved, manifest.created))
+            self._forget_old()
 
     def _unfinished(self, capture_id: str) -> Path:
         assert self._folder is not None
@@ -338,15 +359,20 @@ class CaptureStore:
                 raise CannotOpenCaptures(f"another server keeps its captures in {folder}: choose another.") from error
         except OSError as error:
             raise CannotOpenCaptures(f"captures cannot be kept in {folder}: {error.strerror or error}.") from error
+        stopped = threading.Event()
         # Also at the interpreter's exit, and when nobody has the store any more.
-        self._leave = weakref.finalize(self, _let_go, lock, folder if private else None)
+        self._leave = weakref.finalize(self, _let_go, lock, folder if private else None, stopped)
         self._folder = folder
         self._find()
+        pause = min(60.0, max(1.0, self.max_age / 10))
+        arguments = (weakref.ref(self), stopped, pause)
+        threading.Thread(target=_keep_house, args=arguments, name="captures-housekeeping", daemon=True).start()
 
     def _find(self) -> None:
         """The captures of an earlier server."""
         assert self._folder is not None
-        found = []
+        found: list[Entry | Damaged] = []
+        now = self.clock()
         for path in sorted(self._folder.iterdir()):
             if path.is_symlink() or not path.is_dir():
                 continue
@@ -356,9 +382,11 @@ class CaptureStore:
                 try:
                     manifest = _checked((path / _MANIFEST).read_bytes(), path.name, _map(path / _DATA))
                     sizes = [(path / name).stat().st_size for name in (_DATA, _MANIFEST)]
-                    found.append(Entry.of(manifest, _on_disk(*sizes), path.stat().st_mtime))
+                    found.append(Entry.of(manifest, _on_disk(*sizes), min(now, path.stat().st_mtime)))
                 except (OSError, ValueError) as error:
+                    # It may be worth something to its owner: it stays, within the bounds.
                     log.warning("capture %s is damaged and left out: %s", path.name, _reason(error))
+                    found.append(Damaged(path.name, min(now, path.stat().st_mtime), _size_of(path)))
         for entry in sorted(found, key=lambda entry: entry.used):
             self._enter(entry)
         self._forget_old()
@@ -366,25 +394,40 @@ class CaptureStore:
 
     def _forget_old(self) -> None:
         oldest = self.clock() - self.max_age
-        for entry in list(self._entries.values()):
-            if entry.used >= oldest:
+        # All of them: where the clock was set back, the order of use is not that of time.
+        for entry in self._all():
+            if entry.used < oldest:
+                self._remove(entry)
+
+    def _all(self) -> "list[Entry | Damaged]":
+        """In the order in which they make room."""
+        return [*self._damaged.values(), *self._entries.values()]
+
+    def _make_room(self) -> None:
+        for entry in self._all():
+            if self.disk_bytes <= self.max_bytes:
                 return
             self._remove(entry)
 
-    def _make_room(self) -> None:
-        while self.disk_bytes > self.max_bytes and self._entries:
-            self._remove(next(iter(self._entries.values())))
-
-    def _enter(self, entry: Entry) -> None:
+    def _enter(self, entry: Entry | Damaged) -> None:
         """Put a capture at the end of the order of use."""
-        self._entries[entry.capture_id] = entry
+        if isinstance(entry, Damaged):
+            self._damaged[entry.capture_id] = entry
+        else:
+            self._entries[entry.capture_id] = entry
         self._kept += entry.disk_bytes
 
-    def _drop(self, entry: Entry) -> None:
-        self._kept -= self._entries.pop(entry.capture_id).disk_bytes
+    def _drop(self, entry: Entry | Damaged) -> None:
+        if isinstance(entry, Damaged):
+            del self._damaged[entry.capture_id]
+        else:
+            del self._entries[entry.capture_id]
+        self._kept -= entry.disk_bytes
 
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: Entry | Damaged) -> None:
         self._drop(entry)
+        if isinstance(entry, Damaged):
+            log.warning("capture %s, which is damaged, is removed", entry.capture_id)
         # Renamed first: half removed, it would be a damaged one at the next start.
         gone = self._unfinished(entry.capture_id)
         try:
@@ -529,6 +572,11 @@ def _checked(text: bytes, capture_id: str, data: np.ndarray) -> Manifest:
     return manifest
 
 
+def _size_of(folder: Path) -> int:
+    """Bytes on disk of whatever lies in a folder."""
+    return _on_disk(*(path.lstat().st_size for path in folder.rglob("*")))
+
+
 def _map(path: Path) -> np.ndarray:
     # An empty file cannot be mapped.
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
@@ -580,7 +628,18 @@ def _clear_away_left_ones() -> None:
             continue  # in use, or gone meanwhile
 
 
-def _let_go(lock: int, temporary: Path | None) -> None:
+def _keep_house(found: "weakref.ref[CaptureStore]", stopped: threading.Event, pause: float) -> None:
+    """Remove what is old, though nobody asks; for a thread, which does not keep the store alive."""
+    while not stopped.wait(pause):
+        store = found()
+        if store is None:
+            return
+        store.forget_old()
+        del store
+
+
+def _let_go(lock: int, temporary: Path | None, stopped: threading.Event) -> None:
+    stopped.set()
     if temporary is not None:
         shutil.rmtree(temporary, ignore_errors=True)
     os.close(lock)

@@ -57,6 +57,7 @@ _ERRORS = {
     409: "No model is loaded, or the job was cancelled.",
     413: "The body, or what is asked for, is larger than this server allows.",
     415: "The body is not application/json.",
+    412: "The bytes are others than `If-Match` names.",
     416: "The range lies outside.",
     500: "A fault in the server.",
     503: "Busy, stopping or cancelled; see Retry-After.",

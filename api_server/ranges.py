@@ -9,30 +9,31 @@ sequence would give, keys of attention padded to the longest as ``stack_records`
 """
 
 import math
-import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 
 from mlx_hooks.hook_points import POSITION_AXES, canonical_name
 from mlx_hooks.hooks import HeadSelection
+from mlx_hooks.reductions import why_irreducible
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
 from .captures import Capture, StoredRecord
-from .errors import ApiError, CapturesUnwritable
+from .errors import ApiError
+from .scratch import room
 
-IN_MEMORY_BYTES = 64 * 2**20
-"""Numbers that must be put together lie in memory up to this size, else in a temporary file."""
+BLOCK_BYTES = 2**20
+"""Numbers that do not lie in the file as they travel are put together in blocks of about this size."""
 
 _Sequence = tuple[str, list[StoredRecord]]
 """The name of an array and the records that make it."""
-
-FEATURELESS = ("batch", "head", *POSITION_AXES)
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,20 @@ class Tensor:
         """Its size where floats travel as ``dtype``."""
         return math.prod(self.shape) * self.wire_dtype(dtype).itemsize
 
-    def pieces(self, dtype: str = "float32") -> list[np.ndarray]:
-        """Arrays whose bytes, one after the other, are the tensor's; views of the file where they can be.
-
-        Raises:
-            ApiError: a number is too large for ``dtype``.
-        """
-        pieces = self.part.pieces() if self.reduce is None else [self._reduced()]
-        return [_converted(piece, self.wire_dtype(dtype), self.about["hook_id"]) for piece in pieces]
+    def wire_bytes(self, dtype: str = "float32") -> "TensorBytes":
+        """Its numbers as they travel, to be read in stretches."""
+        return TensorBytes(self, dtype)
 
     def array(self, dtype: str = "float32") -> np.ndarray:
-        """The tensor as one array."""
-        pieces = [piece.reshape(-1) for piece in self.pieces(dtype)]
-        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).reshape(self.shape)
+        """The tensor as one array: a view of the file where it can be.
+
+        Raises:
+            ApiError: a number is too large for ``dtype``, or the disk has no room for an array too large for memory.
+        """
+        wanted = self.wire_dtype(dtype)
+        if self.reduce is not None:
+            return _converted(self._reduced(), wanted, self.about["hook_id"])
+        return _joined(self.wire_bytes(dtype), wanted).reshape(self.shape)
 
     @property
     def _reduced_axis(self) -> int | None:
@@ -82,7 +84,7 @@ class Tensor:
 
     def _reduced(self) -> np.ndarray:
         """float64 inside, rounded once."""
-        whole, axis = self.part.whole(), self._reduced_axis
+        whole, axis = _joined(_PartBytes(self.part), self.part.dtype).reshape(self.part.shape), self._reduced_axis
         assert axis is not None
         with np.errstate(invalid="ignore", over="ignore"):
             if self.reduce == "mean":
@@ -94,6 +96,95 @@ class Tensor:
             else:
                 reduced = np.sqrt(np.einsum("...i,...i->...", whole, whole, dtype=np.float64))
             return np.asarray(reduced, dtype=np.float32)
+
+
+class _PartBytes:
+    """The bytes of what is taken of a sequence, as they lie in the file."""
+
+    def __init__(self, part: "_Part") -> None:
+        self._part = part
+        self._row_bytes = part.row_size * part.dtype.itemsize
+        self.nbytes = part.n_leads * part.n_rows * self._row_bytes
+
+    def at(self, offset: int) -> tuple[int, np.ndarray]:
+        """A stretch with the byte at ``offset``: where it starts, and its numbers."""
+        n_rows = self._part.n_rows
+        lead, row = divmod(offset // self._row_bytes, n_rows)
+        if self.nbytes <= BLOCK_BYTES:
+            leads = [self._part.rows_at(number, 0, n_rows) for number in range(self._part.n_leads)]
+            return 0, leads[0] if len(leads) == 1 else np.concatenate([rows.reshape(-1) for rows in leads])
+        wanted = min(n_rows, row + max(1, BLOCK_BYTES // self._row_bytes))
+        return (lead * n_rows + row) * self._row_bytes, self._part.rows_at(lead, row, wanted)
+
+
+class TensorBytes:
+    """The bytes of a tensor as they travel, read and converted a stretch at a time: nothing else is held."""
+
+    def __init__(self, tensor: Tensor, dtype: str) -> None:
+        assert tensor.reduce is None
+        self._hook_id = tensor.about["hook_id"]
+        self._stored = _PartBytes(tensor.part)
+        self._dtype = tensor.wire_dtype(dtype)
+        self._from = tensor.dtype.itemsize
+        self.nbytes = tensor.nbytes(dtype)
+
+    def at(self, offset: int) -> tuple[int, memoryview]:
+        """A stretch with the byte at ``offset``: where it starts, and its bytes.
+
+        Raises:
+            ApiError: a number is too large.
+        """
+        to = self._dtype.itemsize
+        start, rows = self._stored.at(offset // to * self._from)
+        if rows.dtype != self._dtype and rows.nbytes > BLOCK_BYTES:
+            # A view may be as long as a record.
+            flat, skipped = rows.reshape(-1), (offset // to * self._from - start) // self._from
+            rows = flat[skipped : skipped + max(1, BLOCK_BYTES // self._from)]
+            start += skipped * self._from
+        return start // self._from * to, payload.array_bytes(_converted(rows, self._dtype, self._hook_id))
+
+    def ready(self) -> None:
+        """Raises ApiError for a number that is too large for the type that was asked for."""
+        if self._dtype.itemsize < self._from:
+            at = 0
+            while at < self.nbytes:
+                start, stretch = self.at(at)
+                at = start + len(stretch)
+
+
+class ReducedBytes:
+    """The bytes of reduced tensors, one after the other. They are few beside what they are made of."""
+
+    def __init__(self, tensors: Sequence[Tensor], dtype: str) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+        self._made: memoryview | None = None
+        self.nbytes = sum(tensor.nbytes(dtype) for tensor in tensors)
+
+    def ready(self) -> None:
+        """Reduce them.
+
+        Raises:
+            ApiError: a number is too large for the type that was asked for, or the disk has no room.
+        """
+        made, at = room((self.nbytes,), np.dtype(np.uint8)), 0
+        for tensor in self._tensors:
+            raw = payload.array_bytes(tensor.array(self._dtype))
+            made[at : at + len(raw)] = np.frombuffer(raw, np.uint8)
+            at += len(raw)
+        self._made = made.data
+
+    def at(self, offset: int) -> tuple[int, memoryview]:
+        """All of them."""
+        assert self._made is not None, "ready() comes first"
+        return 0, self._made
+
+
+def sources(tensors: Sequence[Tensor], dtype: str) -> list[TensorBytes | ReducedBytes]:
+    """The bytes of tensors of one selection, in order, for ``downloads.download``."""
+    if any(tensor.reduce is not None for tensor in tensors):
+        return [ReducedBytes(tensors, dtype)]
+    return [tensor.wire_bytes(dtype) for tensor in tensors]
 
 
 def select(
@@ -163,9 +254,22 @@ class _Part:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(self.first.dtype)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
-        return self._shape_of(sum(len(rows) for rows in self.rows))
+        """Of what is taken; asked for when nothing more is left out."""
+        shape = list(self.first.shape)
+        if self.along is not None:
+            shape[self.along] = sum(len(rows) for rows in self.rows)
+        if self.head_axis is not None and self.heads is not None:
+            shape[self.head_axis] = len(self.heads)
+        if self.key_axis is not None:
+            shape[self.key_axis] = max(record.shape[self.key_axis] for record in self.records)
+        return tuple(shape)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The row after each record's last."""
+        return list(accumulate(map(len, self.rows))) if self.along is not None else [1]
 
     @property
     def position_ids(self) -> list[int]:
@@ -211,77 +315,93 @@ class _Part:
             chosen = set(HeadSelection(tuple(asked), about.n_heads).at(count))
         self.heads = [i for i, head in enumerate(held) if head in chosen]
 
-    def pieces(self) -> list[np.ndarray]:
-        """Arrays that joined along the positions are the part, in an order that joins their bytes too."""
-        present = [(record, rows) for record, rows in zip(self.records, self.rows, strict=True) if len(rows)]
+    # What is taken is read in rows: one position, or all of a record that has no position axis, at one place of the
+    # axes before it. Rows of one such place (a "lead") lie one after the other.
+
+    @property
+    def n_rows(self) -> int:
+        return 1 if self.along is None else self.shape[self.along]
+
+    @property
+    def n_leads(self) -> int:
+        return math.prod(self.shape[: self.along or 0])
+
+    @property
+    def row_size(self) -> int:
+        """Numbers in a row."""
+        return math.prod(self._row_shape)
+
+    def rows_at(self, lead: int, start: int, stop: int) -> np.ndarray:
+        """Rows from ``start`` on: up to ``stop`` put together, or as many as lie one after the other in the file."""
+        ends = self._ends
+        first = bisect_right(ends, start)
+        rows = self.rows[first][start - ends[first] :] if self.along is not None else [0]
+        view = self._view(self.records[first], lead, rows)
+        if view is not None and len(view) >= stop - start:
+            return view
+        made, at = np.empty((stop - start, *self._row_shape), self.dtype), start
+        for record, end, held in zip(self.records[first:], ends[first:], self.rows[first:], strict=True):
+            if at == stop:
+                break
+            upto = min(stop, end)
+            taken = held[at - end + len(held) :][: upto - at] if self.along is not None else [0]
+            self._copy(record, lead, taken, made[at - start : upto - start])
+            at = upto
+        return made
+
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        return self.shape[0 if self.along is None else self.along + 1 :]
+
+    def _at_lead(self, record: StoredRecord, lead: int) -> np.ndarray:
+        """A record's rows at a place of the axes before them."""
+        array = self.capture.array(record)
         if self.along is None:
-            return [self._piece(self.first, [])]
-        if math.prod(self.shape[: self.along]) == 1:
-            return [self._piece(record, rows) for record, rows in present]
-        if len(present) == 1:
-            return [self._piece(*present[0])]
-        joined, at = _room(self.shape, self.dtype), 0
-        for record, rows in present:
-            self._copy(record, rows, joined[(slice(None),) * self.along + (slice(at, at + len(rows)),)])
-            at += len(rows)
-        return [joined]
+            return array[np.newaxis]
+        place = [int(i) for i in np.unravel_index(lead, self.shape[: self.along])]
+        if self.heads is not None and self.head_axis is not None and self.head_axis < self.along:
+            place[self.head_axis] = self.heads[place[self.head_axis]]
+        return array[tuple(place)]
 
-    def whole(self) -> np.ndarray:
-        pieces = self.pieces()
-        if len(pieces) == 1:
-            return pieces[0]
-        joined, at = _room(self.shape, self.dtype), 0
-        flat = joined.reshape(-1)
-        for piece in pieces:
-            flat[at : at + piece.size] = piece.reshape(-1)
-            at += piece.size
-        return joined
+    def _in_row(self, axis: int | None) -> int | None:
+        """Where an axis is found in rows; None if it comes before them."""
+        if axis is None:
+            return None
+        if self.along is None:
+            return axis + 1
+        return axis - self.along if axis > self.along else None
 
-    def _shape_of(self, n_rows: int) -> tuple[int, ...]:
-        shape = list(self.first.shape)
-        if self.along is not None:
-            shape[self.along] = n_rows
-        if self.head_axis is not None and self.heads is not None:
-            shape[self.head_axis] = len(self.heads)
-        if self.key_axis is not None:
-            shape[self.key_axis] = max(record.shape[self.key_axis] for record in self.records)
-        return tuple(shape)
+    def _view(self, record: StoredRecord, lead: int, rows: Sequence[int]) -> np.ndarray | None:
+        """The first of the rows as a view of the file, if their bytes lie there one after the other."""
+        if self.key_axis is not None and record.shape[self.key_axis] != self.shape[self.key_axis]:
+            return None
+        _, held = next(_runs(rows))
+        view = self._at_lead(record, lead)[held]
+        axis = self._in_row(self.head_axis)
+        if axis is not None and self.heads is not None:
+            runs = list(_runs(self.heads))
+            if len(runs) > 1:
+                return None
+            view = view[(slice(None),) * axis + (runs[0][1],)]
+        return view if view.flags.c_contiguous else None
 
-    def _piece(self, record: StoredRecord, rows: Sequence[int]) -> np.ndarray:
-        """What is taken of one record: a view of the file if its bytes lie there one after the other."""
-        shape = self._shape_of(len(rows))
-        cuts = list(self._cuts(record, rows))
-        if len(cuts) == 1 and (self.key_axis is None or record.shape[self.key_axis] == shape[self.key_axis]):
-            view = self.capture.array(record)[cuts[0][1]]
-            if view.flags.c_contiguous:
-                return view
-        piece = _room(shape, self.dtype)
-        self._copy(record, rows, piece)
-        return piece
-
-    def _copy(self, record: StoredRecord, rows: Sequence[int], target: np.ndarray) -> None:
-        source = self.capture.array(record)
-        for to, of in self._cuts(record, rows):
-            target[to] = source[of]
-        if self.key_axis is not None:
-            beyond = (slice(None),) * self.key_axis + (slice(record.shape[self.key_axis], None),)
-            target[beyond] = payload.key_padding(record.hook_point, record.component)
-
-    def _cuts(self, record: StoredRecord, rows: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """Pairs of slices: where a stretch of rows and heads goes, and where it lies in the record."""
-        whole = slice(None)
-        row_runs = [(whole, whole)] if self.along is None else list(_runs(rows))
-        head_runs = [(whole, whole)] if self.heads is None else list(_runs(self.heads))
-        for to_rows, of_rows in row_runs:
+    def _copy(self, record: StoredRecord, lead: int, rows: Sequence[int], target: np.ndarray) -> None:
+        source, whole = self._at_lead(record, lead), slice(None)
+        heads_at, key_at = self._in_row(self.head_axis), self._in_row(self.key_axis)
+        head_runs = list(_runs(self.heads)) if heads_at is not None and self.heads is not None else [(whole, whole)]
+        keys = whole if key_at is None else slice(0, source.shape[key_at])
+        for to_rows, of_rows in _runs(rows):
             for to_heads, of_heads in head_runs:
-                to, of = [whole] * len(record.shape), [whole] * len(record.shape)
-                if self.key_axis is not None:
-                    to[self.key_axis] = slice(0, record.shape[self.key_axis])
-                if self.head_axis is not None:
-                    to[self.head_axis], of[self.head_axis] = to_heads, of_heads
-                if self.along is not None:
-                    to[self.along], of[self.along] = to_rows, of_rows
-                yield tuple(to), tuple(of)
+                to, of = [whole] * target.ndim, [whole] * target.ndim
+                if key_at is not None:
+                    to[key_at] = keys
+                if heads_at is not None:
+                    to[heads_at], of[heads_at] = to_heads, of_heads
+                to[0], of[0] = to_rows, of_rows
+                target[tuple(to)] = source[tuple(of)]
+        if key_at is not None:
+            beyond = (whole,) * key_at + (slice(source.shape[key_at], None),)
+            target[beyond] = payload.key_padding(record.hook_point, record.component)
 
 
 def _sequences(records: list[StoredRecord]) -> Iterator[_Sequence]:
@@ -394,12 +514,9 @@ def _check_reducible(part: _Part, reduce: str | None) -> None:
         return
     if part.first.reduce is not None:
         raise _unfit(part.first, "reduce", f"was reduced by {part.first.reduce!r} when it was captured")
-    if reduce != "norm" and part.along is None:
-        raise _unfit(part.first, "reduce", f"has no position axis to take the {reduce} over")
-    if reduce == "norm" and (not part.axes or part.axes[-1] in FEATURELESS):
-        raise _unfit(part.first, "reduce", "has no axis of features to take the norm over")
-    if reduce == "norm" and payload.key_padding(part.first.hook_point, part.first.component) != 0:
-        raise _unfit(part.first, "reduce", "has -inf at masked keys, and so no norm")
+    why = why_irreducible(reduce, part.first.hook_point, part.axes, part.along is not None)
+    if why is not None:
+        raise _unfit(part.first, "reduce", why)
 
 
 def _about(part: _Part, reduce: str | None) -> dict[str, Any]:
@@ -452,27 +569,22 @@ def _spelled(indices: Sequence[int]) -> str:
 def _converted(array: np.ndarray, dtype: np.dtype[Any], hook_id: str) -> np.ndarray:
     if array.dtype == dtype:
         return array
-    converted, flat, step = _room(array.shape, dtype), array.reshape(-1), 2**20
-    target = converted.reshape(-1)
-    for start in range(0, flat.size, step):
-        try:
-            target[start : start + step] = payload.as_wire_dtype(flat[start : start + step], dtype.name, hook_id)
-        except NumberTooLargeError as error:
-            raise ApiError(400, str(error), code="invalid_value", param="dtype") from error
-    return converted
-
-
-def _room(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """An array to fill; one too large for memory lies in a file that goes with it."""
-    if math.prod(shape) * dtype.itemsize <= IN_MEMORY_BYTES:
-        return np.empty(shape, dtype)
-    left = math.prod(shape) * dtype.itemsize
     try:
-        with tempfile.TemporaryFile() as file:
-            # A mapped file that finds the disk full when it is filled would end the process.
-            while left:
-                left -= file.write(bytes(min(left, 2**20)))
-            file.flush()
-            return np.memmap(file, dtype, "r+", shape=shape)
-    except OSError as error:
-        raise CapturesUnwritable(error.strerror or "the disk refuses") from error
+        return payload.as_wire_dtype(array, dtype.name, hook_id)
+    except NumberTooLargeError as error:
+        raise ApiError(400, str(error), code="invalid_value", param="dtype") from error
+
+
+def _joined(source: _PartBytes | TensorBytes, dtype: np.dtype[Any]) -> np.ndarray:
+    """All numbers of a source: a view where it is one."""
+    made, at = None, 0
+    while at < source.nbytes or made is None:
+        start, stretch = source.at(at) if source.nbytes else (0, np.empty(0, dtype))
+        numbers = np.frombuffer(stretch, dtype) if isinstance(stretch, memoryview) else stretch.reshape(-1)
+        if numbers.nbytes == source.nbytes:
+            return numbers
+        if made is None:
+            made = room((source.nbytes // dtype.itemsize,), dtype)
+        made[start // dtype.itemsize :][: numbers.size] = numbers
+        at = start + numbers.nbytes
+    return made

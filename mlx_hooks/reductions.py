@@ -5,7 +5,7 @@ makes of each pass's value what must be kept of it, ``finish`` makes the result 
 are evaluated with their pass.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -17,7 +17,8 @@ from .hook_points import POSITION_AXES, HookPoint
 REDUCTIONS = ("mean", "max", "last", "norm")
 """The first three over the positions of a record, whose axis goes; the length (L2) over the last axis, which goes."""
 
-_IDS = ("embed_in", "expert_indices")
+_IDS = ("embed.hook_in", "hook_expert_indices")
+_MASKED = "hook_attn_scores"
 
 
 def check_reduction(reduce: object) -> None:
@@ -28,21 +29,30 @@ def check_reduction(reduce: object) -> None:
 
 def check_reducible(reduce: str, point: HookPoint) -> None:
     """Raises HookError for a hook point that lacks the axis, or whose numbers have no such meaning."""
-    axes = ", ".join(point.axes) or "unnamed"
-    if point.component in _IDS:
-        raise HookError(f"{point.name} holds ids, which cannot be reduced: leave reduce out.", field="reduce")
-    if reduce != "norm" and point.position_axis is None:
-        raise HookError(
-            f"{point.name} has no axis over positions to reduce by {reduce!r}; its axes are {axes}.", field="reduce"
-        )
-    if reduce == "norm" and point.axes and point.axes[-1] in ("batch", "head", *POSITION_AXES):
-        raise HookError(
-            f"{point.name} has no last axis of features to reduce by 'norm'; its axes are {axes}.", field="reduce"
-        )
-    if reduce == "norm" and point.component == "attn_scores":
-        raise HookError(
-            f"{point.name} holds -inf at masked keys, which has no norm: capture hook_pattern.", field="reduce"
-        )
+    why = why_irreducible(reduce, point.name, point.axes, point.position_axis is not None)
+    if why is not None:
+        raise HookError(f"{point.name} {why}: leave reduce out.", field="reduce")
+
+
+def why_irreducible(reduce: str, name: str, axes: Sequence[str], has_positions: bool) -> str | None:
+    """Why values cannot be reduced so, as the end of a sentence about them; None where they can.
+
+    Args:
+        reduce: one of ``REDUCTIONS``.
+        name: the hook point's.
+        axes: of the values; empty where they are not known.
+        has_positions: whether one of the axes runs over positions.
+    """
+    named = ", ".join(axes) or "unnamed"
+    if name.endswith(_IDS):
+        return "holds ids, which cannot be reduced"
+    if reduce != "norm" and not has_positions:
+        return f"has no axis over positions to reduce by {reduce!r}; its axes are {named}"
+    if reduce == "norm" and axes and axes[-1] in ("batch", "head", *POSITION_AXES):
+        return f"has no last axis of features to reduce by 'norm'; its axes are {named}"
+    if reduce == "norm" and name.endswith(_MASKED):
+        return "holds -inf at masked keys, which has no norm"
+    return None
 
 
 def begin(reduce: str, value: mx.array, point: HookPoint) -> tuple[mx.array, HookPoint]:

@@ -23,7 +23,7 @@ from api_server import ModelWorker, ServerConfig, create_app
 from api_server.app import close_app
 from api_server.captures import BLOCK, CannotOpenCaptures, Capture, CaptureAbout, CaptureStore
 from api_server.errors import CapturesBusy, CapturesUnwritable, CaptureTooLarge, UnknownCapture
-from api_server.ranges import select
+from api_server.ranges import ReducedBytes, select
 from neuroscope_bridge.payload import decode_activation, read_safetensors, stack_records
 
 ABOUT = CaptureAbout(
@@ -130,10 +130,10 @@ def test_a_range_reads_its_bytes_only(make_store: MakeStore, tmp_path: Path) -> 
     store = make_store(tmp_path)
     array = np.arange(2**20, dtype=np.float32).reshape(1, 1024, 1024)
     (tensor,) = select(store.get(keep(store, array)), positions="7:9")
-    (piece,) = tensor.pieces()
+    piece: Any = tensor.array()
     while not isinstance(piece, np.memmap):
-        assert not piece.flags.owndata
-        piece = piece.base
+        assert isinstance(piece, memoryview) or not piece.flags.owndata
+        piece = piece.obj if isinstance(piece, memoryview) else piece.base
     assert np.array_equal(tensor.array(), array[:, 7:9])
 
 
@@ -272,6 +272,35 @@ def test_old_ones_go_unless_somebody_reads_them(make_store: MakeStore, clock: Cl
     assert list(tmp_path.glob("*cap-*")) == []
 
 
+def test_old_ones_go_though_the_clock_was_set_back_and_by_any_writing(
+    make_store: MakeStore, clock: Clock, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path, max_age=100)
+    late = keep(store)
+    clock.now -= 50
+    early = keep(store)
+    clock.now += 101
+    assert ids(store) == [late], "the older one stands behind it in the order of use"
+    clock.now += 50
+    with store.begin():
+        assert list(tmp_path.glob("cap-*")) == []
+    assert early != late
+
+
+def test_old_ones_go_though_nobody_asks(tmp_path: Path) -> None:
+    store = CaptureStore(tmp_path, max_age=0.1)
+    keep(store)
+    deadline = time.monotonic() + 20
+    while list(tmp_path.glob("cap-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.glob("*cap-*")) == []
+    store.close()
+    deadline = time.monotonic() + 20
+    while any("captures" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(thread.name == "captures-housekeeping" for thread in threading.enumerate())
+
+
 # Restart
 
 
@@ -348,6 +377,46 @@ def test_a_damaged_one_is_reported_and_left_out(
     assert all(bad in message and str(tmp_path) not in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize("found", ["at the start", "by a reader"])
+def test_a_damaged_one_counts_and_is_the_first_to_make_room(
+    make_store: MakeStore, tmp_path: Path, clock: Clock, found: str
+) -> None:
+    store = make_store(tmp_path, max_bytes=3 * SMALL, max_age=100)
+    good, bad = keep(store), keep(store)
+    (tmp_path / bad / "manifest.json").write_text("{")
+    if found == "at the start":
+        store.close()
+        store = make_store(tmp_path, max_bytes=3 * SMALL, max_age=100)
+    with pytest.raises(UnknownCapture):
+        store.get(bad)
+    assert (tmp_path / bad / "data.bin").exists()
+    assert store.disk_bytes == 2 * SMALL
+    made = [keep(store), keep(store)]
+    assert set(ids(store)) == {good, *made}
+    assert not (tmp_path / bad).exists()
+    assert store.disk_bytes == 3 * SMALL
+
+
+def test_a_damaged_one_can_be_deleted_and_grows_old(make_store: MakeStore, tmp_path: Path, clock: Clock) -> None:
+    for remove in ("delete", "clear", "age"):
+        store = make_store(tmp_path, max_age=100)
+        bad = keep(store)
+        (tmp_path / bad / "manifest.json").write_text("{")
+        store.close()
+        store = make_store(tmp_path, max_age=100)
+        assert ids(store) == []
+        if remove == "delete":
+            store.delete(bad)
+        elif remove == "clear":
+            assert store.clear() == 1
+        else:
+            clock.now += 101
+            store.forget_old()
+        assert list(tmp_path.glob("*cap-*")) == [], remove
+        assert store.disk_bytes == 0
+        store.close()
+
+
 def test_an_unfinished_one_vanishes_with_its_request_and_at_the_next_start(
     make_store: MakeStore, tmp_path: Path
 ) -> None:
@@ -420,7 +489,7 @@ def test_input_and_output_of_one_name_are_told_apart(make_store: MakeStore) -> N
 
 
 def test_rows_of_a_batch_are_joined_along_the_positions(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api_server.ranges.IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr("api_server.scratch.IN_MEMORY_BYTES", 10)
     random = np.random.default_rng(0)
     parts = [random.standard_normal((3, n, 2, 4)).astype(np.float32) for n in (4, 1, 1)]
     store, start = make_store(), 0
@@ -452,11 +521,10 @@ def test_a_full_disk_is_507_without_a_path(
 ) -> None:
     store = make_store(tmp_path)
     capture = store.get(keep(store))
-    monkeypatch.setattr("api_server.ranges.IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr("api_server.scratch.IN_MEMORY_BYTES", 10)
     monkeypatch.setattr("tempfile.TemporaryFile", FullDisk)
-    (tensor,) = select(capture)
     with pytest.raises(CapturesUnwritable, match=r"disk: No space left on device\.$") as refusal:
-        tensor.array("float16")
+        ReducedBytes(select(capture, reduce="mean"), "float32").ready()
     assert refusal.value.status == 507
     monkeypatch.setattr("pathlib.Path.open", lambda *_: FullDisk())
     with store.begin() as writer, pytest.raises(CapturesUnwritable, match=r"No space left on device\.$"):

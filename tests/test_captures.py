@@ -182,7 +182,7 @@ def test_reductions_are_numpys(
     rows = list(range(9)) if positions == ":" else [1, 4, 8]
     for name, array in whole.items():
         hook_id = name.rsplit("/", 1)[0]
-        if hook_id == "both" or (reduce == "norm" and hook_id in ("ids", "scores")):
+        if hook_id in ("both", "ids") or (reduce == "norm" and hook_id == "scores"):
             continue
         along = 2 if hook_id in ("pattern", "scores") else 1
         part = np.take(array, rows, axis=along)
@@ -270,7 +270,8 @@ REFUSALS = {
     "no such head of k": ("k", {"heads": "4"}, "0-3"),
     "no head axis": ("layer/0", {"heads": "0"}, "no head axis"),
     "no such layer": ("q", {"layers": "0"}, "2"),
-    "norm of token ids": ("ids", {"reduce": "norm"}, "features"),
+    "norm of token ids": ("ids", {"reduce": "norm"}, "ids, which cannot be reduced"),
+    "mean of token ids": ("ids", {"reduce": "mean"}, "ids, which cannot be reduced"),
     "norm of masked scores": ("scores", {"reduce": "norm"}, "masked"),
     "no such reduction": ("q", {"reduce": "min"}, "'mean', 'max', 'last' or 'norm'"),
     "no such format": ("q", {"format": "npz"}, "'npy'"),
@@ -428,6 +429,11 @@ def test_captures_are_listed_described_and_deleted(make_client: Callable[..., Fl
     assert first["has_more"] is True
     rest = client.get(f"/v1/captures?limit=2&after={first['data'][-1]['id']}").json
     assert [one["id"] for one in rest["data"]] == [ids[0]]
+    expires = [one["expires"] for one in rest["data"]]
+    gone = client.get("/v1/captures?after=cap-0")
+    assert (gone.status_code, gone.json["error"]["param"]) == (404, "after")
+    assert "from its start" in gone.json["error"]["message"]
+    assert [one["expires"] for one in client.get("/v1/captures").json["data"]][2:] == expires
     assert client.delete(f"/v1/captures/{ids[1]}").json == {"id": ids[1], "object": "capture", "deleted": True}
     assert {one["id"] for one in client.get("/v1/captures").json["data"]} == {ids[0], ids[2]}
     assert client.delete("/v1/captures").json == {"status": "captures_cleared", "deleted": 2}

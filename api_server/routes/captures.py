@@ -1,7 +1,6 @@
 """Kept captures: list, describe, read in ranges, delete."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from flask import Blueprint, Response
@@ -11,9 +10,9 @@ from neuroscope_bridge import payload
 
 from ..captures import Capture, Entry
 from ..description import described
-from ..downloads import download, entity_tag, is_known, not_modified, tagged_json
+from ..downloads import Source, check_if_match, download, entity_tag, is_known, not_modified, tagged_json
 from ..errors import ApiError, json_reply
-from ..ranges import Tensor, select
+from ..ranges import Tensor, select, sources
 from ..schemas.queries import CapturesQuery, NoQuery, RangeQuery
 from ..schemas.replies import (
     CaptureActivationsReply,
@@ -38,8 +37,7 @@ def list_captures() -> Response:
     asked, store = read_query(CapturesQuery), captures()
     entries = store.captures()
     if asked.after is not None:
-        ids = [entry.capture_id for entry in entries]
-        entries = entries[ids.index(store.get(asked.after).capture_id) + 1 :]
+        entries = _after(entries, asked.after)
     body = {
         "object": "list",
         "data": [_summary(entry) for entry in entries[: asked.limit]],
@@ -90,7 +88,7 @@ def delete_capture(capture_id: str) -> Response:
     replies={200: CaptureActivationsReply, 206: None, 304: None},
     tags=["Captures"],
     query=RangeQuery,
-    errors=(404, 413, 416, 507),
+    errors=(404, 412, 413, 416, 507),
     media=BINARY,
     headers=HEADERS,
 )
@@ -104,7 +102,7 @@ def get_activations(capture_id: str) -> Response:
     replies={200: CaptureActivationsReply, 206: None, 304: None},
     tags=["Captures"],
     query=RangeQuery,
-    errors=(404, 413, 416, 507),
+    errors=(404, 412, 413, 416, 507),
     media=BINARY,
     headers=HEADERS,
 )
@@ -113,10 +111,20 @@ def get_hook_activations(capture_id: str, hook_id: str) -> Response:
     return _answer(capture_id, hook_id, read_query(RangeQuery))
 
 
+def _after(entries: list[Entry], capture_id: str) -> list[Entry]:
+    """The part of the list behind a capture, which is not opened: looking on is no use of it."""
+    for i, entry in enumerate(entries):
+        if entry.capture_id == capture_id:
+            return entries[i + 1 :]
+    message = f"Capture {capture_id[:100]!r} is in the list no more: read it from its start, without 'after'."
+    raise ApiError(404, message, code="capture_not_found", param="after")
+
+
 def _answer(capture_id: str, hook_id: str | None, asked: RangeQuery) -> Response:
     capture = captures().get(capture_id)
     etag = entity_tag(capture.capture_id, hook_id, _plain(asked))
     tensors = select(capture, hook_id, asked.positions, asked.heads, asked.layers, asked.reduce, asked.hook_point)
+    check_if_match(etag)
     if is_known(etag):
         return not_modified(etag)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(filter(None, [capture_id, hook_id])))[:120]
@@ -131,7 +139,7 @@ def _plain(asked: BaseModel) -> list[tuple[str, Any]]:
     return sorted(asked.model_dump().items())
 
 
-def _npy(tensors: list[Tensor], dtype: str) -> list[bytes | memoryview]:
+def _npy(tensors: list[Tensor], dtype: str) -> list[Source | bytes]:
     if len(tensors) != 1:
         names = ", ".join(tensor.name for tensor in tensors[:10]) + (" and more" if len(tensors) > 10 else "")
         raise ApiError(
@@ -142,21 +150,17 @@ def _npy(tensors: list[Tensor], dtype: str) -> list[bytes | memoryview]:
             param="format",
         )
     (tensor,) = tensors
-    return [payload.npy_header(tensor.wire_dtype(dtype), tensor.shape), *_bytes(tensors, dtype)]
+    return [payload.npy_header(tensor.wire_dtype(dtype), tensor.shape), *sources(tensors, dtype)]
 
 
-def _safetensors(capture: Capture, tensors: list[Tensor], dtype: str) -> list[bytes | memoryview]:
+def _safetensors(capture: Capture, tensors: list[Tensor], dtype: str) -> list[Source | bytes]:
     about = {"capture_id": capture.capture_id, "model": capture.about.model}
     records = {tensor.name: _described(tensor, dtype) for tensor in tensors}
     header = payload.safetensors_header(
         {tensor.name: (tensor.wire_dtype(dtype), tensor.shape) for tensor in tensors},
         about | {"arrays": payload.dumps(records).decode()},
     )
-    return [header, *_bytes(tensors, dtype)]
-
-
-def _bytes(tensors: Sequence[Tensor], dtype: str) -> list[memoryview]:
-    return [payload.array_bytes(piece) for tensor in tensors for piece in tensor.pieces(dtype)]
+    return [header, *sources(tensors, dtype)]
 
 
 def _records(capture: Capture, tensors: list[Tensor], encoding: str, dtype: str) -> dict[str, Any]:
