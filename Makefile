@@ -31,8 +31,8 @@ $(AMBER): tests/smalltalk/package.json
 demo: $(STAMP)  ## serve the bundled model, capture through the client, print what was found
 	$(RUN)$(BIN)/python examples/demo.py
 
-test: setup  ## all tests, the Smalltalk ones included
-	$(RUN)$(BIN)/python -m pytest $(ARGS)
+test: setup  ## all tests, the Smalltalk ones included, in two processes; ARGS="tests/test_server.py" for some
+	$(RUN)OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),-n 2 --dist loadfile)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

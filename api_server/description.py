@@ -257,7 +257,7 @@ def _headers_of(status: str, extras: _Extras) -> list[str]:
     names = [REQUEST_ID_HEADER, *([JOB_ID_HEADER] if extras.job else [])]
     names += {"202": ["Location"], "206": ["Content-Range"]}.get(status, [])
     names += ["Accept-Ranges"] if extras.media and status != "304" else []
-    return names + (["Vary"] if status != "206" else []) + (["Content-Encoding"] if status == "200" else [])
+    return names + ["Vary"] + (["Content-Encoding"] if status == "200" else [])
 
 
 def _header_named(name: str) -> Schema:

@@ -288,17 +288,19 @@ def test_old_ones_go_though_the_clock_was_set_back_and_by_any_writing(
 
 
 def test_old_ones_go_though_nobody_asks(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     store = CaptureStore(tmp_path, max_age=0.1)
+    housekeeping = set(threading.enumerate()) - before
+    assert [thread.name for thread in housekeeping] == ["captures-housekeeping"]
     keep(store)
     deadline = time.monotonic() + 20
     while list(tmp_path.glob("cap-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list(tmp_path.glob("*cap-*")) == []
     store.close()
-    deadline = time.monotonic() + 20
-    while any("captures" in thread.name for thread in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(thread.name == "captures-housekeeping" for thread in threading.enumerate())
+    for thread in housekeeping:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 # Restart

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import requests
 from flask.testing import FlaskClient
-from server_tools import HOOKS, MESSAGES, load_tiny, running_server, save_tiny
+from server_tools import HOOKS, MESSAGES, load_tiny, running_server, save_tiny, until
 
 from api_server import ModelWorker, Server, ServerConfig, create_app
 from api_server.__main__ import _parser, main
@@ -582,6 +582,8 @@ def test_what_the_http_layer_refuses_has_a_name_and_a_line(
 ) -> None:
     with running_server(worker) as url, caplog.at_level(logging.INFO, "api_server.access"):
         reply = requests.post(f"{url}/v1/tokenize", headers={"X-Request-Id": "mine"} | headers, timeout=10)
+        # Its line is written once the answer is out.
+        until(lambda: bool(caplog.records))
     assert reply.status_code == status
     name = reply.headers["X-Request-Id"]
     assert name == reply.json()["error"]["request_id"]
