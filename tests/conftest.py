@@ -6,7 +6,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -43,15 +42,6 @@ def live_server() -> Iterator[SimpleNamespace]:
         worker.load("neuroscope-tiny")
         with running_server(worker) as url:
             yield SimpleNamespace(base_url=url)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Schemathesis calls the tests of all operations alike; in two processes tests are told apart by their names."""
-    seen: Counter[str] = Counter()
-    for item in items:
-        seen[item.nodeid] += 1
-        if seen[item.nodeid] > 1:
-            item._nodeid = f"{item.nodeid}[{seen[item.nodeid]}]"
 
 
 @pytest.hookimpl(wrapper=True)
