@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -398,7 +399,8 @@ def test_nothing_that_fails_tells_a_path_a_key_or_a_traceback(
         for stream in (False, True):
             replies.append(client.post(CHAT, json={"messages": MESSAGES, "stream": stream}, headers=bearer()))
         with monkeypatch.context() as patch:
-            patch.setattr(model.tokenizer, "apply_chat_template", _template_fails)
+            failing = SimpleNamespace(has_chat_template=True, apply_chat_template=_template_fails)
+            patch.setattr(model, "tokenizer", failing)
             replies.append(client.post("/v1/tokenize", json={"messages": MESSAGES}, headers=bearer()))
     assert {reply.status_code for reply in replies} >= {400, 401, 403, 404, 500}
     for reply in replies:
