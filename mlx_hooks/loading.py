@@ -71,22 +71,6 @@ def is_remote(name: str) -> bool:
     return name != BUNDLED and _is_hub_id(name) and not Path(name).exists()
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a model, which are those that its weights take in memory.
-
-    Raises:
-        ModelLoadError: one of them cannot be read, such as a link to a file that is gone.
-    """
-    total = 0
-    for path in folder.glob("model*.safetensors"):
-        try:
-            total += path.stat().st_size
-        except OSError as error:
-            reason = f"its {path.name} cannot be read ({error.strerror or type(error).__name__})"
-            raise ModelLoadError(f"{_short(folder.name)} could not be loaded: {reason}.") from error
-    return total
-
-
 def load_steps(folder: Path, name: str | None = None) -> Generator[LoadProgress, None, tuple[nn.Module, Any]]:
     """Load a model step by step; between the steps the caller may do other things, or give up.
 

@@ -26,17 +26,7 @@ MAX_TIMEOUT = 1_000_000.0  # eleven days; from some point on a socket refuses a 
 class Connection:
     """A kept-open connection to a NeuroScope server, that speaks JSON. For one thread.
 
-    Args:
-        base_url: Where the server is, `http://127.0.0.1:8080` by default.
-        timeout: Seconds that the server may stay silent before `ServerTimeoutError`. Without `stream` it is
-            silent for the whole of a generation.
-        api_key: The key that the server was started with, sent as a Bearer token.
-        compress: Whether the server may compress its answers: worth it over a slow network, on the same machine it
-            only costs time.
-
-    Raises:
-        ValueError: `base_url` is no http or https URL or holds a password, `timeout` is not a number of seconds
-            above 0 and at most 1,000,000, or `api_key` cannot stand in an HTTP header.
+    Arguments and errors are those of `LMStudioNeuroScopeClient`.
     """
 
     def __init__(
