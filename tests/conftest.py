@@ -8,12 +8,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import build_smalltalk
 import pytest
+from smalltalk_image import Image, canned_server
 
 from mlx_hooks import HookedModel, ModelLoadError
+from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +46,29 @@ def live_server() -> Iterator[SimpleNamespace]:
         worker.load("neuroscope-tiny")
         with running_server(worker) as url:
             yield SimpleNamespace(base_url=url)
+
+
+@pytest.fixture(scope="module")
+def image() -> Iterator[Image]:
+    """A Smalltalk image with the chunk file that ships."""
+    with Image(build_smalltalk.CHUNK_FILE) as image:
+        yield image
+
+
+@pytest.fixture
+def server() -> Iterator[SimpleNamespace]:
+    """A server that answers its `replies` and keeps the `requests`, for Smalltalk to talk to."""
+    with canned_server({}) as server:
+        yield server
+
+
+@pytest.fixture
+def live_image(live_server: SimpleNamespace, tmp_path: Path) -> Iterator[Image]:
+    """An image with what is generated for the live server, so that its default client is that one's."""
+    file = tmp_path / "LMStudioRESTClient.st"
+    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
+    with Image(file) as image:
+        yield image
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from neuroscope_bridge.payload import dumps, encode_activation
+
 HARNESS = Path(__file__).parent / "smalltalk"
 
 
@@ -135,3 +139,60 @@ def canned_server(replies: dict[str, Any]) -> Iterator[SimpleNamespace]:
         server.shutdown()
         thread.join(10)
         server.server_close()
+
+
+def literal(text: str) -> str:
+    """`text` as Smalltalk writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def client(server: Any) -> str:
+    """The expression of a client of `server`, which has a `base_url`."""
+    return f"(LMStudioRESTClient baseUrl: {literal(server.base_url)})"
+
+
+def record(
+    array: Any,
+    component: str = "residual",
+    layer: int = 0,
+    encoding: str = "base64",
+    dtype: str = "float32",
+    **fields: Any,
+) -> dict[str, Any]:
+    """A record as it arrives in JSON."""
+    array = np.asarray(array)
+    axes = ("batch", "head", "query", "key") if component.startswith("attention_") else ("batch", "pos", "d_model")
+    fields = {"phase": "prefill", "step": 0, "positions": (0, array.shape[-2]), "is_input": False} | fields
+    point = {"attention_pattern": "attn.hook_pattern", "attention_scores": "attn.hook_attn_scores"}.get(component)
+    encoded = encode_activation(
+        array,
+        hook_id=fields.pop("hook_id", f"layer_{layer}_{component}"),
+        layer_name=f"transformer.h.{layer}",
+        component=component,
+        hook_point=f"blocks.{layer}.{point or 'hook_' + component}",
+        layer_index=layer,
+        axes=axes,
+        encoding=encoding,
+        dtype=dtype,
+        **fields,
+    )
+    return json.loads(dumps(encoded))
+
+
+def serve_records(server: SimpleNamespace, *records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Let a canned server answer the records, by hook id, where `tensors` asks for them."""
+    activations: dict[str, list[dict[str, Any]]] = {}
+    for each in records:
+        activations.setdefault(each["hook_id"], []).append(each)
+    server.replies["GET /health"] = {"activations": activations}
+    return activations
+
+
+def tensors(server: SimpleNamespace) -> str:
+    """The expression of the served records' tensors: a Dictionary from hook id to a collection."""
+    return f"({client(server)} convertActivationsForNeuroScope: ({client(server)} health at: 'activations'))"
+
+
+def bits(values: Any, dtype: Any = np.float32) -> str:
+    """The numbers as bits in hex, which tell 0.0 from -0.0."""
+    return np.array(values, dtype).tobytes().hex()

@@ -1,7 +1,6 @@
 """The Smalltalk client, compiled and run by Amber: from the Tonel sources to the numbers of a live server."""
 
 import dataclasses
-import json
 import re
 import socket
 import time
@@ -10,71 +9,24 @@ from types import SimpleNamespace
 import build_smalltalk
 import numpy as np
 import pytest
-from smalltalk_image import HARNESS, Image, SmalltalkError, canned_server, compile_classes
+from smalltalk_image import (
+    HARNESS,
+    Image,
+    SmalltalkError,
+    bits,
+    client,
+    compile_classes,
+    literal,
+    record,
+    serve_records,
+    tensors,
+)
 
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
-from neuroscope_bridge.payload import dumps, encode_activation
 from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 bridge = NeuroScopeActivationBridge()
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 0.1, np.inf, -np.inf, np.nan]
-
-
-@pytest.fixture(scope="module")
-def image():
-    with Image(build_smalltalk.CHUNK_FILE) as image:
-        yield image
-
-
-@pytest.fixture
-def server():
-    with canned_server({}) as server:
-        yield server
-
-
-def literal(text):
-    return "'" + text.replace("'", "''") + "'"
-
-
-def client(server):
-    return f"(LMStudioRESTClient baseUrl: {literal(server.base_url)})"
-
-
-def record(array, component="residual", layer=0, encoding="base64", dtype="float32", **fields):
-    """A record as it arrives in JSON."""
-    array = np.asarray(array)
-    axes = ("batch", "head", "query", "key") if component.startswith("attention_") else ("batch", "pos", "d_model")
-    fields = {"phase": "prefill", "step": 0, "positions": (0, array.shape[-2]), "is_input": False} | fields
-    point = {"attention_pattern": "attn.hook_pattern", "attention_scores": "attn.hook_attn_scores"}.get(component)
-    encoded = encode_activation(
-        array,
-        hook_id=fields.pop("hook_id", f"layer_{layer}_{component}"),
-        layer_name=f"transformer.h.{layer}",
-        component=component,
-        hook_point=f"blocks.{layer}.{point or 'hook_' + component}",
-        layer_index=layer,
-        axes=axes,
-        encoding=encoding,
-        dtype=dtype,
-        **fields,
-    )
-    return json.loads(dumps(encoded))
-
-
-def serve_records(server, *records):
-    activations = {}
-    for each in records:
-        activations.setdefault(each["hook_id"], []).append(each)
-    server.replies["GET /health"] = {"activations": activations}
-    return activations
-
-
-def tensors(server):
-    return f"({client(server)} convertActivationsForNeuroScope: ({client(server)} health at: 'activations'))"
-
-
-def bits(values, dtype=np.float32):
-    return np.array(values, dtype).tobytes().hex()
 
 
 # -- sources -------------------------------------------------------------------------------------
@@ -590,14 +542,6 @@ def test_nothing_captured_is_no_circuit(image):
 
 
 # -- a live server -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def live_image(live_server, tmp_path):
-    file = tmp_path / "LMStudioRESTClient.st"
-    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
-    with Image(file) as image:
-        yield image
 
 
 def seed_snippet(layers):

@@ -10,7 +10,7 @@ const fs = require('fs');
 
 console.log = console.error; // standard output is for the answer
 const amber = require('./amber.js');
-require('./pharo.js')(amber);
+require('./pharo/index.js')(amber);
 const { globals, nil } = amber;
 
 const [command, ...files] = process.argv.slice(2);

@@ -1,0 +1,12 @@
+'use strict';
+// What Amber lacks of Pharo, as far as the package uses it, with Pharo's answers:
+// Zinc's client, STON's JSON, float arrays, a few selectors. Everything that differs between the two stands here.
+//
+// Not imitated, because Amber cannot tell: a Symbol is a String here, a whole Float is an Integer, there are no
+// Fractions (Pharo's STON reads 1e-5 as one) and an Array can grow.
+const PARTS = ['kernel', 'collections', 'ston', 'zinc'];
+
+module.exports = function installPharo(amber) {
+  const tools = { ...amber, ...require('./define.js')(amber) };
+  for (const part of PARTS) require(`./${part}.js`)(tools);
+};

@@ -1,0 +1,82 @@
+'use strict';
+// Zinc: its client, entities, Base64 and the exceptions of the network.
+const exchange = require('../http.js');
+
+module.exports = function zinc({ globals, nil, on, subclass, signal }) {
+  const NetworkError = subclass(globals.Error, 'NetworkError');
+  const ConnectionTimedOut = subclass(NetworkError, 'ConnectionTimedOut');
+  const ConnectionClosed = subclass(NetworkError, 'ConnectionClosed');
+  const NameLookupFailure = subclass(NetworkError, 'NameLookupFailure');
+  const ZnEntityTooLarge = subclass(globals.Error, 'ZnEntityTooLarge');
+  const ZnCharacterEncodingError = subclass(globals.Error, 'ZnCharacterEncodingError');
+
+  on(subclass(globals.Object, 'ZnBase64Encoder'), {
+    'decode:'(string) {
+      if (!/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(string)) {
+        signal(ZnCharacterEncodingError, 'Illegal Base64 input');
+      }
+      return Uint8Array.from(Buffer.from(string, 'base64'));
+    },
+  });
+
+  on(subclass(globals.Object, 'ZnMimeType').klass, { applicationJson: () => 'application/json' });
+  const ZnEntity = subclass(globals.Object, 'ZnEntity', ['type', 'contents']);
+  on(ZnEntity.klass, {
+    'json:'(string) {
+      const entity = this._new();
+      entity['@type'] = 'application/json;charset=utf-8';
+      entity['@contents'] = string;
+      return entity;
+    },
+  });
+  on(subclass(globals.Object, 'ZnResponse', ['code']), { code() { return this['@code']; } });
+
+  const FAILURES = {
+    ECONNREFUSED: [ConnectionTimedOut, ({ hostname, port }) => `Cannot connect to ${hostname}:${port || 80}`],
+    ETIMEDOUT: [ConnectionTimedOut, () => 'Data receive timed out.'],
+    ENOTFOUND: [NameLookupFailure, ({ hostname }) => hostname],
+    EAI_AGAIN: [NameLookupFailure, ({ hostname }) => hostname],
+    ECONNRESET: [ConnectionClosed, () => 'Connection closed while waiting for data.'],
+  };
+  function execute(client, method) {
+    const url = new URL(client.url);
+    url.pathname += (url.pathname.endsWith('/') ? '' : '/') + client.segments.map(encodeURIComponent).join('/');
+    const headers = { 'user-agent': 'Zinc HTTP Components 1.0 (Amber)', accept: '*/*', ...client.headers };
+    const entity = method === 'POST' ? client.entity : undefined;
+    if (entity) headers['content-type'] = entity['@type'];
+    const body = entity && entity['@contents'];
+    const reply = exchange({ method, url: url.href, headers, body, timeout: client.seconds || 30 });
+    if (reply.failure) {
+      const [klass, text] = FAILURES[reply.failure] || [NetworkError, () => reply.message];
+      signal(klass, text(url));
+    }
+    if (reply.body.length > (client.limit || 16 * 1024 * 1024)) signal(ZnEntityTooLarge, 'Entity too large');
+    client.reply = reply;
+    return client._contents();
+  }
+  const settings = {
+    'url:'(string) { this.url = string; this.segments = []; },
+    'addPath:'(segments) { segments._do_((each) => this.segments.push(String(each))); },
+    'accept:'(type) { this.headers = { ...this.headers, accept: type }; },
+    'timeout:'(seconds) { this.seconds = seconds; },
+    'maximumEntitySize:'(bytes) { this.limit = bytes; },
+    'setBearerAuthentication:'(key) { this.headers = { ...this.headers, authorization: `Bearer ${key}` }; },
+    'entity:'(entity) { this.entity = entity; },
+    beOneShot() { this.headers = { ...this.headers, connection: 'close' }; },
+  };
+  const answerSelf = (fn) => function (...args) { fn.apply(this, args); return this; };
+  const ZnClient = subclass(globals.Object, 'ZnClient');
+  on(ZnClient, Object.fromEntries(Object.entries(settings).map(([selector, fn]) => [selector, answerSelf(fn)])));
+  on(ZnClient, {
+    get() { return execute(this, 'GET'); },
+    post() { return execute(this, 'POST'); },
+    delete() { return execute(this, 'DELETE'); },
+    isSuccess() { return this.reply.status >= 200 && this.reply.status < 300; },
+    contents() { return this.reply.body.length ? new TextDecoder().decode(this.reply.body) : nil; },
+    response() {
+      const response = globals.ZnResponse._new();
+      response['@code'] = this.reply.status;
+      return response;
+    },
+  });
+};
