@@ -29,9 +29,15 @@ class SmalltalkError(Exception):
 
 def compile_classes(*files: Path) -> dict[str, Any]:
     """File the chunk files in: `{"classes": {name: {superclass, comment, selectors}}, "problems": [...]}`."""
-    done = subprocess.run(_node("compile", files), capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout, done.stderr
-    return _result(done.stdout)
+    return _run("compile", files)
+
+
+def run_sunit(*files: Path) -> dict[str, dict[str, str]]:
+    """Run every TestCase in the chunk files: `{"Class>>testSelector": {outcome, message}}`.
+
+    An outcome is passed, failed, error or skipped.
+    """
+    return _run("tests", files)
 
 
 class Image:
@@ -73,6 +79,12 @@ class Image:
     def _read_log(self) -> None:
         for line in self._process.stderr:
             self._lines.append(line)
+
+
+def _run(command: str, files: tuple[Path, ...]) -> Any:
+    done = subprocess.run(_node(command, files), capture_output=True, text=True, timeout=240, check=False)
+    assert done.stdout, done.stderr
+    return _result(done.stdout)
 
 
 def _node(command: str, files: tuple[Path, ...]) -> list[str]:

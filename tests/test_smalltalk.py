@@ -20,6 +20,8 @@ from smalltalk_image import (
     serve_records,
     tensors,
 )
+from smalltalk_sources.chunks import in_dependency_order, to_chunks
+from smalltalk_sources.tonel import ClassDefinition, Method, TonelError, parse_class
 
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
 from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
@@ -38,7 +40,7 @@ def test_every_method_of_the_package_compiles_and_sends_only_known_selectors():
     compiled = compile_classes(build_smalltalk.CHUNK_FILE)
     assert compiled["problems"] == []
     for file in build_smalltalk.PACKAGE.glob("*.class.st"):
-        source = build_smalltalk.parse_class(file.read_text())
+        source = parse_class(file.read_text())
         found = compiled["classes"][source.name]
         assert (found["superclass"], found["comment"]) == (source.superclass, source.comment)
         assert len(found["selectors"]) == len(source.methods) == file.read_text().count("{ #category : '") > 0
@@ -50,9 +52,9 @@ def test_every_method_of_the_package_compiles_and_sends_only_known_selectors():
 )
 def test_the_compile_check_notices_unknown_selectors_and_names(tmp_path, body, complaint):
     file = tmp_path / "Broken.st"
-    cls = build_smalltalk.ClassDefinition("Broken", "Object", "Test", "I am broken.", [])
-    cls.methods.append(build_smalltalk.Method(False, "testing", f"go\n\n\t{body}"))
-    file.write_text(build_smalltalk.to_chunks([cls]))
+    cls = ClassDefinition("Broken", "Object", "Test", "I am broken.", [])
+    cls.methods.append(Method(False, "testing", f"go\n\n\t{body}"))
+    file.write_text(to_chunks([cls]))
     assert complaint in str(compile_classes(file)["problems"])
 
 
@@ -88,31 +90,31 @@ A class >> < other [
 
 
 def test_tonel_parser_keeps_brackets_in_strings_comments_and_characters():
-    parsed = build_smalltalk.parse_class(ODD_CLASS)
-    method = build_smalltalk.Method(True, "odd", "< other\n\n\t\"an ] in a comment\"\n\t^ { $]. ']''' }")
-    expected = build_smalltalk.ClassDefinition("A", "B", "C", 'I say "hello".', ["x", "y"], [method])
+    parsed = parse_class(ODD_CLASS)
+    method = Method(True, "odd", "< other\n\n\t\"an ] in a comment\"\n\t^ { $]. ']''' }")
+    expected = ClassDefinition("A", "B", "C", 'I say "hello".', ["x", "y"], [method])
     assert dataclasses.asdict(parsed) == dataclasses.asdict(expected)
-    with pytest.raises(build_smalltalk.TonelError, match="expected a method of A at 'stray'"):
-        build_smalltalk.parse_class(ODD_CLASS + "stray\n")
-    with pytest.raises(build_smalltalk.TonelError, match="not closed"):
-        build_smalltalk.parse_class(ODD_CLASS.rstrip()[:-1])
+    with pytest.raises(TonelError, match="expected a method of A at 'stray'"):
+        parse_class(ODD_CLASS + "stray\n")
+    with pytest.raises(TonelError, match="not closed"):
+        parse_class(ODD_CLASS.rstrip()[:-1])
 
 
 def test_superclasses_come_before_their_subclasses():
     def cls(name, superclass):
-        return build_smalltalk.ClassDefinition(name, superclass, "", "", [])
+        return ClassDefinition(name, superclass, "", "", [])
 
-    ordered = build_smalltalk.in_dependency_order([cls("A", "Z"), cls("Z", "M"), cls("M", "Object")])
+    ordered = in_dependency_order([cls("A", "Z"), cls("Z", "M"), cls("M", "Object")])
     assert [each.name for each in ordered] == ["M", "Z", "A"]
-    with pytest.raises(build_smalltalk.TonelError, match="circle: A, Z"):
-        build_smalltalk.in_dependency_order([cls("A", "Z"), cls("Z", "A")])
+    with pytest.raises(TonelError, match="circle: A, Z"):
+        in_dependency_order([cls("A", "Z"), cls("Z", "A")])
 
 
 def test_exclamation_marks_survive_the_chunk_format(tmp_path):
-    cls = build_smalltalk.ClassDefinition("Loud", "Object", "Test", "Hey! It's me.", [])
-    cls.methods.append(build_smalltalk.Method(False, "testing", "shout\n\n\t^ 'Hey! You!!'"))
+    cls = ClassDefinition("Loud", "Object", "Test", "Hey! It's me.", [])
+    cls.methods.append(Method(False, "testing", "shout\n\n\t^ 'Hey! You!!'"))
     file = tmp_path / "Loud.st"
-    file.write_text(build_smalltalk.to_chunks([cls]))
+    file.write_text(to_chunks([cls]))
     with Image(file) as image:
         assert image.evaluate("Loud new shout") == "Hey! You!!"
         assert image.evaluate("Loud comment") == "Hey! It's me."

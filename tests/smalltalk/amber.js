@@ -33,5 +33,6 @@ function load(name) {
 }
 
 const amber = load('amber/lang');
+load('amber_core/SUnit');
 amber.initialize({});
 module.exports = amber;

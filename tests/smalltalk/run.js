@@ -2,6 +2,7 @@
 // Files in Smalltalk in chunk format and answers JSON: {"result": ...} or {"error": {"class", "message", ...}}.
 //
 //   node run.js compile FILE.st...     -> one line, result {"classes": {name: {superclass, comment, selectors}}, "problems": []}
+//   node run.js tests FILE.st...       -> one line, result {"Class>>testSelector": {outcome, message}}, of all TestCases
 //   node run.js run FILE.st...         -> one line for each line of standard input, a script as a JSON string
 //
 // A script is what one would type into a playground: its variables need no declaration, and its value is that
@@ -57,6 +58,26 @@ function compile() {
   return { classes, problems: problems(names) };
 }
 
+function tests() {
+  const outcomes = {};
+  for (const klass of amber.api.classes()) {
+    if (!klass._inheritsFrom_(globals.TestCase) || klass._isAbstract()) continue;
+    for (const selector of klass._allTestSelectors()) outcomes[`${klass.className}>>${selector}`] = outcome(klass, selector);
+  }
+  return outcomes;
+}
+
+function outcome(klass, selector) {
+  try {
+    klass._selector_(selector)._runCase();
+    return { outcome: 'passed', message: '' };
+  } catch (error) {
+    const { class: name, message } = describe(error);
+    const known = { TestFailure: 'failed', TestSkipped: 'skipped' };
+    return { outcome: known[name] || 'error', message: known[name] ? message : `${name}: ${message}` };
+  }
+}
+
 function toJs(object) {
   if (object === nil || object === undefined) return null;
   if (typeof object === 'number') return isPlain(object) ? object : { float: numberName(object) };
@@ -92,7 +113,7 @@ function withoutText(script) {
 }
 
 function describe(error) {
-  if (!error.klass) return { class: 'JavaScript', message: String(error.stack || error) };
+  if (!error.klass || !error.smalltalkError) return { class: 'JavaScript', message: String(error.stack || error) };
   const details = { class: error.klass.className, message: String(error._messageText()) };
   for (const name of ['status', 'code', 'body']) {
     if (error._respondsTo_(name)) details[name] = toJs(error[`@${name}`]);
@@ -115,6 +136,8 @@ if (loaded.error) {
   say(loaded);
 } else if (command === 'compile') {
   say(answer(compile));
+} else if (command === 'tests') {
+  say(answer(tests));
 } else {
   const lines = require('readline').createInterface({ input: process.stdin });
   lines.on('line', (line) => say(answer(() => toJs(evaluate(JSON.parse(line))))));

@@ -4,9 +4,16 @@
 //
 // Not imitated, because Amber cannot tell: a Symbol is a String here, a whole Float is an Integer, there are no
 // Fractions (Pharo's STON reads 1e-5 as one) and an Array can grow.
-const PARTS = ['kernel', 'collections', 'ston', 'zinc'];
+const PARTS = [
+  require('./kernel.js'),
+  require('./collections.js'),
+  require('./ston.js'),
+  require('./zinc.js'),
+  require('./zinc_server.js').install,
+  require('./sunit.js'),
+];
 
 module.exports = function installPharo(amber) {
   const tools = { ...amber, ...require('./define.js')(amber) };
-  for (const part of PARTS) require(`./${part}.js`)(tools);
+  PARTS.forEach((install) => install(tools));
 };

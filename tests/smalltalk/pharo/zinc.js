@@ -1,6 +1,6 @@
 'use strict';
 // Zinc: its client, entities, Base64 and the exceptions of the network.
-const exchange = require('../http.js');
+const { serve } = require('./zinc_server.js');
 
 module.exports = function zinc({ globals, nil, on, subclass, signal }) {
   const NetworkError = subclass(globals.Error, 'NetworkError');
@@ -45,7 +45,7 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     const entity = method === 'POST' ? client.entity : undefined;
     if (entity) headers['content-type'] = entity['@type'];
     const body = entity && entity['@contents'];
-    const reply = exchange({ method, url: url.href, headers, body, timeout: client.seconds || 30 });
+    const reply = serve({ method, url: url.href, headers, body, timeout: client.seconds || 30 });
     if (reply.failure) {
       const [klass, text] = FAILURES[reply.failure] || [NetworkError, () => reply.message];
       signal(klass, text(url));

@@ -1,0 +1,38 @@
+"""The Tonel packages as an Amber image files them in, and what their SUnit tests are."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from smalltalk_sources.chunks import to_chunks
+from smalltalk_sources.tonel import ClassDefinition, Extension, Method, read_package
+
+CORE = "NeuroScope-Core"
+CORE_TESTS = "NeuroScope-Core-Tests"
+
+
+def write_chunks(file: Path, *packages: str) -> Path:
+    """Write the packages to a chunk file that Amber reads; their superclasses are among them or in the image."""
+    definitions = [_for_amber(each) for package in packages for each in read_package(package)]
+    file.write_text(to_chunks(definitions), encoding="ascii")
+    return file
+
+
+def sunit_tests(package: str) -> list[str]:
+    """The tests of a package as `Class>>testSelector`, in the order of its files."""
+    classes = [each for each in read_package(package) if isinstance(each, ClassDefinition)]
+    return [
+        f"{cls.name}>>{selector}"
+        for cls in classes
+        for selector in (method.source.split("\n")[0] for method in cls.methods if not method.class_side)
+        if re.fullmatch(r"test\w*", selector)
+    ]
+
+
+def _for_amber(definition: ClassDefinition | Extension) -> ClassDefinition | Extension:
+    """Amber takes what Pharo reads as a pragma for JavaScript."""
+    return dataclasses.replace(definition, methods=[_without_pragmas(each) for each in definition.methods])
+
+
+def _without_pragmas(method: Method) -> Method:
+    return dataclasses.replace(method, source=re.sub(r"^\t<[a-zA-Z][^>\n]*>\n", "", method.source, flags=re.MULTILINE))
