@@ -35,5 +35,22 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     return klass;
   }
   fixedSize('Float32Array', Float32Array);
-  fixedSize('ByteArray', Uint8Array);
+
+  on(fixedSize('ByteArray', Uint8Array), {
+    utf8Decoded() {
+      try {
+        return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(this);
+      } catch (error) {
+        return signal(globals.ZnInvalidUTF8, 'Illegal byte for utf-8 encoding');
+      }
+    },
+  });
+  on(globals.ByteArray.klass, {
+    'streamContents:'(block) {
+      const stream = []._writeStream();
+      block._value_(stream);
+      return Uint8Array.from(stream._contents());
+    },
+  });
+  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
 };
