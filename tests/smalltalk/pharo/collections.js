@@ -64,4 +64,21 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     'unsignedLongAt:bigEndian:'(index, bigEndian) { return view(this).getUint32(index - 1, !bigEndian); },
     'unsignedShortAt:bigEndian:'(index, bigEndian) { return view(this).getUint16(index - 1, !bigEndian); },
   });
+  on(globals.ByteArray, {
+    utf8Decoded() {
+      try {
+        return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(this);
+      } catch (error) {
+        return signal(globals.ZnInvalidUTF8, 'Illegal byte for utf-8 encoding');
+      }
+    },
+  });
+  on(globals.ByteArray.klass, {
+    'streamContents:'(block) {
+      const stream = []._writeStream();
+      block._value_(stream);
+      return Uint8Array.from(stream._contents());
+    },
+  });
+  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
 };
