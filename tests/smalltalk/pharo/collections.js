@@ -23,9 +23,10 @@ module.exports = function collections({ globals, on, wrap, signal }) {
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
-  on(wrap(globals.Array, 'OrderedCollection', OrderedCollection).klass, {
-    'new:': () => new OrderedCollection(),
+  const Ordered = on(wrap(globals.Array, 'OrderedCollection', OrderedCollection), {
+    removeFirst() { return this.length ? this.shift() : signal(globals.Error, 'this collection is empty'); },
   });
+  on(Ordered.klass, { 'new:': () => new OrderedCollection() });
 
   function fixedSize(name, constructor) {
     const klass = on(wrap(globals.SequenceableCollection, name, constructor), {
@@ -65,4 +66,21 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     'unsignedLongAt:bigEndian:'(index, bigEndian) { return view(this).getUint32(index - 1, !bigEndian); },
     'unsignedShortAt:bigEndian:'(index, bigEndian) { return view(this).getUint16(index - 1, !bigEndian); },
   });
+  on(globals.ByteArray, {
+    utf8Decoded() {
+      try {
+        return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(this);
+      } catch (error) {
+        return signal(globals.ZnInvalidUTF8, 'Illegal byte for utf-8 encoding');
+      }
+    },
+  });
+  on(globals.ByteArray.klass, {
+    'streamContents:'(block) {
+      const stream = []._writeStream();
+      block._value_(stream);
+      return Uint8Array.from(stream._contents());
+    },
+  });
+  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
 };

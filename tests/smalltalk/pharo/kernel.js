@@ -3,15 +3,20 @@
 module.exports = function kernel({ globals, on, subclass }) {
   on(globals.Object, {
     isCollection: () => false,
+    isDictionary: () => false,
+    isFloat: () => false,
     'perform:with:'(selector, argument) { return this._perform_withArguments_(selector, [argument]); },
   });
+  on(globals.AssociativeCollection, { isDictionary: () => true });
   on(globals.Number, {
     asFloat() { return Number(this); },
     'between:and:'(least, most) { return this >= least && this <= most; },
     exp() { return Math.exp(this); },
     isFloat() { return !Number.isInteger(Number(this)); },
+    isFinite() { return Number.isFinite(Number(this)); },
     isInteger() { return Number.isInteger(Number(this)); },
     isNaN() { return Number.isNaN(Number(this)); },
+    asIEEE32BitWord() { return new Uint32Array(new Float32Array([this]).buffer)[0]; },
   });
   // What is no number on the right adapts itself to the number, as Pharo's numbers ask it to. (Between two numbers
   // Amber's compiler calculates without sending anything.)
@@ -29,5 +34,21 @@ module.exports = function kernel({ globals, on, subclass }) {
     infinity: () => Infinity,
     negativeInfinity: () => -Infinity,
     nan: () => NaN,
+  });
+
+  // Waiting: nothing else runs in this image.
+  const Delay = subclass(globals.Object, 'Delay', ['milliseconds']);
+  on(Delay.klass, {
+    'forMilliseconds:'(number) {
+      const delay = this._new();
+      delay['@milliseconds'] = number;
+      return delay;
+    },
+  });
+  on(Delay, {
+    wait() {
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, this['@milliseconds']);
+      return this;
+    },
   });
 };
