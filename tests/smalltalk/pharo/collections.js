@@ -4,6 +4,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
       for (let index = start; index <= stop; index++) {
         this._at_put_(index, replacement._at_(first + index - start));
