@@ -82,5 +82,8 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return Uint8Array.from(stream._contents());
     },
   });
-  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
+  on(globals.String, {
+    utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); },
+    'substrings:'(separators) { return this._subStrings_(separators); },
+  });
 };
