@@ -21,6 +21,15 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     },
   });
 
+  // Amber's are equal only if their keys came in the same order.
+  on(globals.Dictionary, {
+    '='(other) {
+      if (other.klass !== this.klass || other._size() !== this._size()) return false;
+      const same = (key) => other._includesKey_(key) && this._at_(key).__eq(other._at_(key));
+      return this._keys().every(same);
+    },
+  });
+
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
   const Ordered = on(wrap(globals.Array, 'OrderedCollection', OrderedCollection), {
