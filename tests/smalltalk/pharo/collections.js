@@ -4,6 +4,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
       for (let index = start; index <= stop; index++) {
         this._at_put_(index, replacement._at_(first + index - start));
@@ -17,6 +18,15 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     'byteAt:'(index) {
       const code = this.charCodeAt(index - 1);
       return code < 256 ? code : 0;
+    },
+  });
+
+  // Amber's are equal only if their keys came in the same order.
+  on(globals.Dictionary, {
+    '='(other) {
+      if (other.klass !== this.klass || other._size() !== this._size()) return false;
+      const same = (key) => other._includesKey_(key) && this._at_(key).__eq(other._at_(key));
+      return this._keys().every(same);
     },
   });
 
@@ -81,5 +91,8 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return Uint8Array.from(stream._contents());
     },
   });
-  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
+  on(globals.String, {
+    utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); },
+    'substrings:'(separators) { return this._subStrings_(separators); },
+  });
 };
