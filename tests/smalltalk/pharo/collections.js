@@ -3,6 +3,9 @@
 module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
 
+  on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
+  on(globals.String, { codePoint() { return this.codePointAt(0); } });
+
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
   on(wrap(globals.Array, 'OrderedCollection', OrderedCollection).klass, {
