@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from smalltalk_sources.chunks import to_chunks
+from smalltalk_sources.syntax import parse_method
 from smalltalk_sources.tonel import ClassDefinition, Extension, Method, read_package
 
 CORE = "NeuroScope-Core"
@@ -35,4 +36,7 @@ def _for_amber(definition: ClassDefinition | Extension) -> ClassDefinition | Ext
 
 
 def _without_pragmas(method: Method) -> Method:
-    return dataclasses.replace(method, source=re.sub(r"^\t<[a-zA-Z][^>\n]*>\n", "", method.source, flags=re.MULTILINE))
+    source = method.source
+    for pragma in reversed(parse_method(source).pragmas):
+        source = source[: pragma.start].rstrip() + source[pragma.end :]
+    return dataclasses.replace(method, source=source)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 SMALLTALK = Path(__file__).resolve().parents[2] / "smalltalk"
 """The Tonel repository: one folder per package."""
+PACKAGES = tuple(sorted(file.parent.name for file in SMALLTALK.glob("*/package.st")))
+"""Their names."""
 
 
 class TonelError(ValueError):

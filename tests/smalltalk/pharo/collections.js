@@ -2,8 +2,24 @@
 // Collections, float arrays and bytes.
 module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
-
+  on(globals.SequenceableCollection, {
+    'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
+      for (let index = start; index <= stop; index++) {
+        this._at_put_(index, replacement._at_(first + index - start));
+      }
+      return this;
+    },
+  });
   on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
+  // The bytes of a WideString are those of its words; what base64 reads there is no letter of it.
+  on(globals.String, {
+    'byteAt:'(index) {
+      const code = this.charCodeAt(index - 1);
+      return code < 256 ? code : 0;
+    },
+  });
+
   on(globals.String, { codePoint() { return this.codePointAt(0); } });
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
@@ -37,6 +53,34 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     on(klass.klass, { 'new:': (size) => new constructor(size) });
     return klass;
   }
-  fixedSize('Float32Array', Float32Array);
-  fixedSize('ByteArray', Uint8Array);
+  // In Pharo's memory a Float32Array is its 32-bit words, which basicAt:put: writes.
+  on(fixedSize('Float32Array', Float32Array), {
+    'basicAt:put:'(index, word) {
+      new Uint32Array(this.buffer, this.byteOffset, this.length)[index - 1] = word;
+      return word;
+    },
+  });
+  const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  on(fixedSize('ByteArray', Uint8Array), {
+    'longAt:bigEndian:'(index, bigEndian) { return view(this).getInt32(index - 1, !bigEndian); },
+    'unsignedLongAt:bigEndian:'(index, bigEndian) { return view(this).getUint32(index - 1, !bigEndian); },
+    'unsignedShortAt:bigEndian:'(index, bigEndian) { return view(this).getUint16(index - 1, !bigEndian); },
+  });
+  on(globals.ByteArray, {
+    utf8Decoded() {
+      try {
+        return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(this);
+      } catch (error) {
+        return signal(globals.ZnInvalidUTF8, 'Illegal byte for utf-8 encoding');
+      }
+    },
+  });
+  on(globals.ByteArray.klass, {
+    'streamContents:'(block) {
+      const stream = []._writeStream();
+      block._value_(stream);
+      return Uint8Array.from(stream._contents());
+    },
+  });
+  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
 };

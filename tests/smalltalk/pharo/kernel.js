@@ -1,18 +1,55 @@
 'use strict';
 // Objects and numbers.
 module.exports = function kernel({ globals, on, subclass }) {
-  on(globals.Object, { isCollection: () => false, isBlock: () => false });
+  on(globals.Object, {
+    isBlock: () => false,
+    isCollection: () => false,
+    isDictionary: () => false,
+    isFloat: () => false,
+    'perform:with:'(selector, argument) { return this._perform_withArguments_(selector, [argument]); },
+  });
   on(globals.BlockClosure, { isBlock: () => true });
+  on(globals.AssociativeCollection, { isDictionary: () => true });
   on(globals.Number, {
     asFloat() { return Number(this); },
-    'between:and:'(low, high) { return this >= low && this <= high; },
+    'between:and:'(least, most) { return this >= least && this <= most; },
     exp() { return Math.exp(this); },
     isFloat() { return !Number.isInteger(Number(this)); },
+    isFinite() { return Number.isFinite(Number(this)); },
     isInteger() { return Number.isInteger(Number(this)); },
+    isNaN() { return Number.isNaN(Number(this)); },
   });
+  // What is no number on the right adapts itself to the number, as Pharo's numbers ask it to. (Between two numbers
+  // Amber's compiler calculates without sending anything.)
+  const operators = { '+': (a, b) => a + b, '-': (a, b) => a - b, '*': (a, b) => a * b, '/': (a, b) => a / b };
+  for (const [selector, compute] of Object.entries(operators)) {
+    on(globals.Number, {
+      [selector](other) {
+        if (typeof other === 'number') return compute(Number(this), other);
+        return other._adaptToNumber_andSend_(Number(this), selector);
+      },
+    });
+  }
+  subclass(subclass(globals.Error, 'ArithmeticError'), 'ZeroDivide');
   on(subclass(globals.Number, 'Float').klass, {
     infinity: () => Infinity,
     negativeInfinity: () => -Infinity,
     nan: () => NaN,
+  });
+
+  // Waiting: nothing else runs in this image.
+  const Delay = subclass(globals.Object, 'Delay', ['milliseconds']);
+  on(Delay.klass, {
+    'forMilliseconds:'(number) {
+      const delay = this._new();
+      delay['@milliseconds'] = number;
+      return delay;
+    },
+  });
+  on(Delay, {
+    wait() {
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, this['@milliseconds']);
+      return this;
+    },
   });
 };

@@ -10,6 +10,8 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
   const ZnEntityTooLarge = subclass(globals.Error, 'ZnEntityTooLarge');
   const ZnCharacterEncodingError = subclass(globals.Error, 'ZnCharacterEncodingError');
 
+  subclass(ZnCharacterEncodingError, 'ZnInvalidUTF8');
+
   on(subclass(globals.Object, 'ZnBase64Encoder'), {
     'decode:'(string) {
       if (!/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(string)) {
@@ -31,6 +33,35 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
   });
   on(subclass(globals.Object, 'ZnResponse', ['code']), { code() { return this['@code']; } });
 
+  // Of a reply that is streamed: bytes, each waited for, nil at the end.
+  const ZnStreamingEntity = subclass(globals.Object, 'ZnStreamingEntity', ['stream']);
+  on(ZnStreamingEntity, {
+    stream() { return this['@stream']; },
+    contents() {
+      const bytes = [];
+      for (let byte; (byte = this['@stream']._next()) !== nil; ) bytes.push(byte);
+      return Uint8Array.from(bytes);
+    },
+  });
+  on(subclass(globals.Object, 'ZnChunkedReadStream'), {
+    next() {
+      while (this.index >= this.piece.length) {
+        const piece = this.reply.read();
+        if (piece === null) return nil;
+        if (piece.failure) fail(piece, this.url);
+        [this.piece, this.index] = [piece, 0];
+      }
+      return this.piece[this.index++];
+    },
+    isBinary: () => true,
+  });
+  function streamingEntity(reply, url) {
+    const stream = globals.ZnChunkedReadStream._new();
+    Object.assign(stream, { reply, url, piece: [], index: 0 });
+    const entity = ZnStreamingEntity._new();
+    entity['@stream'] = stream;
+    return entity;
+  }
   const FAILURES = {
     ECONNREFUSED: [ConnectionTimedOut, ({ hostname, port }) => `Cannot connect to ${hostname}:${port || 80}`],
     ETIMEDOUT: [ConnectionTimedOut, () => 'Data receive timed out.'],
@@ -38,31 +69,49 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     EAI_AGAIN: [NameLookupFailure, ({ hostname }) => hostname],
     ECONNRESET: [ConnectionClosed, () => 'Connection closed while waiting for data.'],
   };
+  function fail(reply, url) {
+    const [klass, text] = FAILURES[reply.failure] || [NetworkError, () => reply.message];
+    signal(klass, text(url));
+  }
   function execute(client, method) {
     const url = new URL(client.url);
     url.pathname += (url.pathname.endsWith('/') ? '' : '/') + client.segments.map(encodeURIComponent).join('/');
+    client.query.forEach(([key, value]) => url.searchParams.set(key, value));
     const headers = { 'user-agent': 'Zinc HTTP Components 1.0 (Amber)', accept: '*/*', ...client.headers };
-    const entity = method === 'POST' ? client.entity : undefined;
+    const entity = method === 'POST' ? client.sent : undefined;
     if (entity) headers['content-type'] = entity['@type'];
     const body = entity && entity['@contents'];
-    const reply = serve({ method, url: url.href, headers, body, timeout: client.seconds || 30 });
-    if (reply.failure) {
-      const [klass, text] = FAILURES[reply.failure] || [NetworkError, () => reply.message];
-      signal(klass, text(url));
-    }
-    if (reply.body.length > (client.limit || 16 * 1024 * 1024)) signal(ZnEntityTooLarge, 'Entity too large');
+    const request = { method, url: url.href, headers, body, timeout: client.seconds || 30 };
+    const reply = serve(request, client.isStreaming);
+    if (reply.failure) fail(reply, url);
     client.reply = reply;
+    if (client.isStreaming) {
+      client.received = reply.headers['content-length'] === '0' ? nil : streamingEntity(reply, url);
+    } else if (reply.body.length > (client.limit || 16 * 1024 * 1024)) {
+      signal(ZnEntityTooLarge, 'Entity too large');
+    }
     return client._contents();
   }
   const settings = {
-    'url:'(string) { this.url = string; this.segments = []; },
+    'url:'(string) { this.url = string; this.segments = []; this.query = []; },
     'addPath:'(segments) { segments._do_((each) => this.segments.push(String(each))); },
+    'queryAt:put:'(key, value) { this.query.push([String(key), String(value)]); },
     'accept:'(type) { this.headers = { ...this.headers, accept: type }; },
     'timeout:'(seconds) { this.seconds = seconds; },
     'maximumEntitySize:'(bytes) { this.limit = bytes; },
     'setBearerAuthentication:'(key) { this.headers = { ...this.headers, authorization: `Bearer ${key}` }; },
-    'entity:'(entity) { this.entity = entity; },
-    beOneShot() { this.headers = { ...this.headers, connection: 'close' }; },
+    'entity:'(entity) { this.sent = entity; },
+    'contentReader:'(block) { this.reader = block; },
+    'streaming:'(boolean) {
+      if (boolean && this.oneShot) signal(globals.Error, 'I cannot do streaming when #isOneShot is true.');
+      this.isStreaming = boolean;
+    },
+    beOneShot() {
+      if (this.isStreaming) signal(globals.Error, 'I cannot be one shot when #streaming is true.');
+      this.oneShot = true;
+      this.headers = { ...this.headers, connection: 'close' };
+    },
+    close() { if (this.reply && this.reply.close) this.reply.close(); },
   };
   const answerSelf = (fn) => function (...args) { fn.apply(this, args); return this; };
   const ZnClient = subclass(globals.Object, 'ZnClient');
@@ -72,10 +121,16 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     post() { return execute(this, 'POST'); },
     delete() { return execute(this, 'DELETE'); },
     isSuccess() { return this.reply.status >= 200 && this.reply.status < 300; },
-    contents() { return this.reply.body.length ? new TextDecoder().decode(this.reply.body) : nil; },
+    entity() { return this.received; },
+    contents() {
+      if (this.reader) return this.reader._value_(this.received);
+      if (this.isStreaming) return this.received._stream();
+      return this.reply.body.length ? new TextDecoder().decode(this.reply.body) : nil;
+    },
     response() {
       const response = globals.ZnResponse._new();
       response['@code'] = this.reply.status;
+      if (this.isStreaming && this.received !== nil) response.body = this.received;
       return response;
     },
   });

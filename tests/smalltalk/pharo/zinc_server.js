@@ -1,21 +1,26 @@
 'use strict';
 // Zinc's server, messages and URLs. A server here serves the clients of its own image: what they send to its port
 // is handed over in process, since one thread cannot both wait for an answer and give it.
-const exchange = require('../http.js');
+const { exchange, open } = require('../http.js');
 
 const servers = new Map(); // port -> ZnServer, also one that stopped: nobody else will listen there
 let nextPort = 1; // ports that no server outside takes unless it is the system's
 
-// {method, url, headers, body, timeout in s} -> {status, headers, body} or {failure, message}, as http.js answers.
-function serve(request) {
+// {method, url, headers, body, timeout in s} -> what http.js answers: with the body, or with read for its pieces.
+function serve(request, isStreaming) {
   const { hostname, port } = new URL(request.url);
   const server = ['localhost', '127.0.0.1'].includes(hostname) && servers.get(Number(port));
-  if (!server) return exchange(request);
+  if (!server) return (isStreaming ? open : exchange)(request);
   if (!server._isRunning()) return { failure: 'ECONNREFUSED', message: 'connection refused' };
   const started = Date.now();
   const reply = server.answer(request);
   if (Date.now() - started > request.timeout * 1000) return { failure: 'ETIMEDOUT', message: 'no data' };
-  return reply;
+  return isStreaming ? inPieces(reply) : reply;
+}
+
+function inPieces({ status, headers, body }) {
+  const pieces = [body];
+  return { status, headers: { ...headers, 'content-length': String(body.length) }, read: () => pieces.shift() || null, close() {} };
 }
 
 function install({ globals, nil, on, subclass, signal }) {
