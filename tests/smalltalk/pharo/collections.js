@@ -24,9 +24,10 @@ module.exports = function collections({ globals, on, wrap, signal }) {
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
-  on(wrap(globals.Array, 'OrderedCollection', OrderedCollection).klass, {
-    'new:': () => new OrderedCollection(),
+  const Ordered = on(wrap(globals.Array, 'OrderedCollection', OrderedCollection), {
+    removeFirst() { return this.length ? this.shift() : signal(globals.Error, 'this collection is empty'); },
   });
+  on(Ordered.klass, { 'new:': () => new OrderedCollection() });
 
   function fixedSize(name, constructor) {
     const klass = on(wrap(globals.SequenceableCollection, name, constructor), {

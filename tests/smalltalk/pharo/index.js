@@ -7,6 +7,7 @@
 const PARTS = [
   require('./kernel.js'),
   require('./collections.js'),
+  require('./blocks.js'),
   require('./ston.js'),
   require('./zinc.js'),
   require('./zinc_server.js').install,

@@ -18,6 +18,7 @@ module.exports = function kernel({ globals, on, subclass }) {
     isFinite() { return Number.isFinite(Number(this)); },
     isInteger() { return Number.isInteger(Number(this)); },
     isNaN() { return Number.isNaN(Number(this)); },
+    asIEEE32BitWord() { return new Uint32Array(new Float32Array([this]).buffer)[0]; },
   });
   // What is no number on the right adapts itself to the number, as Pharo's numbers ask it to. (Between two numbers
   // Amber's compiler calculates without sending anything.)
