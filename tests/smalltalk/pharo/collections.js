@@ -29,6 +29,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return this._keys().every(same);
     },
   });
+  on(globals.String, { codePoint() { return this.codePointAt(0); } });
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
