@@ -100,9 +100,7 @@ def test_a_rule_of_which_no_query_speaks_is_left_out(image, server):
     assert set(analyze(image, server, [1, 2, 3, 4])) == {"previousToken", "firstToken", "entropy"}
     serve_pattern(server, np.ones((1, 2, 1, 1), np.float32))
     found = analyze(image, server, [1])
-    assert found == {
-        "entropy": {"strength": None, "head": None, "confidence": None, "instances": [], "scores": [None] * 2}
-    }
+    assert found == {"entropy": {"strength": None, "head": None, "confidence": None, "instances": [], "scores": [None] * 2}}
 
 
 def test_chunks_of_a_prompt_are_scored_at_their_positions_and_twice_captured_rows_once(image, server):
