@@ -87,3 +87,13 @@ def test_methods_that_never_ran_are_known(odd_image):
     assert odd_image.methods_not_run() == ["Number>>frobbed", "OddTest class>>unused", "OddTest>>helper:"]
     odd_image.evaluate("3 frobbed. OddTest new helper: 3")
     assert odd_image.methods_not_run() == ["OddTest class>>unused"]
+
+
+@pytest.mark.parametrize(("variables", "body", "answer"), [("", "3", 3), ("", "4", 4), ("x", "x", None), ("x", "3", 3)])
+def test_what_is_kept_of_the_compiler_belongs_to_source_and_class(tmp_path, variables, body, answer):
+    file = tmp_path / "kept.st"
+    definition = f"Object subclass: #Kept instanceVariableNames: '{variables}' package: 'Odd'!"
+    file.write_text(f"{definition}\n\n!Kept methodsFor: 'odd'!\nodd\n\t^ {body}! !\n")
+    for _ in range(2):
+        with Image(file) as image:
+            assert image.evaluate("Kept new odd") == answer

@@ -14,6 +14,7 @@ const fs = require('fs');
 console.log = console.error; // standard output is for the answer
 const amber = require('./amber.js');
 require('./pharo/index.js')(amber);
+const saveCompiled = require('./compiled.js')(amber);
 const { globals, nil } = amber;
 
 const [command, ...files] = process.argv.slice(2);
@@ -159,6 +160,7 @@ const perform = (line) => (line.do ? requests[line.do]() : toJs(evaluate(line)))
 
 const before = new Set(amber.api.classes().flatMap((each) => [...methods(each), ...methods(each.klass)]));
 const loaded = answer(() => files.forEach(fileIn));
+saveCompiled();
 if (loaded.error) {
   say(loaded);
 } else if (command === 'compile') {
