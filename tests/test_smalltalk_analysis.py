@@ -9,7 +9,6 @@ from smalltalk_image import SmalltalkError, client, literal, record, serve_recor
 
 from mlx_hooks.analysis import heads
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
-from neuroscope_bridge.payload import PayloadError
 
 bridge = NeuroScopeActivationBridge()
 TOKENS = [7, 3, 5, 7, 3, 9, 9, 7, 3, 5]
@@ -100,7 +99,9 @@ def test_a_rule_of_which_no_query_speaks_is_left_out(image, server):
     assert set(analyze(image, server, [1, 2, 3, 4])) == {"previousToken", "firstToken", "entropy"}
     serve_pattern(server, np.ones((1, 2, 1, 1), np.float32))
     found = analyze(image, server, [1])
-    assert found == {"entropy": {"strength": None, "head": None, "confidence": None, "instances": [], "scores": [None] * 2}}
+    assert found == {
+        "entropy": {"strength": None, "head": None, "confidence": None, "instances": [], "scores": [None] * 2}
+    }
 
 
 def test_chunks_of_a_prompt_are_scored_at_their_positions_and_twice_captured_rows_once(image, server):
