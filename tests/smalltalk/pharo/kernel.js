@@ -6,6 +6,7 @@ module.exports = function kernel({ globals, on, subclass }) {
     isCollection: () => false,
     isDictionary: () => false,
     isFloat: () => false,
+    isInteger: () => false,
     'perform:with:'(selector, argument) { return this._perform_withArguments_(selector, [argument]); },
   });
   on(globals.BlockClosure, { isBlock: () => true });
