@@ -4,6 +4,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
       for (let index = start; index <= stop; index++) {
         this._at_put_(index, replacement._at_(first + index - start));
@@ -28,6 +29,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return this._keys().every(same);
     },
   });
+  on(globals.String, { codePoint() { return this.codePointAt(0); } });
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
@@ -90,5 +92,8 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return Uint8Array.from(stream._contents());
     },
   });
-  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
+  on(globals.String, {
+    utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); },
+    'substrings:'(separators) { return this._subStrings_(separators); },
+  });
 };
