@@ -5,6 +5,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.SequenceableCollection, {
     'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); },
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
       for (let index = start; index <= stop; index++) {
         this._at_put_(index, replacement._at_(first + index - start));
@@ -22,6 +23,14 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     },
   });
 
+  // Amber's are equal only if their keys came in the same order.
+  on(globals.Dictionary, {
+    '='(other) {
+      if (other.klass !== this.klass || other._size() !== this._size()) return false;
+      const same = (key) => other._includesKey_(key) && this._at_(key).__eq(other._at_(key));
+      return this._keys().every(same);
+    },
+  });
   on(globals.String, { codePoint() { return this.codePointAt(0); } });
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
@@ -85,5 +94,8 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return Uint8Array.from(stream._contents());
     },
   });
-  on(globals.String, { utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); } });
+  on(globals.String, {
+    utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); },
+    'substrings:'(separators) { return this._subStrings_(separators); },
+  });
 };
