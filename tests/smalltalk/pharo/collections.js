@@ -4,6 +4,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
       for (let index = start; index <= stop; index++) {
         this._at_put_(index, replacement._at_(first + index - start));
@@ -20,11 +21,22 @@ module.exports = function collections({ globals, on, wrap, signal }) {
     },
   });
 
+  // Amber's are equal only if their keys came in the same order.
+  on(globals.Dictionary, {
+    '='(other) {
+      if (other.klass !== this.klass || other._size() !== this._size()) return false;
+      const same = (key) => other._includesKey_(key) && this._at_(key).__eq(other._at_(key));
+      return this._keys().every(same);
+    },
+  });
+  on(globals.String, { codePoint() { return this.codePointAt(0); } });
+
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
-  on(wrap(globals.Array, 'OrderedCollection', OrderedCollection).klass, {
-    'new:': () => new OrderedCollection(),
+  const Ordered = on(wrap(globals.Array, 'OrderedCollection', OrderedCollection), {
+    removeFirst() { return this.length ? this.shift() : signal(globals.Error, 'this collection is empty'); },
   });
+  on(Ordered.klass, { 'new:': () => new OrderedCollection() });
 
   function fixedSize(name, constructor) {
     const klass = on(wrap(globals.SequenceableCollection, name, constructor), {

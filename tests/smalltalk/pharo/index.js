@@ -7,9 +7,11 @@
 const PARTS = [
   require('./kernel.js'),
   require('./collections.js'),
+  require('./blocks.js'),
   require('./ston.js'),
   require('./zinc.js'),
   require('./zinc_server.js').install,
+  require('./files.js'),
   require('./sunit.js'),
 ];
 

@@ -2,11 +2,13 @@
 // Objects and numbers.
 module.exports = function kernel({ globals, on, subclass }) {
   on(globals.Object, {
+    isBlock: () => false,
     isCollection: () => false,
     isDictionary: () => false,
     isFloat: () => false,
     'perform:with:'(selector, argument) { return this._perform_withArguments_(selector, [argument]); },
   });
+  on(globals.BlockClosure, { isBlock: () => true });
   on(globals.AssociativeCollection, { isDictionary: () => true });
   on(globals.Number, {
     asFloat() { return Number(this); },
@@ -16,6 +18,7 @@ module.exports = function kernel({ globals, on, subclass }) {
     isFinite() { return Number.isFinite(Number(this)); },
     isInteger() { return Number.isInteger(Number(this)); },
     isNaN() { return Number.isNaN(Number(this)); },
+    asIEEE32BitWord() { return new Uint32Array(new Float32Array([this]).buffer)[0]; },
   });
   // What is no number on the right adapts itself to the number, as Pharo's numbers ask it to. (Between two numbers
   // Amber's compiler calculates without sending anything.)

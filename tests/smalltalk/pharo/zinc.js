@@ -13,6 +13,7 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
   subclass(ZnCharacterEncodingError, 'ZnInvalidUTF8');
 
   on(subclass(globals.Object, 'ZnBase64Encoder'), {
+    'encode:': (bytes) => Buffer.from(bytes).toString('base64'),
     'decode:'(string) {
       if (!/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(string)) {
         signal(ZnCharacterEncodingError, 'Illegal Base64 input');
