@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from smalltalk_image import Image
-from smalltalk_sources.tonel import parse_class
+from smalltalk_sources import tonel
 
 from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
@@ -35,7 +35,7 @@ def image(live_server, tmp_path, monkeypatch):
 COMMENTS = [
     pytest.param(snippet, id=f"{file.stem.split('.')[0]}-{number}")
     for file in sorted((ROOT / "smalltalk").glob("NeuroScope-Core/*.class.st"))
-    for number, snippet in enumerate(snippets(parse_class(file.read_text()).comment))
+    for number, snippet in enumerate(snippets(tonel.parse_class(file.read_text()).comment))
 ]
 
 
@@ -46,5 +46,5 @@ def test_a_class_comments_snippet_runs(image, snippet):
 
 def test_class_comments_are_in_the_first_person_and_show_something():
     for file in (ROOT / "smalltalk").glob("NeuroScope-*/*.class.st"):
-        comment = parse_class(file.read_text()).comment
+        comment = tonel.parse_class(file.read_text()).comment
         assert re.search(r"\b(I|me|my|mine)\b", comment, re.IGNORECASE), file.name

@@ -3,6 +3,7 @@
 module.exports = function collections({ globals, on, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
+    'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); },
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
     hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
@@ -12,6 +13,7 @@ module.exports = function collections({ globals, on, wrap, signal }) {
       return this;
     },
   });
+  on(globals.Array, { 'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); } });
   on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
   // The bytes of a WideString are those of its words; what base64 reads there is no letter of it.
   on(globals.String, {
