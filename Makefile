@@ -49,6 +49,7 @@ check: lint types test  ## what CI runs
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python scripts/format_smalltalk.py
 
 serve: $(STAMP)  ## the server on http://127.0.0.1:8080; ARGS="--model neuroscope-tiny"
 	$(RUN)$(BIN)/python -m api_server $(ARGS)

@@ -48,7 +48,8 @@ def file_problems(file: Path) -> list[str]:
         found.append(f"{file.name} is in package {package}, its category is {definition.category}")
     text = file.read_text(encoding="utf-8")
     if text != to_tonel(definition):
-        found.append(f"{file.name} is not written as Pharo writes it: {_first_difference(text, to_tonel(definition))}")
+        where = _first_difference(text, to_tonel(definition))
+        found.append(f"{file.name} is not written as Pharo writes it, which scripts/format_smalltalk.py does: {where}")
     if not text.isascii():
         found.append(f"{file.name} is not ASCII")
     return found

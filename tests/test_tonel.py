@@ -226,6 +226,11 @@ Odd >> x [
         ("}\n\n{", "}\n{", "not written as Pharo writes it"),
         ("\t^ x\n]\n", "\t^ x\n]\n\n", "'', expected 'the end'"),
         ("\t^ x\n]\n", "\t^ x\n]", "its last line does not end"),
+        (
+            "\t^ x\n]\n",
+            "\t^ x\n]\n\n{ #category : 'accessing' }\nOdd >> a [\n\n\t^ 1\n]\n",
+            "'Odd >> x [', expected 'Odd >> a ['",
+        ),
         ("^ x", "^ 'ö'", "not ASCII"),
     ],
 )

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .syntax import parse_method
+
 SMALLTALK = Path(__file__).resolve().parents[2] / "smalltalk"
 """The Tonel repository: one folder per package."""
 PACKAGES = tuple(sorted(file.parent.name for file in SMALLTALK.glob("*/package.st")))
@@ -95,8 +97,8 @@ def parse_extension(text: str, where: str = "<text>") -> Extension:
 
 
 def to_tonel(definition: ClassDefinition | Extension) -> str:
-    """The file as Pharo writes it, but for the order of its methods, which stays."""
-    methods = "".join(_method_as_tonel(definition.name, each) for each in definition.methods)
+    """The file as Pharo writes it: the class side first, methods by selector."""
+    methods = "".join(_method_as_tonel(definition.name, each) for each in sorted(definition.methods, key=_place))
     if isinstance(definition, Extension):
         return f"Extension {{ #name : '{definition.name}' }}\n" + methods
     variables = ",\n".join(f"\t\t'{each}'" for each in definition.instance_variables)
@@ -105,6 +107,10 @@ def to_tonel(definition: ClassDefinition | Extension) -> str:
     properties += [f"\t#category : '{definition.category}'", f"\t#package : '{definition.category}'"]
     comment = definition.comment.replace('"', '""')
     return f'"\n{comment}\n"\nClass {{\n' + ",\n".join(properties) + "\n}\n" + methods
+
+
+def _place(method: Method) -> tuple[bool, str]:
+    return not method.class_side, parse_method(method.source).selector
 
 
 def _method_as_tonel(class_name: str, method: Method) -> str:
