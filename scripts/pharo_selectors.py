@@ -70,8 +70,8 @@ class Pharo:
         left_out = bool(_LEFT_OUT.search(package))
         if definition[1] != "Extension":
             cls.superclass = properties.get("superclass", "nil")
-            cls.traits = re.findall(r"\bT\w+", properties.get("traits", ""))
-            cls.class_traits = re.findall(r"\bT\w+", properties.get("classTraits", ""))
+            cls.traits = re.findall(r"\b[A-Z]\w+", properties.get("traits", ""))
+            cls.class_traits = re.findall(r"\b[A-Z]\w+", properties.get("classTraits", ""))
             cls.package = package
             cls.is_in_image = not left_out
         if left_out:

@@ -75,9 +75,7 @@ def _method_as_tonel(class_name: str, method: Method) -> str:
 
 def _first_difference(text: str, expected: str) -> str:
     pairs = zip([*text.splitlines(), "the end"], [*expected.splitlines(), "the end"], strict=False)
-    return next(
-        (f"{got!r}, expected {want!r}" for got, want in pairs if got != want), "it ends in blank lines or in none"
-    )
+    return next((f"{got!r}, expected {want!r}" for got, want in pairs if got != want), "its last line does not end")
 
 
 def package_problems(folder: Path) -> list[str]:

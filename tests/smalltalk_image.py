@@ -29,15 +29,9 @@ class SmalltalkError(Exception):
 
 def compile_classes(*files: Path) -> dict[str, Any]:
     """File the chunk files in: `{"classes": {name: {superclass, comment, selectors}}, "problems": [...]}`."""
-    return _run("compile", files)
-
-
-def run_sunit(*files: Path) -> dict[str, dict[str, str]]:
-    """Run every TestCase in the chunk files: `{"Class>>testSelector": {outcome, message}}`.
-
-    An outcome is passed, failed, error or skipped.
-    """
-    return _run("tests", files)
+    done = subprocess.run(_node("compile", files), capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout, done.stderr
+    return _result(done.stdout)
 
 
 class Image:
@@ -48,11 +42,17 @@ class Image:
 
     Dictionaries, collections, numbers, strings, booleans and nil become Python's; nan and infinities are
     floats; anything else is its printString.
+
+    With `counting` the image knows which methods in the files never ran.
     """
 
-    def __init__(self, *files: Path) -> None:
+    def __init__(self, *files: Path, counting: bool = False) -> None:
         self._process = subprocess.Popen(
-            _node("run", files), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            _node("count" if counting else "run", files),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self._log = threading.Thread(target=self._read_log, daemon=True)
         self._lines: list[str] = []
@@ -70,7 +70,18 @@ class Image:
 
     def evaluate(self, script: str) -> Any:
         """The value of the script's last statement. Raises SmalltalkError."""
-        self._process.stdin.write(json.dumps(script) + "\n")
+        return self._ask(script)
+
+    def run_tests(self) -> dict[str, dict[str, str]]:
+        """Run every TestCase: `{"Class>>testSelector": {outcome, message}}`; passed, failed, error or skipped."""
+        return self._ask({"do": "tests"})
+
+    def methods_not_run(self) -> list[str]:
+        """`Class>>selector` of every method in the files that nothing has run in this image, which must be counting."""
+        return self._ask({"do": "unrun"})
+
+    def _ask(self, request: Any) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the image ended: " + "".join(self._lines[-40:])
@@ -79,12 +90,6 @@ class Image:
     def _read_log(self) -> None:
         for line in self._process.stderr:
             self._lines.append(line)
-
-
-def _run(command: str, files: tuple[Path, ...]) -> Any:
-    done = subprocess.run(_node(command, files), capture_output=True, text=True, timeout=240, check=False)
-    assert done.stdout, done.stderr
-    return _result(done.stdout)
 
 
 def _node(command: str, files: tuple[Path, ...]) -> list[str]:

@@ -225,7 +225,7 @@ Odd >> x [
         ("Odd >> x [\n\n", "Odd >> x [ \n\n", "expected a method of Odd"),
         ("}\n\n{", "}\n{", "not written as Pharo writes it"),
         ("\t^ x\n]\n", "\t^ x\n]\n\n", "'', expected 'the end'"),
-        ("\t^ x\n]\n", "\t^ x\n]", "it ends in blank lines or in none"),
+        ("\t^ x\n]\n", "\t^ x\n]", "its last line does not end"),
         ("^ x", "^ 'ö'", "not ASCII"),
     ],
 )

@@ -2,9 +2,11 @@
 // Files in Smalltalk in chunk format and answers JSON: {"result": ...} or {"error": {"class", "message", ...}}.
 //
 //   node run.js compile FILE.st...     -> one line, result {"classes": {name: {superclass, comment, selectors}}, "problems": []}
-//   node run.js tests FILE.st...       -> one line, result {"Class>>testSelector": {outcome, message}}, of all TestCases
-//   node run.js run FILE.st...         -> one line for each line of standard input, a script as a JSON string
+//   node run.js run FILE.st...         -> one line for each line of standard input, in JSON: a script is a string,
+//   node run.js count FILE.st...          {"do": "tests"} and {"do": "unrun"} are requests; the latter wants `count`
 //
+// Tests are all TestCases, their result {"Class>>testSelector": {outcome, message}}; unrun are the methods in the
+// files that nothing has run so far.
 // A script is what one would type into a playground: its variables need no declaration, and its value is that
 // of the last statement. What JSON cannot hold is an object {"float": "NaN"}, {"float": "-0"} and so on.
 const fs = require('fs');
@@ -56,6 +58,27 @@ function compile() {
     };
   }
   return { classes, problems: problems(names) };
+}
+
+const methods = (behavior) => Object.values(behavior.methods);
+
+// Methods of ours tell when they run, classes' own and those that extend others.
+const unrun = new Set();
+function count() {
+  for (const behavior of amber.api.classes().flatMap((klass) => [klass, klass.klass])) {
+    for (const method of methods(behavior)) if (!before.has(method)) countRuns(behavior, method);
+  }
+}
+
+function countRuns(behavior, method) {
+  const name = `${behavior._name()}>>${method.selector}`;
+  const { fn } = method;
+  unrun.add(name);
+  method.fn = function (...args) {
+    unrun.delete(name);
+    return fn.apply(this, args);
+  };
+  amber.api.addMethod(method, behavior);
 }
 
 function tests() {
@@ -131,14 +154,17 @@ function answer(compute) {
 
 const say = (object) => process.stdout.write(`${JSON.stringify(object)}\n`);
 
+const requests = { tests, unrun: () => [...unrun].sort() };
+const perform = (line) => (line.do ? requests[line.do]() : toJs(evaluate(line)));
+
+const before = new Set(amber.api.classes().flatMap((each) => [...methods(each), ...methods(each.klass)]));
 const loaded = answer(() => files.forEach(fileIn));
 if (loaded.error) {
   say(loaded);
 } else if (command === 'compile') {
   say(answer(compile));
-} else if (command === 'tests') {
-  say(answer(tests));
 } else {
+  if (command === 'count') count();
   const lines = require('readline').createInterface({ input: process.stdin });
-  lines.on('line', (line) => say(answer(() => toJs(evaluate(JSON.parse(line))))));
+  lines.on('line', (line) => say(answer(() => perform(JSON.parse(line)))));
 }

@@ -20,6 +20,16 @@ module.exports = function collections({ globals, nil, on, wrap, signal }) {
   };
   on(globals.Array, at);
 
+  // Amber's are equal only if their keys came in the same order.
+  on(globals.Dictionary, {
+    '='(other) {
+      if (other.klass !== this.klass || other._size() !== this._size()) return false;
+      const same = (key) => other._includesKey_(key) && this._at_(key).__eq(other._at_(key));
+      return this._keys().every(same);
+    },
+  });
+  on(globals.String, { codePoint() { return this.codePointAt(0); } });
+
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
   const Ordered = on(wrap(globals.Array, 'OrderedCollection', OrderedCollection), {
@@ -64,5 +74,25 @@ module.exports = function collections({ globals, nil, on, wrap, signal }) {
     'longAt:bigEndian:'(index, bigEndian) { return view(this).getInt32(index - 1, !bigEndian); },
     'unsignedLongAt:bigEndian:'(index, bigEndian) { return view(this).getUint32(index - 1, !bigEndian); },
     'unsignedShortAt:bigEndian:'(index, bigEndian) { return view(this).getUint16(index - 1, !bigEndian); },
+  });
+  on(globals.ByteArray, {
+    utf8Decoded() {
+      try {
+        return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(this);
+      } catch (error) {
+        return signal(globals.ZnInvalidUTF8, 'Illegal byte for utf-8 encoding');
+      }
+    },
+  });
+  on(globals.ByteArray.klass, {
+    'streamContents:'(block) {
+      const stream = []._writeStream();
+      block._value_(stream);
+      return Uint8Array.from(stream._contents());
+    },
+  });
+  on(globals.String, {
+    utf8Encoded() { return Uint8Array.from(Buffer.from(String(this), 'utf8')); },
+    'substrings:'(separators) { return this._subStrings_(separators); },
   });
 };

@@ -11,6 +11,7 @@ const PARTS = [
   require('./ston.js'),
   require('./zinc.js'),
   require('./zinc_server.js').install,
+  require('./files.js'),
   require('./sunit.js'),
 ];
 

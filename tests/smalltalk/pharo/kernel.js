@@ -2,11 +2,13 @@
 // Objects and numbers.
 module.exports = function kernel({ globals, on, signal, subclass }) {
   on(globals.Object, {
+    isBlock: () => false,
     isCollection: () => false,
     isDictionary: () => false,
     isFloat: () => false,
     'perform:with:'(selector, argument) { return this._perform_withArguments_(selector, [argument]); },
   });
+  on(globals.BlockClosure, { isBlock: () => true });
   on(globals.AssociativeCollection, { isDictionary: () => true });
   on(globals.Number, {
     asFloat() { return Number(this); },

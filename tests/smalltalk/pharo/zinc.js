@@ -89,7 +89,7 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     if (reply.failure) fail(reply, url);
     client.reply = reply;
     if (client.isStreaming) {
-      client.received = reply.headers['content-length'] === '0' ? nil : streamingEntity(reply, url);
+      client.received = streamingEntity(reply, url);
     } else if (reply.body.length > (client.limit || 16 * 1024 * 1024)) {
       signal(ZnEntityTooLarge, 'Entity too large');
     }
@@ -104,7 +104,6 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     'maximumEntitySize:'(bytes) { this.limit = bytes; },
     'setBearerAuthentication:'(key) { this.headers = { ...this.headers, authorization: `Bearer ${key}` }; },
     'entity:'(entity) { this.sent = entity; },
-    'contentReader:'(block) { this.reader = block; },
     'streaming:'(boolean) {
       if (boolean && this.oneShot) signal(globals.Error, 'I cannot do streaming when #isOneShot is true.');
       this.isStreaming = boolean;
@@ -124,16 +123,14 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     post() { return execute(this, 'POST'); },
     delete() { return execute(this, 'DELETE'); },
     isSuccess() { return this.reply.status >= 200 && this.reply.status < 300; },
-    entity() { return this.received; },
     contents() {
-      if (this.reader) return this.reader._value_(this.received);
       if (this.isStreaming) return this.received._stream();
       return this.reply.body.length ? new TextDecoder().decode(this.reply.body) : nil;
     },
     response() {
       const response = globals.ZnResponse._new();
       response['@code'] = this.reply.status;
-      if (this.isStreaming && this.received !== nil) response.body = this.received;
+      if (this.isStreaming) response.body = this.received;
       return response;
     },
   });

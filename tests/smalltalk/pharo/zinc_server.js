@@ -20,7 +20,7 @@ function serve(request, isStreaming) {
 
 function inPieces({ status, headers, body }) {
   const pieces = [body];
-  return { status, headers: { ...headers, 'content-length': String(body.length) }, read: () => pieces.shift() || null, close() {} };
+  return { status, headers, read: () => pieces.shift() || null, close() {} };
 }
 
 function install({ globals, nil, on, subclass, signal }) {

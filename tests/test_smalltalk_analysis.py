@@ -1,0 +1,512 @@
+"""Analysis in Smalltalk, run by Amber: its numbers are those that NumPy computes from the same capture, and Python's."""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from smalltalk_image import SmalltalkError, client, literal, record, serve_records, tensors
+
+from mlx_hooks.analysis import heads
+from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
+from neuroscope_bridge.payload import PayloadError
+
+bridge = NeuroScopeActivationBridge()
+TOKENS = [7, 3, 5, 7, 3, 9, 9, 7, 3, 5]
+RULES = ["previousToken", "induction", "duplicateToken", "firstToken"]
+
+
+def causal_pattern(rng, n_heads, n):
+    weights = np.tril(rng.random((1, n_heads, n, n)) ** 3)
+    weights[:, 0, 1:, :] = 0.05
+    weights[:, 0, np.arange(1, n), np.arange(n - 1)] = 0.9
+    weights[:, -1, :, 0] = 5
+    weights = np.tril(weights)
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def followed(rule, query, tokens):
+    """The keys of a rule, written for one query at a time."""
+    earlier = [key for key in range(query) if tokens[key] == tokens[query]]
+    return {
+        "previousToken": [query - 1] if query >= 2 else [],
+        "firstToken": [0] if query >= 2 else [],
+        "duplicateToken": earlier,
+        "induction": [key + 1 for key in earlier if key + 1 < query],
+    }[rule]
+
+
+def scored(pattern, rule, tokens, queries=None):
+    """Mean weight, share of hits and instances of one head's pattern [query, key]."""
+    weights, hits, instances = [], [], []
+    for query in range(len(tokens)) if queries is None else queries:
+        keys = followed(rule, query, tokens)
+        if keys:
+            weights.append(pattern[query, keys].sum())
+            hits.append(pattern[query, keys].max() >= pattern[query].max())
+            instances += [(query, key, pattern[query, key]) for key in keys]
+    return np.mean(weights), np.mean(hits), sorted(instances, key=lambda each: -each[2])
+
+
+def analyze(image, server, tokens, expression="AttentionAnalyzer new analyzeLayer: 2 weights: t tokens: r"):
+    server.replies["GET /health"]["tokens"] = tokens
+    return image.evaluate(
+        f"a := {client(server)} health. r := a at: 'tokens'."
+        f" t := ({client(server)} convertActivationsForNeuroScope: (a at: 'activations')) at: 'pattern'. {expression}"
+    )
+
+
+def serve_pattern(server, *patterns, **fields):
+    serve_records(server, *(record(each, "attention_pattern", 2, hook_id="pattern", **fields) for each in patterns))
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+
+def test_every_score_of_a_layer_is_numpys(image, server):
+    pattern = causal_pattern(np.random.default_rng(0), 3, len(TOKENS))
+    serve_pattern(server, pattern)
+    found = analyze(image, server, TOKENS)
+    exact = pattern[0].astype(np.float64)
+    assert set(found) == {*RULES, "entropy"}
+    for rule in RULES:
+        expected = [scored(head, rule, TOKENS) for head in exact]
+        means = np.array([each[0] for each in expected])
+        best = int(means.argmax())
+        np.testing.assert_allclose(found[rule]["scores"], means, rtol=1e-6, err_msg=rule)
+        assert found[rule]["head"] == best
+        assert found[rule]["strength"] == pytest.approx(means[best], rel=1e-6)
+        assert found[rule]["confidence"] == pytest.approx(expected[best][1])
+        instances = [(each["from"], each["to"], each["weight"]) for each in found[rule]["instances"]]
+        np.testing.assert_allclose(instances, expected[best][2], rtol=1e-6)
+    logs = np.log(exact, where=exact > 0, out=np.zeros_like(exact))
+    entropies = -(exact * logs).sum(-1)[:, 1:].mean(-1)
+    np.testing.assert_allclose(found["entropy"]["scores"], entropies, rtol=1e-6)
+    assert found["entropy"]["strength"] == pytest.approx(entropies.mean())
+    np.testing.assert_allclose(found["previousToken"]["scores"], heads.previous_token_scores(exact), rtol=1e-6)
+    np.testing.assert_allclose(found["induction"]["scores"], heads.induction_scores(exact, TOKENS), rtol=1e-6)
+
+
+def test_a_token_that_repeats_at_once_does_not_count_the_attention_to_itself(image):
+    keys = "(AttentionRule named: {}) keysFor: {} in: #(4 4 8 4)"
+    assert image.evaluate(keys.format("'induction'", 1)) == []
+    assert image.evaluate(keys.format("'induction'", 3)) == [1, 2]
+    assert image.evaluate(keys.format("'duplicateToken'", 3)) == [0, 1]
+    assert image.evaluate(keys.format("'previousToken'", 1)) == []
+
+
+def test_a_rule_of_which_no_query_speaks_is_left_out(image, server):
+    serve_pattern(server, causal_pattern(np.random.default_rng(1), 2, 4))
+    assert set(analyze(image, server, [1, 2, 3, 4])) == {"previousToken", "firstToken", "entropy"}
+    serve_pattern(server, np.ones((1, 2, 1, 1), np.float32))
+    found = analyze(image, server, [1])
+    assert found == {"entropy": {"strength": None, "head": None, "confidence": None, "instances": [], "scores": [None] * 2}}
+
+
+def test_chunks_of_a_prompt_are_scored_at_their_positions_and_twice_captured_rows_once(image, server):
+    n = len(TOKENS)
+    pattern = causal_pattern(np.random.default_rng(2), 3, n)
+    serve_pattern(server, pattern)
+    whole = analyze(image, server, TOKENS)
+    serve_records(
+        server,
+        record(pattern[:, :, 6:], "attention_pattern", 2, hook_id="pattern", positions=(6, n)),
+        record(pattern[:, :, :6, :6], "attention_pattern", 2, hook_id="pattern", positions=(0, 6)),
+        record(pattern[:, :, :6, :6], "attention_pattern", 2, hook_id="pattern", positions=(0, 6)),
+    )
+    chunks = analyze(image, server, TOKENS)
+    for rule in RULES:
+        np.testing.assert_allclose(chunks[rule]["scores"], whole[rule]["scores"], rtol=1e-6)
+        assert chunks[rule]["confidence"] == pytest.approx(whole[rule]["confidence"])
+    np.testing.assert_allclose(chunks["entropy"]["scores"], whole["entropy"]["scores"], rtol=1e-6)
+
+
+def test_selected_queries_and_heads_keep_their_numbers(image, server):
+    pattern = causal_pattern(np.random.default_rng(3), 4, len(TOKENS))
+    selected = pattern[:, [1, 3]][:, :, [4, 7, 9]]
+    serve_pattern(server, selected, positions=(4, 10), position_ids=[4, 7, 9], heads=[1, 3])
+    found = analyze(image, server, TOKENS)
+    for rule in RULES:
+        expected = [scored(pattern[0, head], rule, TOKENS, [4, 7, 9])[0] for head in (1, 3)]
+        np.testing.assert_allclose(found[rule]["scores"], expected, rtol=1e-6)
+        assert found[rule]["head"] == [1, 3][int(np.argmax(expected))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "fields", "tokens", "complaint"),
+    [
+        ((1, 2, 3, 3), {}, 4, "Expected 3 tokens, one for each position, got 4"),
+        ((1, 2, 3, 3), {"positions": (4, 7)}, 3, "A sliding window has cut this pattern: its 3 columns"),
+        ((1, 2, 3, 3), {"positions": (0, 2)}, 3, "Expected one position for each of 3 queries, got 2"),
+        ((1, 2, 3, 3), {"reduce": "mean"}, 3, "A pattern that was reduced to its mean"),
+        ((1, 2, 2, 3), {"positions": None}, 3, "Expected as many queries as keys in a pattern that does not know"),
+        ((3, 3), {"positions": None}, 3, "Expected the axes head, query and key, got"),
+    ],
+)
+def test_patterns_that_cannot_be_scored_are_refused(image, server, shape, fields, tokens, complaint):
+    serve_records(server)
+    made = record(np.full((1, 2, shape[-2], shape[-1]), 0.5, np.float32), "attention_pattern", 2, hook_id="pattern")
+    made |= {"shape": list(shape), "data": np.full(shape, 0.5).tolist(), "encoding": "json"} | fields
+    server.replies["GET /health"] = {"activations": {"pattern": [made]}}
+    with pytest.raises(SmalltalkError, match=complaint):
+        analyze(image, server, list(range(tokens)))
+
+
+def test_patterns_of_different_heads_and_patterns_that_are_not_finite_are_refused(image, server):
+    pattern = causal_pattern(np.random.default_rng(4), 2, 4)
+    serve_records(
+        server,
+        record(pattern, "attention_pattern", 2, hook_id="pattern"),
+        record(pattern[:, :1], "attention_pattern", 2, hook_id="pattern", heads=[1]),
+    )
+    with pytest.raises(SmalltalkError, match="must have the same heads"):
+        analyze(image, server, [1, 2, 3, 4])
+    pattern[0, 0, 1, 0] = np.nan
+    serve_pattern(server, pattern)
+    with pytest.raises(SmalltalkError, match="pattern holds nan or inf"):
+        analyze(image, server, [1, 2, 3, 4])
+
+
+def test_induction_heads_are_ranked_and_those_under_the_threshold_left_out(image, server):
+    pattern = causal_pattern(np.random.default_rng(5), 4, len(TOKENS))
+    for query in (4, 7, 8, 9):
+        pattern[0, 2, query] = 0
+        keys = followed("induction", query, TOKENS)
+        pattern[0, 2, query, keys] = 1 / len(keys)
+    serve_pattern(server, pattern)
+    ranked = heads.ranked({0: heads.induction_scores(pattern[0], TOKENS)})
+    said = "(AttentionAnalyzer new threshold: {}; detectInductionHeads: t first tokens: r)"
+    said += " collect: [ :each | {{ each layer. each index. each score }} ]"
+    found = analyze(image, server, TOKENS, said.format(0))
+    assert [each[:2] for each in found] == [[each.layer, each.head] for each in ranked]
+    np.testing.assert_allclose([each[2] for each in found], [each.score for each in ranked], rtol=1e-6)
+    assert [each[1] for each in analyze(image, server, TOKENS, said.format(ranked[0].score - 0.01))] == [2]
+    with pytest.raises(SmalltalkError, match="No token occurs twice with something between"):
+        analyze(image, server, list(range(10)), said.format(0))
+
+
+def test_head_similarity_is_the_cosine_of_two_patterns(image, server):
+    rng = np.random.default_rng(6)
+    one, other = causal_pattern(rng, 2, 5), causal_pattern(rng, 2, 5)
+    serve_records(
+        server,
+        record(one, "attention_pattern", 0, hook_id="one"),
+        record(other, "attention_pattern", 1, hook_id="other"),
+    )
+
+    def cosine(a, b):
+        a, b = (each.astype(np.float64).ravel() for each in (a, b))
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    found = image.evaluate(
+        f"t := {tensors(server)}. ids := #(1 2 3 4 5)."
+        "make := [ :a :b | AttentionAnalysis tensors: (Dictionary new at: 0 put: (t at: a); at: 1 put: (t at: b);"
+        " yourself) tokens: ids tokenStrings: ids ]."
+        "x := make value: 'one' value: 'other'. y := make value: 'other' value: 'one'."
+        "c := AttentionAnalyzer new compareAttentionPatterns: x with: y."
+        "{ x similarityOf: 0 head: 1 with: x layer: 1 head: 0. c overallSimilarity. c similarityAt: 1 head: 0."
+        " c heads collect: [ :each | each score ]. (x attentionAt: 1 head: 1) data. (x similarityOf: 0 head: 1 with: x"
+        " layer: 0 head: 1) }"
+    )
+    assert found[0] == pytest.approx(cosine(one[0, 1], other[0, 0]), rel=1e-6)
+    swapped = [cosine(one[0, head], other[0, head]) for head in (0, 1)]
+    assert found[1] == pytest.approx(np.mean(swapped), rel=1e-6)
+    assert found[2] == pytest.approx(swapped[0], rel=1e-6)
+    np.testing.assert_allclose(found[3], sorted(swapped * 2, reverse=True), rtol=1e-6)
+    np.testing.assert_allclose(found[4], other[0, 1].ravel(), rtol=1e-7)
+    assert found[5] == pytest.approx(1)
+
+
+# -- heatmaps ----------------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+ODD = ["<s>", '&lt;"x"', " Mary", "it's", "averylongtokenword", "\n", "\x01", "é✓", "a", "b", "c"]
+
+
+def cells(svg):
+    """Of each panel, (x, y, fill, tooltip) of every cell."""
+    return [
+        [
+            (int(rect.get("x")), int(rect.get("y")), rect.get("fill"), rect.find(f"{SVG}title").text)
+            for rect in group.findall(f"{SVG}rect")
+            if rect.find(f"{SVG}title") is not None
+        ]
+        for group in svg.findall(f"{SVG}g")[:-1]
+    ]
+
+
+def test_a_heatmap_has_a_cell_for_each_weight_that_shows(image, server):
+    n = len(ODD)
+    pattern = causal_pattern(np.random.default_rng(7), 3, n)
+    serve_pattern(server, pattern)
+    text = analyze(image, server, ODD, "(AttentionVisualizer new createHeatmap: t tokens: r layer: 2) asSVG")
+    svg = ElementTree.fromstring(text)
+    panels = cells(svg)
+    assert [len(each) for each in panels] == [int((head >= 0.0005).sum()) for head in pattern[0]]
+    size = 28
+    for panel, head in zip(panels, pattern[0], strict=True):
+        for x, y, fill, tooltip in panel:
+            weight = head[y // size, x // size]
+            shown = float(tooltip.rpartition(": ")[2])
+            assert shown == pytest.approx(weight, abs=0.0005)
+            assert tooltip.startswith(f"{y // size} ")
+            assert f"looks at {x // size} " in tooltip
+            assert re.fullmatch(r"rgb\(\d+,\d+,\d+\)", fill)
+    assert svg.get("width") == svg.get("viewBox").split()[2]
+    labels = [each.text for each in svg.iter(f"{SVG}text")]
+    for label in ["<s>", '&lt;"x"', "·Mary", "it's", "averylongto…", "\\n", "\ufffd", "é✓", "head 2", "0"]:
+        assert label in labels
+    assert "averylongtokenword" in panels[0][-1][3] or any("averylongtokenword" in cell[3] for cell in panels[0])
+
+
+def test_colours_get_darker_evenly_and_the_maximum_scales_them(image):
+    found = image.evaluate(
+        "h := AttentionHeatmap pattern: (ActivationTensor data: #(1) shape: #(1 1 1)) tokens: #('a') layer: 0."
+        "c := (0 to: 20) asArray collect: [ :each | h colorFor: each / 20 ]. h maximum: 0.5."
+        "{ c. h colorFor: 0.5. h colorFor: 2 }"
+    )
+    rgb = np.array([[int(part) for part in re.findall(r"\d+", colour)] for colour in found[0]]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    lightness = 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+    np.testing.assert_allclose(np.diff(lightness), -77 / 20, atol=1)
+    assert found[1] == found[2] == found[0][-1]
+
+
+def test_a_heatmap_shows_the_heads_asked_for_and_no_others(image, server):
+    serve_pattern(server, causal_pattern(np.random.default_rng(8), 3, 4)[:, :2], heads=[1, 5])
+    shown = "(AttentionVisualizer new createHeatmap: t tokens: r layer: 2) heads: #({}); asSVG"
+    svg = ElementTree.fromstring(analyze(image, server, list("abcd"), shown.format(5)))
+    assert [each.text for each in svg.iter(f"{SVG}text")][0] == "Attention of layer 2, head 5"
+    with pytest.raises(SmalltalkError, match="There is no head 2 in layer 2. Heads: 1, 5"):
+        analyze(image, server, list("abcd"), shown.format(2))
+
+
+def test_a_heatmap_is_saved_whole_or_not_at_all(image, tmp_path):
+    make = (
+        "h := AttentionHeatmap pattern: (ActivationTensor data: #(1) shape: #(1 1 1)) tokens: #('a') layer: 0."
+        " h saveAs: {}. h asSVG"
+    )
+    file = tmp_path / "a.svg"
+    file.write_text("x" * 100_000)
+    for _ in range(2):
+        assert file.read_text() != image.evaluate(make.format(literal(str(file)))) or file.stat().st_size < 100_000
+    assert ElementTree.parse(file).getroot().tag == f"{SVG}svg"
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(SmalltalkError, match="the name must end in .svg, got a.png"):
+        image.evaluate(make.format(literal(str(tmp_path / "a.png"))))
+    with pytest.raises(SmalltalkError, match="FileDoesNotExistException"):
+        image.evaluate(make.format(literal(str(tmp_path / "missing" / "a.svg"))))
+    file.write_text("old")
+    with pytest.raises(SmalltalkError, match="half way"):
+        image.evaluate(
+            "h := AttentionHeatmap pattern: (ActivationTensor data: #(1) shape: #(1 1 1))"
+            " tokens: (Array with: (SmalltalkImage current)) layer: 0."
+            f" h instVarNamed: 'maximum' put: nil. [ h saveAs: {literal(str(file))} ]"
+            " on: Error do: [ :error | Error new signal: 'half way' ]"
+        )
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# -- probes ------------------------------------------------------------------------------------------
+
+
+def newton(features, targets, penalty, curve):
+    """Weights and bias at the minimum of LinearFit's sum, in float64."""
+    columns = np.c_[features, np.ones(len(features))].astype(np.float64)
+    ridge = np.diag([penalty] * features.shape[1] + [0])
+    solution = np.zeros(columns.shape[1])
+    for _ in range(60):
+        z = columns @ solution
+        value, slope = curve(z)
+        gradient = columns.T @ (value - targets) + ridge @ solution
+        solution -= np.linalg.solve(columns.T @ (columns * slope[:, None]) + ridge, gradient)
+    return solution[:-1], solution[-1]
+
+
+def logistic(z):
+    p = 1 / (1 + np.exp(-z))
+    return p, p * (1 - p)
+
+
+def identity(z):
+    return z, np.ones_like(z)
+
+
+def serve_examples(server, features, labels):
+    serve_records(server, record(features[None], hook_id="x"))
+    server.replies["GET /health"]["labels"] = labels
+
+
+def probe(server, script, setup="p := LinearProbe new."):
+    return (
+        f"a := {client(server)} health. y := a at: 'labels'."
+        f" x := (({client(server)} convertActivationsForNeuroScope: (a at: 'activations')) at: 'x') first. {setup} {script}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("examples", "width", "penalty"), [(40, 5, 1.0), (30, 64, 0.1), (60, 60, 1.0), (150, 12, 0.01), (12, 300, 10.0)]
+)
+def test_a_logistic_probe_finds_the_minimum(image, server, examples, width, penalty):
+    rng = np.random.default_rng(examples)
+    features = (rng.normal(size=(examples, width)) * 3 + 1).astype(np.float32)
+    positive = features[:, 0] + rng.normal(size=examples) * 3 > 1
+    positive[:2] = [False, True]
+    serve_examples(server, features, np.where(positive, "yes", "no").tolist())
+    found = image.evaluate(
+        probe(
+            server,
+            f"p input: x labels: y regularization: {penalty}; train."
+            "{ p weights data. p bias. p weights shape. p classes. p predict: x. p trainingAccuracy."
+            " (p predictProbabilities: x) collect: [ :each | each at: 'yes' ]. p finalLoss }",
+        )
+    )
+    weights, bias = newton(features, positive, penalty, logistic)
+    np.testing.assert_allclose(found[0], weights, atol=1e-6)
+    assert found[1] == pytest.approx(bias, abs=1e-6)
+    assert found[2:4] == [[width], ["no", "yes"]]
+    z = features @ weights + bias
+    assert found[4] == np.where(z > 0, "yes", "no").tolist()
+    assert found[5] == pytest.approx(np.mean((z > 0) == positive))
+    np.testing.assert_allclose(found[6], logistic(z)[0], atol=1e-6)
+    loss = np.logaddexp(0, z) - positive * z
+    assert found[7] == pytest.approx(loss.sum() + penalty / 2 * (weights**2).sum(), rel=1e-9)
+
+
+def test_more_than_two_labels_are_each_against_the_rest(image, server):
+    rng = np.random.default_rng(9)
+    labels = np.array(["a", "b", "c"])[rng.integers(0, 3, 60)]
+    labels[:3] = ["c", "a", "b"]
+    features = (rng.normal(size=(60, 6)) + (labels == "a")[:, None] - 2 * (labels == "b")[:, None]).astype(np.float32)
+    serve_examples(server, features, labels.tolist())
+    found = image.evaluate(
+        probe(
+            server,
+            "p input: x labels: y regularization: 0.5; train. e := p evaluateOn: x withLabels: y."
+            "{ p weights data. p weights shape. p bias. p classes. (p predictProbabilities: x) collect: [ :each |"
+            " (p classes collect: [ :label | each at: label ]) ]. e. p predict: x }",
+        )
+    )
+    order = ["c", "a", "b"]
+    each = [newton(features, labels == label, 0.5, logistic) for label in order]
+    assert found[1] == [3, 6]
+    assert found[3] == order
+    np.testing.assert_allclose(np.reshape(found[0], (3, 6)), [weights for weights, _ in each], atol=1e-6)
+    np.testing.assert_allclose(found[2], [bias for _, bias in each], atol=1e-6)
+    shares = np.stack([logistic(features @ weights + bias)[0] for weights, bias in each], axis=1)
+    np.testing.assert_allclose(found[4], shares / shares.sum(1, keepdims=True), atol=1e-6)
+    predicted = np.array(order)[shares.argmax(1)]
+    assert found[6] == predicted.tolist()
+    assert found[5]["accuracy"] == pytest.approx(np.mean(predicted == labels))
+    for label, row in found[5]["confusion"].items():
+        for guess, count in row.items():
+            assert count == ((labels == label) & (predicted == guess)).sum()
+    assert sum(sum(row.values()) for row in found[5]["confusion"].values()) == 60
+
+
+@pytest.mark.parametrize("width", [4, 50])
+def test_a_regression_is_ridge_regression(image, server, width):
+    rng = np.random.default_rng(10)
+    features = rng.normal(size=(30, width)).astype(np.float32)
+    targets = (features[:, 0] * 2 + rng.normal(size=30) + 5).tolist()
+    serve_examples(server, features, targets)
+    found = image.evaluate(
+        probe(
+            server,
+            "p probeType: 'regression'; input: x labels: y regularization: 2; train."
+            " e := p evaluateOn: x withLabels: y. { p weights data. p bias. e. p predict: (x slice: #(3) axis: 2) }",
+        )
+    )
+    weights, bias = newton(features, np.array(targets), 2, identity)
+    np.testing.assert_allclose(found[0], weights, atol=1e-6)
+    assert found[1] == pytest.approx(bias, abs=1e-6)
+    predicted = features @ weights + bias
+    assert found[2]["meanSquaredError"] == pytest.approx(np.mean((predicted - targets) ** 2), rel=1e-6)
+    assert found[2]["r2"] == pytest.approx(1 - np.var(predicted - targets) / np.var(targets), rel=1e-6)
+    np.testing.assert_allclose(found[3], predicted[2], rtol=1e-6)
+
+
+def test_the_last_examples_are_kept_back(image, server):
+    rng = np.random.default_rng(11)
+    features = rng.normal(size=(20, 3)).astype(np.float32)
+    labels = (features[:, 0] > 0).astype(int)
+    labels[16:] = 1 - labels[16:]
+    serve_examples(server, features, labels.tolist())
+    found = image.evaluate(
+        probe(
+            server,
+            "p trainingData: x labels: y validationSplit: 0.2; train. { p weights data. p trainingAccuracy."
+            " p validationAccuracy }",
+        )
+    )
+    first = labels[0]
+    weights, bias = newton(features[:16], labels[:16] != first, 1.0, logistic)
+    np.testing.assert_allclose(found[0], weights, atol=1e-6)
+    predicted = np.where(features @ weights + bias > 0, 1 - first, first)
+    assert found[1:] == [np.mean(predicted[:16] == labels[:16]), np.mean(predicted[16:] == labels[16:])]
+
+
+def test_examples_may_be_vectors_of_any_kind_and_one_vector_has_one_answer(image):
+    found = image.evaluate(
+        "rows := #(#(0 1) #(1 1) #(2 0) #(3 0)). y := #(#low #low #high #high)."
+        "one := LinearProbe input: rows labels: y regularization: 1. one train."
+        "two := LinearProbe input: (rows collect: [ :each | ActivationTensor data: each shape: #(2) ]) labels: y"
+        " regularization: 1. two train."
+        "{ one weights data. two weights data. one predict: #(3 0). one predict: (ActivationTensor data: #(0 1) shape: #(2))."
+        " one predict: #(#(3 0)). (one predictProbabilities: #(3 0)) at: #high. one evaluate: { #(3 0) -> #high. #(3 0) ->"
+        " #low } }"
+    )
+    assert found[0] == found[1]
+    assert found[2:5] == ["high", "low", ["high"]]
+    assert 0.5 < found[5] < 1
+    assert found[6] == {"count": 2, "accuracy": 0.5, "confusion": {"high": {"high": 1}, "low": {"high": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        ("p input: #(#(1) #(2)) labels: #(1 1) regularization: 1; train", "2 different labels or more, got only 1"),
+        ("p input: #(#(1)) labels: #(1) regularization: 1; train", "2 examples or more, got 1"),
+        ("p input: #() labels: #() regularization: 1", "needs examples, got none"),
+        ("p input: #(#(1) #(2)) labels: #(1) regularization: 1", "a label for each of 2 examples, got 1 labels"),
+        ("p input: #(#(1) #(2 3)) labels: #(1 2) regularization: 1", "1 features in each example, got 2"),
+        ("p input: {{Float nan}. {1.0}} labels: #(1 2) regularization: 1", "needs finite numbers, got"),
+        ("p input: {{Float infinity}. {1.0}} labels: #(1 2) regularization: 1", "needs finite numbers, got"),
+        ("p input: #(#(a) #(b)) labels: #(1 2) regularization: 1", "needs finite numbers, got 'a'"),
+        ("p input: #(#(1) #(2)) labels: #(1 2) regularization: 0; train", "must be more than 0, got 0"),
+        ("p train", "I have no examples"),
+        ("p predict: #(1)", "I have learned nothing yet"),
+        ("p probeType: 'clustering'", "classification or regression, got 'clustering'"),
+        ("p probeType: 'regression'; input: #(#(1) #(2)) labels: #(a b) regularization: 1; train", "finite numbers"),
+        ("p input: #(#(1) #(2)) labels: #(1 2) regularization: 1; train; predict: #(1 2)", "1 features in each"),
+        ("p trainingData: #(#(1) #(2)) labels: #(1 2) validationSplit: 1", "from 0 to less than 1, got 1"),
+        ("p input: #(#(1) #(2)) labels: #(1 2) regularization: 1; train; validationAccuracy", "No examples were kept"),
+    ],
+)
+def test_what_a_probe_cannot_learn_from_is_refused(image, script, complaint):
+    with pytest.raises(SmalltalkError, match=re.escape(complaint)):
+        image.evaluate(f"p := LinearProbe new. {script}")
+
+
+# -- circuits of one capture -------------------------------------------------------------------------
+
+
+def same_circuits(smalltalk, python):
+    assert [each["name"] for each in smalltalk] == [each["name"] for each in python]
+    for ours, theirs in zip(smalltalk, python, strict=True):
+        assert ours["confidence"] == pytest.approx(theirs["confidence"], rel=1e-5, abs=1e-9)
+        assert ours["components"] == theirs["components"]
+        assert len(ours["pathway"]) == len(theirs["pathway"])
+        assert "orrelational" in ours["description"]
+
+
+AS_DICTIONARIES = (
+    "circuits collect: [ :each | Dictionary new at: 'name' put: each name; at: 'confidence' put: each confidence;"
+    " at: 'components' put: each components; at: 'pathway' put: each pathway;"
+    " at: 'description' put: each description; yourself ]"
+)
+
+
+def find_circuits(image, server):
+    return image.evaluate(f"circuits := CircuitFinder findCircuits: {tensors(server)}. {AS_DICTIONARIES}")
