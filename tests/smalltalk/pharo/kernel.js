@@ -1,6 +1,6 @@
 'use strict';
 // Objects and numbers.
-module.exports = function kernel({ globals, on, subclass }) {
+module.exports = function kernel({ globals, on, signal, subclass }) {
   on(globals.Object, {
     isBlock: () => false,
     isCollection: () => false,
@@ -32,7 +32,12 @@ module.exports = function kernel({ globals, on, subclass }) {
       },
     });
   }
-  subclass(subclass(globals.Error, 'ArithmeticError'), 'ZeroDivide');
+  const ZeroDivide = subclass(subclass(globals.Error, 'ArithmeticError'), 'ZeroDivide');
+  const quotient = (a, b) => (b === 0 ? signal(ZeroDivide, '') : Math.floor(a / b));
+  on(globals.Number, {
+    '//'(other) { return quotient(Number(this), other); },
+    '\\\\'(other) { return Number(this) - quotient(Number(this), other) * other; },
+  });
   on(subclass(globals.Number, 'Float').klass, {
     infinity: () => Infinity,
     negativeInfinity: () => -Infinity,
