@@ -9,7 +9,7 @@ let nextPort = 1; // ports that no server outside takes unless it is the system'
 // {method, url, headers, body, timeout in s} -> what http.js answers: with the body, or with read for its pieces.
 function serve(request, isStreaming) {
   const { hostname, port } = new URL(request.url);
-  const server = ['localhost', '127.0.0.1'].includes(hostname) && servers.get(Number(port));
+  const server = ['localhost', '127.0.0.1'].includes(hostname) && servers.get(Number(port || 80));
   if (!server) return (isStreaming ? open : exchange)(request);
   if (!server._isRunning()) return { failure: 'ECONNREFUSED', message: 'connection refused' };
   const started = Date.now();
