@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from neuroscope_bridge.payload import dumps, encode_activation
 
@@ -213,3 +214,20 @@ def tensors(server: SimpleNamespace) -> str:
 def bits(values: Any, dtype: Any = np.float32) -> str:
     """The numbers as bits in hex, which tell 0.0 from -0.0."""
     return np.array(values, dtype).tobytes().hex()
+
+
+AS_DICTIONARIES = (
+    "circuits collect: [ :each | Dictionary new at: 'name' put: each name; at: 'confidence' put: each confidence;"
+    " at: 'components' put: each components; at: 'pathway' put: each pathway;"
+    " at: 'description' put: each description; yourself ]"
+)
+
+
+def same_circuits(smalltalk: list[dict[str, Any]], python: list[dict[str, Any]]) -> None:
+    """Whether `AS_DICTIONARIES` of a CircuitFinder's circuits are what the Python bridge finds in the same capture."""
+    assert [each["name"] for each in smalltalk] == [each["name"] for each in python]
+    for ours, theirs in zip(smalltalk, python, strict=True):
+        assert ours["confidence"] == pytest.approx(theirs["confidence"], rel=1e-5, abs=1e-9)
+        assert ours["components"] == theirs["components"]
+        assert len(ours["pathway"]) == len(theirs["pathway"])
+        assert "orrelational" in ours["description"]

@@ -7,15 +7,7 @@ from types import SimpleNamespace
 import build_smalltalk
 import numpy as np
 import pytest
-from smalltalk_image import (
-    HARNESS,
-    Image,
-    SmalltalkError,
-    compile_classes,
-    record,
-    serve_records,
-    tensors,
-)
+from smalltalk_image import AS_DICTIONARIES, HARNESS, Image, SmalltalkError, compile_classes, same_circuits
 from smalltalk_sources.chunks import in_dependency_order, to_chunks
 from smalltalk_sources.tonel import ClassDefinition, Method, TonelError, parse_class
 
@@ -134,84 +126,6 @@ def test_generated_interface_talks_to_the_clients_server(tmp_path):
 def test_generated_interface_refuses_what_is_no_url(url):
     with pytest.raises(ValueError, match="Not a URL"):
         generate_neuroscope_smalltalk_interface(SimpleNamespace(base_url=url))
-
-
-# -- circuits ------------------------------------------------------------------------------------
-
-
-def causal_pattern(rng, heads, n, keys=None):
-    weights = np.tril(rng.random((1, heads, n, n)) ** 3)
-    weights[:, 0, 1:, :] = 0.05
-    weights[:, 0, np.arange(1, n), np.arange(n - 1)] = 0.9
-    weights[:, 1, :, 0] = 5
-    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
-
-
-def same_circuits(smalltalk, python):
-    assert [each["name"] for each in smalltalk] == [each["name"] for each in python]
-    for ours, theirs in zip(smalltalk, python, strict=True):
-        assert ours["confidence"] == pytest.approx(theirs["confidence"], rel=1e-5, abs=1e-9)
-        assert ours["components"] == theirs["components"]
-        assert len(ours["pathway"]) == len(theirs["pathway"])
-        assert "orrelational" in ours["description"]
-
-
-AS_DICTIONARIES = (
-    "circuits collect: [ :each | Dictionary new at: 'name' put: each name; at: 'confidence' put: each confidence;"
-    " at: 'components' put: each components; at: 'pathway' put: each pathway;"
-    " at: 'description' put: each description; yourself ]"
-)
-
-
-def find_circuits(image, server):
-    return image.evaluate(f"circuits := CircuitFinder findCircuits: {tensors(server)}. {AS_DICTIONARIES}")
-
-
-def test_circuits_are_those_of_the_python_bridge(image, server):
-    rng = np.random.default_rng(3)
-    pattern = causal_pattern(rng, 4, 9)
-    activations = serve_records(
-        server,
-        record(pattern[:, :, :5, :5], "attention_pattern", 2),
-        record(pattern[:, :, 5:], "attention_pattern", 2, positions=(5, 9)),
-        record(pattern[:, :, 8:], "attention_pattern", 2, positions=(9, 10), phase="decode", step=1),
-        record(causal_pattern(rng, 2, 2), "attention_pattern", 1),
-        record(pattern[:, :, :, 4:], "attention_pattern", 3),
-        *(
-            record(rng.normal(size=(2, 9, 8)).astype(np.float32) * scale, component, layer)
-            for layer in (0, 1, 2)
-            for component, scale in [("residual", 2), ("attention", 1), ("mlp", 5)]
-            if (layer, component) != (1, "residual")
-        ),
-        record(rng.normal(size=(1, 9, 8)) * 9, "attention", 2, is_input=True, hook_id="ignored"),
-        record(rng.normal(size=(1, 1, 8)) * 9, "attention", 2, phase="decode", positions=(9, 10), hook_id="ignored"),
-    )
-    found = find_circuits(image, server)
-    same_circuits(found, bridge.find_circuits(activations))
-    names = [each["name"] for each in found]
-    assert {"previous_token_head L2H0", "first_token_head L2H1", "mlp_write L0", "attention_write L1"} <= set(names)
-    assert not [name for name in names if re.search("head L[13]", name)]
-
-
-def test_a_previous_token_head_is_scored_by_hand(image, server):
-    pattern = np.zeros((1, 1, 4, 4), np.float32)
-    pattern[0, 0] = [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.5, 0.25, 0], [0.125, 0, 0.75, 0.125]]
-    serve_records(server, record(pattern, "attention_pattern", 5))
-    (circuit,) = find_circuits(image, server)
-    assert circuit["name"] == "previous_token_head L5H0"
-    assert circuit["confidence"] == (0.5 + 0.75) / 2
-    assert circuit["components"] == [{"layer": 5, "componentType": "attention_head", "index": 0}]
-    assert circuit["pathway"] == [{"source": "position q-1", "target": "position q", "strength": 0.625}]
-
-
-def test_writes_without_a_residual_are_relative_to_the_largest(image, server):
-    serve_records(server, record(np.full((1, 2, 4), 1.0), "mlp", 0), record(np.full((1, 2, 4), 0.25), "attention", 1))
-    found = {each["name"]: each["confidence"] for each in find_circuits(image, server)}
-    assert found == {"mlp_write L0": 1.0, "attention_write L1": 0.25}
-
-
-def test_nothing_captured_is_no_circuit(image):
-    assert image.evaluate("(CircuitFinder findCircuits: Dictionary new) size") == 0
 
 
 # -- a live server -------------------------------------------------------------------------------

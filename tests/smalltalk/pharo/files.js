@@ -32,7 +32,13 @@ module.exports = function files({ globals, on, subclass, signal }) {
     '/'(name) { return reference(path.join(this['@path'], String(name))); },
     exists() { return fs.existsSync(this['@path']); },
     contents() { return fs.readFileSync(this['@path'], 'utf8'); },
-    ensureDelete() { fs.rmSync(this['@path'], { force: true }); },
+    ensureDelete() {
+      try {
+        fs.rmSync(this['@path'], { force: true });
+      } catch (error) {
+        signal(FileException, `Cannot delete ${this['@path']}`);
+      }
+    },
     'renameTo:'(basename) {
       const target = path.join(path.dirname(this['@path']), String(basename));
       if (fs.existsSync(target)) signal(FileExists, target);

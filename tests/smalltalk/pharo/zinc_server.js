@@ -114,7 +114,7 @@ function install({ globals, nil, on, subclass, signal }) {
     'statusCode:': (status) => response(status),
     'ok:': (body) => response(200, body),
     'notFound:': (url) => response(404, entity(`Not Found ${url._pathPrintString()}\r\n`, 'text/plain')),
-    'serverError:': (text) => response(500, entity(text, 'text/plain')),
+    'serverError:': (text) => response(500, entity(`${text}\r\n`, 'text/plain')),
     noContent: () => response(204),
   });
 
@@ -144,7 +144,7 @@ function install({ globals, nil, on, subclass, signal }) {
     const bytes = contents instanceof Uint8Array ? contents : String(contents);
     return { status: reply['@code'], headers: sent, body: Buffer.from(bytes) };
   }
-  const printed = (error) => `${error._class()._name()}: ${error._messageText()}`;
+  const printed = (error) => error._description();
   on(ZnServer.klass, {
     'on:'(port) {
       const server = this._new();
