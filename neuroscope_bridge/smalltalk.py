@@ -9,7 +9,7 @@ TEMPLATE = "LMStudioRESTClient.st"
 _DEFAULT_URL = "^ 'http://127.0.0.1:8080'"
 
 _HEADER = """\
-NeuroScope for MLX: LMStudioRESTClient and what it needs, for Pharo 11 to 13.
+NeuroScope for MLX: the whole of the package NeuroScope-Core in one file, for Pharo 11 to 13.
 File me in: 'LMStudioRESTClient.st' asFileReference fileIn.
 Then, in a playground: LMStudioRESTClient default health.
 LMStudioRESTClient default talks to {url}"""
@@ -23,7 +23,8 @@ class HasBaseUrl(Protocol):
 
 
 def generate_neuroscope_smalltalk_interface(client: HasBaseUrl) -> str:
-    """`LMStudioRESTClient` and its classes in chunk format, with `default` set to the client's server.
+    """The package NeuroScope-Core in chunk format: `LMStudioRESTClient`, with `default` set to the client's server,
+    tensors, hooks and analysis.
 
         client = LMStudioNeuroScopeClient("http://127.0.0.1:9000")
         Path("LMStudioRESTClient.st").write_text(generate_neuroscope_smalltalk_interface(client))
