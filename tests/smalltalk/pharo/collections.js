@@ -13,20 +13,12 @@ module.exports = function collections({ globals, nil, on, wrap, signal }) {
       return this;
     },
   });
-<<<<<<< HEAD
   on(globals.Array, { 'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); } });
-  on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
-  // The bytes of a WideString are those of its words; what base64 reads there is no letter of it.
-  on(globals.String, {
-    'byteAt:'(index) {
-      const code = this.charCodeAt(index - 1);
-      return code < 256 ? code : 0;
-=======
+
   const outOfBounds = (index, size) => signal(globals.Error, `Index ${index} is out of bounds 1..${size}`);
   const at = {
     'at:'(index) {
       return index >= 1 && index <= this.length ? (this[index - 1] ?? nil) : outOfBounds(index, this.length);
->>>>>>> p-b
     },
   };
   on(globals.Array, at);
