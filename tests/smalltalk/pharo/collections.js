@@ -14,6 +14,7 @@ module.exports = function collections({ globals, nil, on, wrap, signal }) {
     },
   });
   on(globals.Array, { 'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); } });
+  on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
 
   const outOfBounds = (index, size) => signal(globals.Error, `Index ${index} is out of bounds 1..${size}`);
   const at = {
