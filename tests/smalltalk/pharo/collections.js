@@ -15,13 +15,7 @@ module.exports = function collections({ globals, nil, on, wrap, signal }) {
   });
   on(globals.Array, { 'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); } });
   on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
-  // The bytes of a WideString are those of its words; what base64 reads there is no letter of it.
-  on(globals.String, {
-    'byteAt:'(index) {
-      const code = this.charCodeAt(index - 1);
-      return code < 256 ? code : 0;
-    },
-  });
+
   const outOfBounds = (index, size) => signal(globals.Error, `Index ${index} is out of bounds 1..${size}`);
   const at = {
     'at:'(index) {
