@@ -8,7 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,10 +61,10 @@ def server() -> Iterator[SimpleNamespace]:
         yield server
 
 
-@pytest.fixture
-def live_image(live_server: SimpleNamespace, tmp_path: Path) -> Iterator[Image]:
+@pytest.fixture(scope="module")
+def live_image(live_server: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     """An image with what is generated for the live server, so that its default client is that one's."""
-    file = tmp_path / "LMStudioRESTClient.st"
+    file = tmp_path_factory.mktemp("image") / "LMStudioRESTClient.st"
     file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
     with Image(file) as image:
         yield image

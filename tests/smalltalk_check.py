@@ -21,7 +21,7 @@ from smalltalk_sources.syntax import (
     Variable,
     parse_method,
 )
-from smalltalk_sources.tonel import ClassDefinition, Extension, Method, TonelError, parse_file
+from smalltalk_sources.tonel import ClassDefinition, Method, TonelError, parse_file, to_tonel
 from smalltalk_sources.usage import PSEUDO_VARIABLES, Behavior, Sources, Use
 
 PHARO = Path(__file__).parent / "smalltalk" / "pharo_selectors.json"
@@ -47,30 +47,11 @@ def file_problems(file: Path) -> list[str]:
     if isinstance(definition, ClassDefinition) and definition.category != package:
         found.append(f"{file.name} is in package {package}, its category is {definition.category}")
     text = file.read_text(encoding="utf-8")
-    if text != as_tonel(definition):
-        found.append(f"{file.name} is not written as Pharo writes it: {_first_difference(text, as_tonel(definition))}")
+    if text != to_tonel(definition):
+        found.append(f"{file.name} is not written as Pharo writes it: {_first_difference(text, to_tonel(definition))}")
     if not text.isascii():
         found.append(f"{file.name} is not ASCII")
     return found
-
-
-def as_tonel(definition: ClassDefinition | Extension) -> str:
-    """The file as Pharo's Tonel writer would write it."""
-    methods = "".join(_method_as_tonel(definition.name, each) for each in definition.methods)
-    if isinstance(definition, Extension):
-        return f"Extension {{ #name : '{definition.name}' }}\n" + methods
-    variables = ",\n".join(f"\t\t'{each}'" for each in definition.instance_variables)
-    properties = [f"\t#name : '{definition.name}'", f"\t#superclass : '{definition.superclass}'"]
-    properties += [f"\t#instVars : [\n{variables}\n\t]"] if variables else []
-    properties += [f"\t#category : '{definition.category}'", f"\t#package : '{definition.category}'"]
-    comment = definition.comment.replace('"', '""')
-    return f'"\n{comment}\n"\nClass {{\n' + ",\n".join(properties) + "\n}\n" + methods
-
-
-def _method_as_tonel(class_name: str, method: Method) -> str:
-    header, _, body = method.source.partition("\n")
-    side = " class" if method.class_side else ""
-    return f"\n{{ #category : '{method.category}' }}\n{class_name}{side} >> {header} [\n{body}\n]\n"
 
 
 def _first_difference(text: str, expected: str) -> str:

@@ -10,6 +10,7 @@ from smalltalk_sources.tonel import ClassDefinition, Extension, Method, read_pac
 
 CORE = "NeuroScope-Core"
 CORE_TESTS = "NeuroScope-Core-Tests"
+EXAMPLES = "NeuroScope-Examples"
 
 
 def write_chunks(file: Path, *packages: str) -> Path:
@@ -27,6 +28,17 @@ def sunit_tests(package: str) -> list[str]:
         for cls in classes
         for selector in (method.source.split("\n")[0] for method in cls.methods if not method.class_side)
         if re.fullmatch(r"test\w*", selector)
+    ]
+
+
+def example_scripts(package: str) -> list[str]:
+    """What a click on an example evaluates: `Class selector` of every class-side method with a script pragma."""
+    return [
+        f"{definition.name} {method.source.splitlines()[0]}"
+        for definition in read_package(package)
+        for method in definition.methods
+        if method.class_side
+        and any(each.selector in ("script", "script:") for each in parse_method(method.source).pragmas)
     ]
 
 

@@ -1,15 +1,24 @@
 """LMStudioRESTClient under Amber: what it sends, what it makes of answers, and that it works with a live server."""
 
+import json
+import random
 import socket
+import struct
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from smalltalk_image import SmalltalkError, client, literal
+import requests
+from server_tools import until
+from smalltalk_image import SmalltalkError, bits, canned_server, client, literal
 
+from neuroscope_bridge import LMStudioNeuroScopeClient, stack_records
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
 
 bridge = NeuroScopeActivationBridge()
+PROMPT = "The capital of France is"
 
 
 # -- hooks ---------------------------------------------------------------------------------------
@@ -180,6 +189,152 @@ def test_replies_may_be_larger_than_zincs_own_limit(image, server):
         image.evaluate(f"ZnClient new url: {literal(server.base_url)}; addPath: #('health'); get")
 
 
+def test_an_error_names_the_field_and_the_request(image, server):
+    details = {"message": "No.", "code": "invalid_value", "param": "hooks[0]", "request_id": "req-7"}
+    server.replies["GET /health"] = (400, {"error": details})
+    script = f"[ {client(server)} health ] on: LMStudioRESTError do: [ :error | {{ error param. error requestId }} ]"
+    assert image.evaluate(script) == ["hooks[0]", "req-7"]
+
+
+def test_what_json_cannot_hold_is_refused_before_it_is_sent(image, server):
+    for number in ("Float nan", "Float infinity", "Float negativeInfinity"):
+        options = f"(Dictionary new at: 'logit_bias' put: (Dictionary new at: '7' put: {number}; yourself); yourself)"
+        with pytest.raises(SmalltalkError, match="JSON has finite numbers only"):
+            image.evaluate(f"{client(server)} chat: 'Hi' options: {options}")
+    assert server.requests == []
+
+
+# -- streams -------------------------------------------------------------------------------------
+
+
+def sends(*pieces, then=None, length=None):
+    """A canned reply: the pieces of an event stream, each on its way before the next, and what then happens."""
+
+    def send(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        if length is not None:
+            handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        for piece in pieces:
+            handler.wfile.write(piece)
+            handler.wfile.flush()
+            if len(pieces) < 200:
+                time.sleep(0.002)
+        if then:
+            then(handler)
+        handler.close_connection = True
+
+    return send
+
+
+def said(text):
+    return json.dumps({"choices": [{"delta": {"content": text}}]}, ensure_ascii=False)
+
+
+def streamed(image, server, *pieces, **options):
+    """The texts that a block is given of an event stream."""
+    server.replies["POST /v1/chat/completions"] = sends(*pieces, **options)
+    return image.evaluate(
+        f"texts := OrderedCollection new. {client(server)} timeout: 2; stream: 'Hi' do: [ :text :event |"
+        " texts add: text ]. texts"
+    )
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 7, None])
+def test_a_stream_may_be_cut_anywhere(image, server, end, size):
+    words = ["größer", "✓ 🜁", "", "a: b", "data: c\\n"]
+    lines = [line for word in words for line in (": a comment", "event: x", f"data: {said(word)}", "")]
+    bytes_ = end.join([*lines, "data: [DONE]", "", ""]).encode()
+    size = size or len(bytes_)
+    assert streamed(image, server, *(bytes_[i : i + size] for i in range(0, len(bytes_), size))) == words
+
+
+def test_streams_cut_at_random_are_understood_as_pythons_reader_does(image, server):
+    rng = random.Random(0)
+    for _ in range(20):
+        words = ["".join(rng.choices("aé✓🜁 :", k=rng.randrange(6))) for _ in range(rng.randrange(1, 6))]
+        end = rng.choice(["\n", "\r\n"])
+        text = "".join(f"data:{rng.choice(['', ' '])}{said(word)}{end}{end * rng.randrange(1, 3)}" for word in words)
+        bytes_ = (text + f"data: [DONE]{end}{end}").encode()
+        cuts = sorted(rng.sample(range(1, len(bytes_)), k=5))
+        pieces = [bytes_[a:b] for a, b in zip([0, *cuts], [*cuts, len(bytes_)], strict=True)]
+        assert streamed(image, server, *pieces) == words
+
+
+def test_data_lines_of_one_event_are_joined(image, server):
+    lines = json.dumps(json.loads(said("joined")), indent=1).splitlines()
+    assert len(lines) > 5
+    event = "".join(f"data: {line}\n" for line in lines)
+    assert streamed(image, server, f"{event}\ndata: [DONE]\n\n".encode()) == ["joined"]
+
+
+def broken(image, server, *pieces, **options):
+    server.replies["POST /v1/chat/completions"] = sends(*pieces, **options)
+    return image.evaluate(
+        f"texts := OrderedCollection new. [ {client(server)} timeout: 0.3; stream: 'Hi' do: [ :text :event |"
+        " texts add: text ] ] on: LMStudioRESTError do: [ :error |"
+        " { texts. error class name. error status. error code. error messageText } ]"
+    )
+
+
+def reset(handler):
+    """Break the connection without the ending that TCP has for it."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+ONE = f"data: {said('one')}\n\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({}, "ended before its [DONE]"),
+        ({"length": 10_000}, "Connection closed"),
+        ({"then": reset, "length": 10_000}, "Connection closed"),
+        ({"then": lambda handler: time.sleep(0.8)}, "timed out"),
+    ],
+)
+def test_a_stream_that_breaks_is_a_connection_error(image, server, options, complaint):
+    texts, name, status, code, message = broken(image, server, ONE, b"data: {", **options)
+    assert (texts, name, status, code) == (["one"], "LMStudioConnectionError", None, "no_connection")
+    assert complaint in message
+
+
+def test_an_error_in_a_stream_is_the_servers(image, server):
+    error = {"error": {"message": "It was cancelled.", "code": "cancelled"}}
+    found = broken(image, server, ONE, f"data: {json.dumps(error)}\n\n".encode())
+    assert found == [["one"], "LMStudioRESTError", None, "cancelled", "It was cancelled."]
+    texts, name, _, _, message = broken(image, server, ONE, b"data: <html>\n\n")
+    assert (texts, name) == (["one"], "LMStudioRESTError")
+    assert "<html>" in message
+
+
+def test_a_refusal_before_the_stream_is_an_ordinary_error(image, server):
+    server.replies["POST /v1/chat/completions"] = (400, {"error": {"message": "No.", "code": "invalid_value"}})
+    with pytest.raises(SmalltalkError) as caught:
+        image.evaluate(f"{client(server)} stream: 'Hi' do: [ :text :event | ]")
+    assert (caught.value.details["status"], caught.value.details["code"]) == (400, "invalid_value")
+    server.replies["POST /v1/chat/completions"] = (502, "")
+    with pytest.raises(SmalltalkError, match="nothing at all"):
+        image.evaluate(f"{client(server)} stream: 'Hi' do: [ :text :event | ]")
+
+
+def test_an_event_is_heard_before_the_next_one_is_sent(image, server):
+    """The second event is sent when the block has asked for another page on hearing the first."""
+
+    def wait(handler):
+        until(lambda: any(request.path == "/health" for request in server.requests))
+        handler.wfile.write(ONE + b"data: [DONE]\n\n")
+
+    server.replies["GET /health"] = {}
+    server.replies["POST /v1/chat/completions"] = sends(ONE, then=wait)
+    script = f"n := 0. c := {client(server)}. c stream: 'Hi' do: [ :text :event | n := n + 1. c health ]. n"
+    assert image.evaluate(script) == 2
+
+
 # -- a live server -------------------------------------------------------------------------------
 
 
@@ -231,3 +386,299 @@ def test_the_live_servers_refusal_arrives_as_an_error(live_image):
         live_image.evaluate(f"LMStudioRESTClient default generateWithActivations: 'Hi' hooks: {hooks}")
     assert (caught.value.details["class"], caught.value.details["status"]) == ("LMStudioRESTError", 400)
     assert "99" in caught.value.details["message"]
+
+
+def python(live_server):
+    return LMStudioNeuroScopeClient(live_server.base_url)
+
+
+OPTIONS = "(Dictionary new at: 'max_tokens' put: 8; at: 'temperature' put: 0; yourself)"
+
+
+def test_a_stream_says_what_the_whole_reply_says(live_image):
+    for kind, whole in (("stream: 'Hello'", "chat: 'Hello'"), ("streamCompletionOf: 'The cat'", "complete: 'The cat'")):
+        text, streamed, usages = live_image.evaluate(
+            f"c := LMStudioRESTClient default. texts := OrderedCollection new."
+            f"last := c {kind} options: {OPTIONS} do: [ :text :event | texts add: text ]."
+            f"whole := c {whole} options: {OPTIONS}."
+            "{ c textFrom: whole. texts. { whole at: 'usage'. last at: 'usage' } }"
+        )
+        assert "".join(streamed) == text
+        assert len([each for each in streamed if each]) > 1
+        assert usages[0] == usages[1]
+
+
+def test_streamed_activations_are_those_of_the_whole_run(live_image):
+    hook = "(Dictionary new at: 'hook_point' put: 'blocks.1.hook_resid_post'; at: 'hook_id' put: 'r'; yourself)"
+    hooks = f"(Array with: {hook})"
+    pairs = (
+        ("streamWithActivations: 'Hello' hooks: {}", "generateWithActivations: 'Hello' hooks: {}"),
+        ("streamCompletionOf: 'The cat' withActivations: {}", "completeWithActivations: 'The cat' hooks: {}"),
+    )
+    for stream, whole in pairs:
+        streamed, kept = live_image.evaluate(
+            f"c := LMStudioRESTClient default. rows := OrderedCollection new."
+            f"c {stream.format(hooks)} options: {OPTIONS} do: [ :text :event |"
+            "   (event includesKey: 'activations') ifTrue: ["
+            "       ((c activationsIn: event) at: 'r') do: [ :each | rows add: each data ] ] ]."
+            f"whole := c {whole.format(hooks)} options: {OPTIONS}."
+            "{ rows. ((c activationsIn: whole) at: 'r') collect: [ :each | each data ] }"
+        )
+        assert [bits(each) for each in streamed] == [bits(each) for each in kept]
+        assert len(kept) > 1
+
+
+@pytest.mark.parametrize("leave", ["^ 'left'", "self error: 'enough'"])
+def test_leaving_the_block_stops_the_generation(live_server, live_image, leave):
+    """However it is left: the job is cancelled long before the tokens that it was asked for."""
+    before = {job["id"] for job in python(live_server).list_jobs()}
+    never = "(Dictionary new at: '3' put: -100; yourself)"
+    endless = f"(Dictionary new at: 'max_tokens' put: 100; at: 'logit_bias' put: {never}; yourself)"
+    live_image.evaluate(
+        f"b := [ :c | c streamCompletionOf: 'The' options: {endless} do: [ :text :event | {leave} ] ]."
+        "[ b value: LMStudioRESTClient default ] on: Error do: [ :error | error messageText ]"
+    )
+
+    def ended():
+        return [job for job in python(live_server).list_jobs() if job["id"] not in before and job["finished"]]
+
+    until(ended)
+    (job,) = ended()
+    assert (job["kind"], job["status"]) == ("text_completion", "cancelled")
+
+
+# -- captures ------------------------------------------------------------------------------------
+
+
+def kept(live_image, hooks, tokens=3):
+    """`capture` in the image: a kept run of PROMPT."""
+    live_image.evaluate("LMStudioRESTClient default clearCaptures")
+    specs = " ".join(
+        f"add: (Dictionary new at: 'hook_point' put: {literal(point)}; at: 'hook_id' put: {literal(name)}; yourself);"
+        for name, point in hooks.items()
+    )
+    return (
+        f"c := LMStudioRESTClient default. hooks := OrderedCollection new. hooks {specs} yourself."
+        f"options := Dictionary new. options at: 'keep_capture' put: true; at: 'activation_encoding' put: 'none';"
+        f"   at: 'max_tokens' put: {tokens}; at: 'temperature' put: 0."
+        f"capture := c captureFrom: (c completeWithActivations: {literal(PROMPT)} hooks: hooks options: options)."
+    )
+
+
+def whole(live_server, point, tokens=3):
+    """The same run through the Python client, as one array."""
+    hooks = [{"hook_point": point, "hook_id": "x"}]
+    with python(live_server) as client:
+        reply = client.complete_with_activations(PROMPT, hooks, max_tokens=tokens, temperature=0)
+    return stack_records(reply["activations"]["x"])
+
+
+Z = "blocks.1.attn.hook_z"
+PATTERN = "blocks.2.attn.hook_pattern"
+RESIDUAL = "blocks.1.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    ("point", "send", "part"),
+    [
+        (Z, "yourself", lambda a: a),
+        (Z, "atPositions: '2:5'", lambda a: a[:, 2:5]),
+        (Z, "atPositions: #(0 3)", lambda a: a[:, [0, 3]]),
+        (Z, "atPositions: 'last'", lambda a: a[:, 5:]),
+        (Z, "atHeads: 2", lambda a: a[:, :, [2]]),
+        (Z, "slice: 3 axis: 2", lambda a: a[:, 2]),
+        (Z, "slice: -1 + 3 axis: -2", lambda a: a[:, :, 1]),
+        (Z, "slice: 4 axis: 4", lambda a: a[..., 3]),
+        (Z, "sliceFrom: 2 to: 4 axis: 2", lambda a: a[:, 1:4]),
+        (Z, "slice: #(4 1) axis: 2", lambda a: a[:, [3, 0]]),
+        (PATTERN, "slice: 6 axis: 3", lambda a: a[:, :, 5]),
+        (PATTERN, "slice: #(1 4) axis: 2", lambda a: a[:, [0, 3]]),
+        (RESIDUAL, "last", lambda a: a[:, -1]),
+        (RESIDUAL, "* 2", lambda a: a * 2),
+        (RESIDUAL, "reducedBy: 'norm'", lambda a: np.linalg.norm(a.astype(np.float64), axis=-1)),
+        (RESIDUAL, "reducedBy: 'mean'", lambda a: a.astype(np.float64).mean(1)),
+    ],
+)
+def test_what_is_asked_of_a_lazy_tensor_is_that_part_bit_for_bit(live_server, live_image, point, send, part):
+    shape, numbers = live_image.evaluate(
+        kept(live_image, {"x": point}) + f"t := (capture tensorsOf: 'x') first {send}. {{ t shape. t data }}"
+    )
+    expected = part(whole(live_server, point)).astype(np.float32)
+    assert (shape, bits(numbers)) == (list(expected.shape), bits(expected.ravel()))
+
+
+def test_a_part_of_a_part_names_its_positions_and_heads(live_server, live_image):
+    found = live_image.evaluate(
+        kept(live_image, {"x": Z}) + "t := ((capture tensorsOf: 'x') first atPositions: '2:6') atHeads: #(1 3)."
+        "s := t slice: 2 axis: 2. u := s slice: 2 axis: 2."
+        "{ t positions. t heads. t isFetched. s shape. s data. u data. t reduce. t name }"
+    )
+    array = whole(live_server, Z)
+    assert found[:4] == [[2, 6], [1, 3], False, [1, 2, 32]]
+    assert bits(found[4]) == bits(array[:, 3, [1, 3]].ravel())
+    assert bits(found[5]) == bits(array[:, 3, 3].ravel())
+    assert found[6:] == [None, f"x/{Z}"]
+
+
+def test_a_capture_reads_what_is_in_view_of_all_hooks_at_once(live_server, live_image):
+    hooks = {"z/all": "blocks.*.attn.hook_z", "r": RESIDUAL}
+    found = live_image.evaluate(
+        kept(live_image, hooks)
+        + "tell := [ :tensors | found := Dictionary new. tensors keysAndValuesDo: [ :id :list | found at: id put:"
+        "   (list collect: [ :each | { each layerIndex. each shape. each data } ]) ]. found ]."
+        "{ tell value: capture activations. tell value: ((capture layers: 1) positions: '-2:') activations."
+        "  tell value: ((capture layers: '1:3') positions: '-2:') tensors."
+        "  tell value: (capture hookPoint: 'blocks.3.*') tensors."
+        "  capture hookIds. capture model. capture tokens. capture hooks. capture interventions. capture arrays size."
+        "  ((capture dtype: 'float16') activationsOf: 'r') first dtype }"
+    )
+    everything, narrow, lazy, glob, hook_ids, model, tokens, receipts, edits, n_arrays, dtype = found
+    arrays = {layer: whole(live_server, f"blocks.{layer}.attn.hook_z") for layer in range(4)}
+    assert [each[0] for each in everything["z/all"]] == [0, 1, 2, 3]
+    for layer, shape, numbers in everything["z/all"]:
+        assert (shape, bits(numbers)) == (list(arrays[layer].shape), bits(arrays[layer].ravel()))
+    assert [(layer, shape) for layer, shape, _ in narrow["z/all"]] == [(1, [1, 2, 4, 32])]
+    assert narrow["z/all"][0] == lazy["z/all"][0]
+    assert [each[0] for each in lazy["z/all"]] == [1, 2]
+    assert bits(lazy["z/all"][1][2]) == bits(arrays[2][:, -2:].ravel())
+    assert (list(glob), glob["z/all"][0][0]) == (["z/all"], 3)
+    assert (set(hook_ids), model, edits, n_arrays, dtype) == ({"z/all", "r"}, "neuroscope-tiny", [], 5, "float16")
+    assert tokens["strings"][5] == "is"
+    assert receipts["r"]["positions"] == [0, 8]
+
+
+@contextmanager
+def counting_server(live_server):
+    """Stands before the live server: `sizes` are the bytes of each answer that it hands on."""
+
+    class Forwarding(dict):
+        def get(self, route, default=None):
+            method, path = route.split(" ", 1)
+            body = server.requests[-1].json
+            reply = requests.request(method, live_server.base_url + path, json=body, timeout=30)
+            server.sizes.append(len(reply.content))
+            return reply.status_code, reply.text
+
+    with canned_server(Forwarding()) as server:
+        server.sizes = []
+        yield server
+
+
+def test_lazy_tensors_fetch_once_and_only_their_part(live_server, live_image, image):
+    run = kept(live_image, {"x": RESIDUAL})
+    with counting_server(live_server) as server:
+        run = run.replace("LMStudioRESTClient default", client(server))
+        image.evaluate(
+            run + "all := (capture tensorsOf: 'x') first. part := all atPositions: 3."
+            "{ all shape. all size. all printString. all axes. all hookPoint. part shape }."
+            "{ part norm. part mean. part data size }. { all norm. all mean. (all slice: 1 axis: 2) norm }"
+        )
+    _, *described, part, everything = server.sizes
+    one_position = 4 / 3 * 4 * 128
+    assert len(described) == 2
+    assert max(described) < 1000
+    assert one_position < part < one_position + 1000
+    assert 8 * one_position < everything < 8 * one_position + 1000
+
+
+def test_captures_are_listed_and_deleted(live_image):
+    found = live_image.evaluate(
+        kept(live_image, {"x": Z})
+        + "n := c captures size. same := c captures first id = capture id. deleted := capture delete at: 'deleted'."
+        "gone := [ capture activations ] on: LMStudioRESTError do: [ :error | error code ]."
+        "{ n. same. deleted. gone. c captures size }"
+    )
+    assert found == [1, True, True, "capture_not_found", 0]
+
+
+def test_all_pages_of_captures_are_listed(image, server):
+    pages = {"": ["c5", "c4"], "?after=c4": ["c3", "c2"], "?after=c2": ["c1"]}
+    for query, ids in pages.items():
+        server.replies[f"GET /v1/captures{query}"] = {
+            "data": [{"id": id} for id in ids],
+            "has_more": query != "?after=c2",
+        }
+    assert image.evaluate(f"{client(server)} captures collect: [ :each | each id ]") == ["c5", "c4", "c3", "c2", "c1"]
+
+
+def test_activations_that_a_reply_cannot_carry_are_fetched_when_they_are_needed(live_server, live_image):
+    """The reply says that it omitted them, as a server with a small limit does."""
+    shapes, numbers, lazy = live_image.evaluate(
+        kept(live_image, {"x": RESIDUAL})
+        + "reply := Dictionary new. reply at: 'omitted' put: (Dictionary new at: 'bytes' put: 1; yourself)."
+        "reply at: 'capture_id' put: capture id. t := (c activationsIn: reply) at: 'x'."
+        "{ t first shape. t first data. t first class name }"
+    )
+    array = whole(live_server, RESIDUAL)
+    assert (shapes, bits(numbers), lazy) == (list(array.shape), bits(array.ravel()), "LazyActivationTensor")
+    with pytest.raises(SmalltalkError, match="ask for them with keep_capture: true"):
+        live_image.evaluate(
+            "LMStudioRESTClient default captureFrom: (Dictionary new at: 'capture_id' put: nil; yourself)"
+        )
+
+
+def test_patterns_of_a_prompt_by_layer(live_server, live_image):
+    found = live_image.evaluate(
+        f"p := LMStudioRESTClient default attentionPatterns: {literal(PROMPT)}."
+        "r := Dictionary new. p keysAndValuesDo: [ :layer :t | r at: layer printString put: { t shape. t data } ]. r"
+    )
+    assert sorted(found) == ["0", "1", "2", "3"]
+    for layer, (shape, numbers) in found.items():
+        array = whole(live_server, f"blocks.{layer}.attn.hook_pattern", tokens=0)
+        assert (shape, bits(numbers)) == (list(array.shape), bits(array.ravel()))
+
+
+# -- jobs ----------------------------------------------------------------------------------------
+
+
+def test_jobs_report_progress_and_their_result(live_image):
+    seen, result, models = live_image.evaluate(
+        "c := LMStudioRESTClient default. seen := OrderedCollection new."
+        "job := c loadModelInBackground: 'neuroscope-tiny'."
+        "job waitDo: [ :each | seen add: { each status. each fraction. each message } ]."
+        "{ seen. job result. c listModels collect: [ :each | each at: 'id' ] }"
+    )
+    assert seen[-1] == ["completed", 1, "completed"]
+    assert result["model_id"] in models
+
+
+def test_a_job_that_failed_signals_what_the_server_says(live_image):
+    script = "(LMStudioRESTClient default loadModelInBackground: '/no/such/folder') wait"
+    with pytest.raises(SmalltalkError) as caught:
+        live_image.evaluate(script)
+    assert (caught.value.details["class"], caught.value.details["code"]) == ("LMStudioRESTError", "model_not_found")
+
+
+def test_a_job_can_be_cancelled_and_looked_up(live_image):
+    found = live_image.evaluate(
+        "c := LMStudioRESTClient default. job := c selfTestInBackground. job cancel."
+        "code := [ job wait. 'none' ] on: LMStudioRESTError do: [ :error | error code ]."
+        "again := c job: job id. listed := c jobs detect: [ :each | each id = job id ]."
+        "{ code. again status. again kind. again model. listed failure messageText }"
+    )
+    assert found[:4] == ["cancelled", "cancelled", "selftest", "neuroscope-tiny"]
+    assert "was cancelled" in found[4]
+
+
+def test_a_self_test_in_the_background_answers_the_same(live_image):
+    waited, at_once = live_image.evaluate(
+        "c := LMStudioRESTClient default. { c selfTestInBackground wait. c selfTest }"
+    )
+    assert waited["passed"] is True
+    assert {key: waited[key] for key in ("model", "untrusted")} == {key: at_once[key] for key in ("model", "untrusted")}
+
+
+def test_hooks_are_forgotten_for_ones_own_model_only(live_image):
+    found = live_image.evaluate(
+        "c := LMStudioRESTClient default. c loadModel: 'neuroscope-tiny' id: 'other'."
+        "d := LMStudioRESTClient default. d modelId: 'neuroscope-tiny'."
+        "hooks := c createCircuitAnalysisHooks: 1. c registerHooks: hooks. d registerHooks: hooks."
+        "counts := [ { c registeredHooks size. d registeredHooks size } ]."
+        "ids := c registeredHooks collect: [ :each | each at: 'hook_id' ]."
+        "c removeHook: 'layer_0_mlp'. removed := counts value."
+        "c clearHooks. cleared := counts value. c registerHooks: hooks. c clearAllHooks. all := counts value."
+        "unloaded := c unloadModel: 'other'. { ids. removed. cleared. all. unloaded at: 'deleted'. c modelId }"
+    )
+    assert found == [
+        ["layer_0_residual", "layer_0_attention", "layer_0_mlp"], [2, 3], [0, 3], [0, 0], True, "neuroscope-tiny",
+    ]  # fmt: skip

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import build_smalltalk
 import pytest
 from smalltalk_image import Image
+from smalltalk_sources import tonel
 
 from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
@@ -16,7 +16,8 @@ DOCUMENTS = ["README.md", "docs/pharo.md"]
 def snippets(comment: str) -> list[str]:
     """The indented parts of a class comment: its runnable ones."""
     return [
-        re.sub(r"^\t", "", part, flags=re.MULTILINE) for part in re.findall(r"(?:^\t.*\n?|^\n(?=\t))+", comment, re.MULTILINE)
+        re.sub(r"^\t", "", part, flags=re.MULTILINE)
+        for part in re.findall(r"(?:^\t.*\n?|^\n(?=\t))+", comment, re.MULTILINE)
     ]
 
 
@@ -34,7 +35,7 @@ def image(live_server, tmp_path, monkeypatch):
 COMMENTS = [
     pytest.param(snippet, id=f"{file.stem.split('.')[0]}-{number}")
     for file in sorted((ROOT / "smalltalk").glob("NeuroScope-Core/*.class.st"))
-    for number, snippet in enumerate(snippets(build_smalltalk.parse_class(file.read_text()).comment))
+    for number, snippet in enumerate(snippets(tonel.parse_class(file.read_text()).comment))
 ]
 
 
@@ -45,5 +46,5 @@ def test_a_class_comments_snippet_runs(image, snippet):
 
 def test_class_comments_are_in_the_first_person_and_show_something():
     for file in (ROOT / "smalltalk").glob("NeuroScope-*/*.class.st"):
-        comment = build_smalltalk.parse_class(file.read_text()).comment
+        comment = tonel.parse_class(file.read_text()).comment
         assert re.search(r"\b(I|me|my|mine)\b", comment, re.IGNORECASE), file.name

@@ -94,6 +94,25 @@ def parse_extension(text: str, where: str = "<text>") -> Extension:
     return Extension(head[1], _parse_methods(text, head.end(), head[1], where))
 
 
+def to_tonel(definition: ClassDefinition | Extension) -> str:
+    """The file as Pharo writes it, but for the order of its methods, which stays."""
+    methods = "".join(_method_as_tonel(definition.name, each) for each in definition.methods)
+    if isinstance(definition, Extension):
+        return f"Extension {{ #name : '{definition.name}' }}\n" + methods
+    variables = ",\n".join(f"\t\t'{each}'" for each in definition.instance_variables)
+    properties = [f"\t#name : '{definition.name}'", f"\t#superclass : '{definition.superclass}'"]
+    properties += [f"\t#instVars : [\n{variables}\n\t]"] if variables else []
+    properties += [f"\t#category : '{definition.category}'", f"\t#package : '{definition.category}'"]
+    comment = definition.comment.replace('"', '""')
+    return f'"\n{comment}\n"\nClass {{\n' + ",\n".join(properties) + "\n}\n" + methods
+
+
+def _method_as_tonel(class_name: str, method: Method) -> str:
+    header, _, body = method.source.partition("\n")
+    side = " class" if method.class_side else ""
+    return f"\n{{ #category : '{method.category}' }}\n{class_name}{side} >> {header} [\n{body}\n]\n"
+
+
 def _property(definition: str, name: str, where: str) -> str:
     found = re.search(rf"#{name} : '([^']*)'", definition)
     if not found:

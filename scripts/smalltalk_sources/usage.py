@@ -14,6 +14,8 @@ CORE_PACKAGES = ("NeuroScope-Core", "NeuroScope-Core-Tests", "NeuroScope-Example
 """The packages that run outside Pharo too, with Amber."""
 
 PSEUDO_VARIABLES = ("self", "super", "nil", "true", "false", "thisContext")
+GLOBAL_VARIABLES = {"Transcript": "ThreadSafeTranscript", "Smalltalk": "SmalltalkImage"}
+"""Capitalised names of the image that are no classes, and of which class each is an instance."""
 _CONSTANTS = {"nil": "UndefinedObject", "true": "True", "false": "False"}
 _LITERALS = {"string": "ByteString", "symbol": "ByteSymbol", "character": "Character", "array": "Array"}
 _CONSTRUCTORS = ("new", "new:")
@@ -137,12 +139,13 @@ class Sources:
         )
 
     def globals(self) -> dict[str, list[str]]:
-        """The capitalised names that methods read, superclasses and extended classes, with who names them."""
+        """The classes that methods name or reach by a global variable, superclasses, extended ones; and who does."""
         found: dict[str, list[str]] = {}
         for behavior, method in self.methods():
             for node in parse_method(method.source).walk():
                 if isinstance(node, Variable) and node.name[0].isupper():
-                    found.setdefault(node.name, []).append(f"{behavior}>>{method.source.splitlines()[0]}")
+                    name = GLOBAL_VARIABLES.get(node.name, node.name)
+                    found.setdefault(name, []).append(f"{behavior}>>{method.source.splitlines()[0]}")
         for definition in self.classes.values():
             found.setdefault(definition.superclass, []).append(definition.name)
         for extension in self.extensions:
@@ -186,6 +189,8 @@ def _behavior_of(receiver: Node, here: Behavior, known: dict[str, Behavior]) -> 
         return here
     if receiver.name in _CONSTANTS:
         return Behavior(_CONSTANTS[receiver.name])
+    if receiver.name in GLOBAL_VARIABLES:
+        return Behavior(GLOBAL_VARIABLES[receiver.name])
     if receiver.name[0].isupper():
         return Behavior(receiver.name, class_side=True)
     return known.get(receiver.name)

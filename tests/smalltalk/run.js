@@ -14,12 +14,34 @@ const fs = require('fs');
 console.log = console.error; // standard output is for the answer
 const amber = require('./amber.js');
 require('./pharo/index.js')(amber);
+const { compiled, save } = require('./compiled.js');
 const { globals, nil } = amber;
 
 const [command, ...files] = process.argv.slice(2);
 
+// What Amber's Importer does, but a method that was compiled before is not compiled again.
 function fileIn(file) {
-  globals.Importer._new()._import_(fs.readFileSync(file, 'utf8')._readStream());
+  const chunks = [...fs.readFileSync(file, 'utf8').matchAll(/((?:[^!]|!!)*)!(?!!)/g)];
+  const next = () => (chunks.length ? chunks.shift()[1].replaceAll('!!', '!').trim() : '');
+  while (chunks.length) {
+    const chunk = next();
+    if (chunk) globals.Compiler._new()._evaluateExpression_(chunk);
+    else fileInMethods(next(), next);
+  }
+}
+
+function fileInMethods(header, next) {
+  const [, name, side, protocol] = /^(\w+)( class)? methodsFor: '(.*)'$/.exec(header) || [];
+  if (!globals[name]) throw new Error(`Not the beginning of methods: !${header}!`);
+  const klass = side ? globals[name].klass : globals[name];
+  for (let source = next(); source; source = next()) install(klass, source, protocol.replaceAll("''", "'"));
+}
+
+function install(klass, source, protocol) {
+  const compiler = globals.Compiler._new();
+  const code = compiled(klass, source, () => compiler._compile_forClass_protocol_(source, klass, protocol));
+  const method = compiler._eval_forPackage_(code, klass._packageOfProtocol_(protocol));
+  globals.ClassBuilder._new()._installMethod_forClass_protocol_(method, klass, protocol);
 }
 
 function classNames(text) {
@@ -159,6 +181,7 @@ const perform = (line) => (line.do ? requests[line.do]() : toJs(evaluate(line)))
 
 const before = new Set(amber.api.classes().flatMap((each) => [...methods(each), ...methods(each.klass)]));
 const loaded = answer(() => files.forEach(fileIn));
+save();
 if (loaded.error) {
   say(loaded);
 } else if (command === 'compile') {

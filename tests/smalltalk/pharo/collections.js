@@ -1,6 +1,6 @@
 'use strict';
 // Collections, float arrays and bytes.
-module.exports = function collections({ globals, on, subclass, wrap, signal }) {
+module.exports = function collections({ globals, nil, on, subclass, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
     'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); },
@@ -22,6 +22,13 @@ module.exports = function collections({ globals, on, subclass, wrap, signal }) {
       return code < 256 ? code : 0;
     },
   });
+  const outOfBounds = (index, size) => signal(globals.Error, `Index ${index} is out of bounds 1..${size}`);
+  const at = {
+    'at:'(index) {
+      return index >= 1 && index <= this.length ? (this[index - 1] ?? nil) : outOfBounds(index, this.length);
+    },
+  };
+  on(globals.Array, at);
 
   // Amber's are equal only if their keys came in the same order.
   on(globals.Dictionary, {
@@ -46,15 +53,14 @@ module.exports = function collections({ globals, on, subclass, wrap, signal }) {
 
   function fixedSize(name, constructor) {
     const klass = on(wrap(globals.SequenceableCollection, name, constructor), {
+      ...at,
       size() { return this.length; },
       numericallyIndexable() { return this; },
       'at:ifAbsent:'(index, block) {
         return index >= 1 && index <= this.length ? this[index - 1] : block._value();
       },
       'at:put:'(index, value) {
-        if (!(index >= 1 && index <= this.length)) {
-          signal(globals.Error, `Index ${index} is out of bounds 1..${this.length}`);
-        }
+        if (!(index >= 1 && index <= this.length)) outOfBounds(index, this.length);
         if (typeof value !== 'number') signal(globals.Error, `${name} holds numbers only`);
         this[index - 1] = value;
         return value;
@@ -72,11 +78,12 @@ module.exports = function collections({ globals, on, subclass, wrap, signal }) {
   // In Pharo's memory a Float32Array is its 32-bit words, which basicAt:put: writes.
   on(fixedSize('Float32Array', Float32Array), {
     'basicAt:put:'(index, word) {
-      new Uint32Array(this.buffer, this.byteOffset, this.length)[index - 1] = word;
+      this.words ??= new Uint32Array(this.buffer, this.byteOffset, this.length);
+      this.words[index - 1] = word;
       return word;
     },
   });
-  const view = (bytes) => new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  const view = (bytes) => (bytes.view ??= new DataView(bytes.buffer, bytes.byteOffset, bytes.length));
   on(fixedSize('ByteArray', Uint8Array), {
     'longAt:bigEndian:'(index, bigEndian) { return view(this).getInt32(index - 1, !bigEndian); },
     'unsignedLongAt:bigEndian:'(index, bigEndian) { return view(this).getUint32(index - 1, !bigEndian); },

@@ -1,11 +1,12 @@
 'use strict';
 // Objects and numbers.
-module.exports = function kernel({ globals, on, subclass }) {
+module.exports = function kernel({ globals, on, signal, subclass }) {
   on(globals.Object, {
     isBlock: () => false,
     isCollection: () => false,
     isDictionary: () => false,
     isFloat: () => false,
+    isInteger: () => false,
     'perform:with:'(selector, argument) { return this._perform_withArguments_(selector, [argument]); },
   });
   on(globals.BlockClosure, { isBlock: () => true });
@@ -31,7 +32,12 @@ module.exports = function kernel({ globals, on, subclass }) {
       },
     });
   }
-  subclass(subclass(globals.Error, 'ArithmeticError'), 'ZeroDivide');
+  const ZeroDivide = subclass(subclass(globals.Error, 'ArithmeticError'), 'ZeroDivide');
+  const quotient = (a, b) => (b === 0 ? signal(ZeroDivide, '') : Math.floor(a / b));
+  on(globals.Number, {
+    '//'(other) { return quotient(Number(this), other); },
+    '\\\\'(other) { return Number(this) - quotient(Number(this), other) * other; },
+  });
   on(subclass(globals.Number, 'Float').klass, {
     infinity: () => Infinity,
     negativeInfinity: () => -Infinity,

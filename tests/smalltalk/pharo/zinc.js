@@ -12,7 +12,9 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
 
   subclass(ZnCharacterEncodingError, 'ZnInvalidUTF8');
 
+  // Strict about white space too, as when whitespace: nil is set.
   on(subclass(globals.Object, 'ZnBase64Encoder'), {
+    'whitespace:'() { return this; },
     'encode:': (bytes) => Buffer.from(bytes).toString('base64'),
     'decode:'(string) {
       if (!/^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$/.test(string)) {

@@ -9,7 +9,7 @@ let nextPort = 1; // ports that no server outside takes unless it is the system'
 // {method, url, headers, body, timeout in s} -> what http.js answers: with the body, or with read for its pieces.
 function serve(request, isStreaming) {
   const { hostname, port } = new URL(request.url);
-  const server = ['localhost', '127.0.0.1'].includes(hostname) && servers.get(Number(port));
+  const server = ['localhost', '127.0.0.1'].includes(hostname) && servers.get(Number(port || 80));
   if (!server) return (isStreaming ? open : exchange)(request);
   if (!server._isRunning()) return { failure: 'ECONNREFUSED', message: 'connection refused' };
   const started = Date.now();
@@ -114,7 +114,7 @@ function install({ globals, nil, on, subclass, signal }) {
     'statusCode:': (status) => response(status),
     'ok:': (body) => response(200, body),
     'notFound:': (url) => response(404, entity(`Not Found ${url._pathPrintString()}\r\n`, 'text/plain')),
-    'serverError:': (text) => response(500, entity(text, 'text/plain')),
+    'serverError:': (text) => response(500, entity(`${text}\r\n`, 'text/plain')),
     noContent: () => response(204),
   });
 
@@ -144,7 +144,7 @@ function install({ globals, nil, on, subclass, signal }) {
     const bytes = contents instanceof Uint8Array ? contents : String(contents);
     return { status: reply['@code'], headers: sent, body: Buffer.from(bytes) };
   }
-  const printed = (error) => `${error._class()._name()}: ${error._messageText()}`;
+  const printed = (error) => error._description();
   on(ZnServer.klass, {
     'on:'(port) {
       const server = this._new();

@@ -1,0 +1,362 @@
+"""TransformerModel, hooks and interventions under Amber, against a live server: what Python says, bit for bit."""
+
+import base64
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from smalltalk_image import Image, SmalltalkError
+
+from mlx_hooks.activations import to_numpy
+from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError
+from neuroscope_bridge.payload import decode_activation
+from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
+
+FRANCE = "The capital of France is"
+JAPAN = "The capital of Japan is"
+LAST = 5
+"""The position of the last token of both."""
+MODEL = "model := TransformerModel onClient: LMStudioRESTClient default model: 'neuroscope-tiny'. "
+RUN = f"run := model runWithCaching: '{JAPAN}' layers: #( 1 2 ) components: #( #residual #mlp ). "
+VECTOR = "vector := ((run at: 2 -> #residual) - (run at: 1 -> #residual)) slice: 6 axis: 2. "
+
+
+@pytest.fixture(scope="module")
+def python(live_server):
+    return LMStudioNeuroScopeClient(live_server.base_url)
+
+
+@pytest.fixture(scope="module")
+def live_image(live_server, tmp_path_factory):
+    """One image for all tests here: each script makes a model of its own."""
+    file = tmp_path_factory.mktemp("image") / "LMStudioRESTClient.st"
+    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
+    with Image(file) as image:
+        yield image
+
+
+@pytest.fixture
+def evaluate(live_image):
+    """The value of a script that may name `model`."""
+    return lambda script: live_image.evaluate(MODEL + script)
+
+
+def captured(model, prompt, *names, interventions=()):
+    """What the model computes in Python: the result, and arrays by hook point, as they would travel."""
+    result = model.generate(prompt, max_tokens=0, capture=[*names, "hook_logits"], interventions=interventions)
+    return result, {name: to_numpy(result.cache[name]).astype(np.float32) for name in [*names, "hook_logits"]}
+
+
+def same_bits(smalltalk, array):
+    np.testing.assert_array_equal(np.array(smalltalk, np.float32).view(np.int32), array.ravel().view(np.int32))
+
+
+# -- configuration and tokens --------------------------------------------------------------------
+
+
+def test_configuration_and_tokens_are_the_servers(evaluate, python):
+    found = evaluate(
+        f"""config := model config. tokenizer := model tokenizer. tokens := tokenizer encode: '{FRANCE}'.
+        {{ config at: #numLayers. config hiddenSize. config vocabSize. config numAttentionHeads. config modelType.
+        tokens. tokenizer decode: tokens. tokenizer tokenStrings: tokens. tokenizer tokenStrings: '{FRANCE}' }}"""
+    )
+    info, tokens = python.model_info(), python.tokenize(FRANCE)
+    assert found[:5] == [info[name] for name in ("n_layers", "d_model", "d_vocab", "n_heads", "model_type")]
+    assert found[5] == tokens["tokens"]
+    assert found[6] == python.detokenize(tokens["tokens"])
+    assert found[7] == found[8] == tokens["token_strings"]
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def test_logits_are_pythons(evaluate, tiny):
+    shape, data, strings = evaluate(
+        f"output := model forward: '{FRANCE}'. {{ output shape. output logits data. output tokenStrings }}"
+    )
+    _, arrays = captured(tiny, FRANCE)
+    assert shape == list(arrays["hook_logits"].shape)
+    same_bits(data, arrays["hook_logits"])
+    assert strings[-1] == "is"
+
+
+def test_likeliest_tokens_have_the_softmax_of_the_logits(evaluate, tiny, python):
+    found = evaluate(
+        f"(model topTokensAfter: '{FRANCE}' count: 8) collect: [ :each | {{ each key. each value }} ]",
+    )
+    logits = captured(tiny, FRANCE)[1]["hook_logits"][0, -1].astype(np.float64)
+    probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    likeliest = np.argsort(-probabilities, kind="stable")[:8]
+    np.testing.assert_allclose([probability for _, probability in found], probabilities[likeliest], rtol=1e-12)
+    assert [text for text, _ in found] == [python.detokenize([token]) for token in likeliest.tolist()]
+    assert found[0][0] == "Paris"
+
+
+def test_cached_activations_are_pythons(evaluate, tiny):
+    points = {
+        "0 -> #residual": "blocks.0.hook_resid_post",
+        "3 -> 'residual'": "blocks.3.hook_resid_post",
+        "3 -> #attention": "blocks.3.hook_attn_out",
+        "0 -> #mlp": "blocks.0.hook_mlp_out",
+        "3 -> #attentionWeights": "blocks.3.attn.hook_pattern",
+        "0 -> #z": "blocks.0.attn.hook_z",
+        "'blocks.3.ln1.hook_normalized'": "blocks.3.ln1.hook_normalized",
+        "'blocks.3.ln2.hook_normalized'": "blocks.3.ln2.hook_normalized",
+        "nil -> #embedding": "hook_embed",
+        "nil -> #finalNorm": "ln_final.hook_normalized",
+        "nil -> #logits": "hook_logits",
+    }
+    asked = ". ".join(f"(run at: {key}) shape. (run at: {key}) data" for key in points)
+    *found, statistics, tokens = evaluate(
+        f"""run := model runWithCaching: '{FRANCE}' layers: #( 0 3 ) components:
+        #( #residual #attention #mlp #layerNorm #attentionWeights #z #embedding #finalNorm #logits ).
+        {{ {asked}. run statistics. run tokenStrings }}"""
+    )
+    _, arrays = captured(tiny, FRANCE, *(point for point in points.values() if point != "hook_logits"))
+    for shape, data, point in zip(found[::2], found[1::2], points.values(), strict=True):
+        assert shape == list(arrays[point].shape)
+        same_bits(data, arrays[point])
+    assert tokens[-1] == "is"
+    assert len(statistics) == 17
+    rows = {row["hookPoint"]: row for row in statistics}
+    for point, array in arrays.items():
+        expected = [getattr(array.astype(np.float64), name)() for name in ("mean", "std", "min", "max")]
+        found = [rows[point][name] for name in ("mean", "std", "min", "max")]
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+        assert rows[point]["norm"] == pytest.approx(np.linalg.norm(array.astype(np.float64)), rel=1e-12)
+
+
+def test_hooks_see_the_prompt_and_every_token_that_was_read_again(evaluate, python):
+    text, seen, count = evaluate(
+        f"""hook := ActivationHook layer: #all component: #residual.
+        hook action: [ :tensor :layer | layer ].
+        model addHook: hook. text := model generate: '{FRANCE}' maxTokens: 3 temperature: 0.
+        seen := hook extractedData collect: [ :each |
+            {{ each hookPoint. each phase. each step. each positions. each data }} ].
+        {{ text. seen. hook executionCount }}"""
+    )
+    spec = {"layer_name": "*", "component": "residual", "hook_id": "h"}
+    reply = python.complete_with_activations(FRANCE, [spec], max_tokens=3, temperature=0)
+    assert text == reply["choices"][0]["text"]
+    assert count == len(seen) == len(reply["activations"]["h"]) == 12
+    for found, record in zip(seen, reply["activations"]["h"], strict=True):
+        assert found[:4] == [record[name] for name in ("hook_point", "phase", "step", "positions")]
+        same_bits(found[4], record["data"])
+
+
+def test_suspended_and_removed_hooks_are_not_sent(evaluate):
+    sent = "(model runWithCaching: 'The cat' layers: #( 0 ) components: #( #mlp )) hookReceipts keys size"
+    assert evaluate(
+        f"""model addHook: ((ActivationHook layer: 0 component: #residual) name: 'a'; yourself).
+        model addHook: ((ActivationHook layer: 1 component: #residual) name: 'b'; yourself).
+        all := {sent}.
+        suspended := model hookManager withHooksSuspended: #( 'a' ) do: [ {sent} ].
+        after := {sent}.
+        model removeHook: 'a'. removed := {sent}.
+        model clearHooks.
+        {{ all. suspended. after. removed. {sent} }}"""
+    ) == [4, 3, 4, 3, 2]
+
+
+# -- interventions -------------------------------------------------------------------------------
+
+
+def of_japan(model):
+    """What the scripts have as `run` and `vector`."""
+    result, arrays = captured(model, JAPAN, "blocks.2.hook_resid_post", "blocks.1.hook_resid_post")
+    difference = arrays["blocks.2.hook_resid_post"] - arrays["blocks.1.hook_resid_post"]
+    return result.cache, arrays, difference[0, LAST]
+
+
+INTERVENTIONS = {
+    "scaling": (
+        "InterventionHook scaling: 0.5 layer: 1 component: #residual",
+        lambda model: {"hook_point": "blocks.1.hook_resid_post", "type": "scale", "factor": 0.5},
+    ),
+    "zeroing a head": (
+        "InterventionHook zeroingHead: 1 layer: 2",
+        lambda model: {"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]},
+    ),
+    "zeroing everywhere": (
+        "(InterventionHook zeroing: #mlp layer: #all) positions: #last; yourself",
+        lambda model: {"hook_point": "blocks.*.hook_mlp_out", "type": "zero", "positions": "last"},
+    ),
+    "patching": (
+        "(InterventionHook patchingFrom: (run at: 2 -> #residual)) positions: #( 5 ); yourself",
+        lambda model: {
+            "hook_point": "blocks.2.hook_resid_post",
+            "type": "patch",
+            "source": of_japan(model)[0],
+            "positions": [LAST],
+        },
+    ),
+    "steering": (
+        "(InterventionHook steering: vector coefficient: 1.5 layer: 1 component: #residual) matchingNorm; yourself",
+        lambda model: {
+            "hook_point": "blocks.1.hook_resid_post",
+            "type": "add",
+            "vector": of_japan(model)[2],
+            "coefficient": 1.5,
+            "norm_match": True,
+        },
+    ),
+    "setting": (
+        "(InterventionHook layer: 1 component: #residual) settingTo: vector; positions: #( 5 ); neurons:"
+        " (0 to: 127); yourself",
+        lambda model: {
+            "hook_point": "blocks.1.hook_resid_post",
+            "type": "set",
+            "values": of_japan(model)[2],
+            "positions": [LAST],
+        },
+    ),
+    "masking a key": (
+        "(InterventionHook layer: 1 component: #attentionScores) settingTo: (ActivationTensor data: { Float"
+        " negativeInfinity } shape: #( 1 )); keys: #( 4 ); positions: #( 5 ); yourself",
+        lambda model: {
+            "hook_point": "blocks.1.attn.hook_attn_scores",
+            "type": "set",
+            "values": -np.inf,
+            "keys": [4],
+            "positions": [LAST],
+        },
+    ),
+    "the mean": (
+        f"InterventionHook meanAblating: #mlp layer: 1 over: #( '{JAPAN}' 'The cat' )",
+        lambda model: {"hook_point": "blocks.1.hook_mlp_out", "type": "mean", "over": [JAPAN, "The cat"]},
+    ),
+    "clamping": (
+        "(InterventionHook layer: 0 component: #mlp) clampingFrom: -0.25 to: 0.25; neurons: #( 3 5 ); yourself",
+        lambda model: {
+            "hook_point": "blocks.0.hook_mlp_out",
+            "type": "clamp",
+            "min": -0.25,
+            "max": 0.25,
+            "neurons": [3, 5],
+        },
+    ),
+    "noise": (
+        "(InterventionHook new layer: #embedding; yourself) addingNoise: 0.5 seed: 7; yourself",
+        lambda model: {"hook_point": "hook_embed", "type": "noise", "std": 0.5, "seed": 7},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_interventions_do_what_pythons_do(evaluate, tiny, name):
+    smalltalk, python = INTERVENTIONS[name]
+    data, before, after, fired, clean = evaluate(
+        f"""{RUN}{VECTOR}hook := {smalltalk}.
+        logits := (model withHooks: {{ hook }} do: [ model forward: '{FRANCE}' ]) data.
+        {{ logits. hook normBefore. hook normAfter. hook fired. (model forward: '{FRANCE}') data }}"""
+    )
+    result, arrays = captured(tiny, FRANCE, interventions=[python(tiny)])
+    same_bits(data, arrays["hook_logits"])
+    receipt = result.interventions[0]
+    assert (before, after, fired) == (receipt.norm_before, receipt.norm_after, receipt.fired)
+    same_bits(clean, captured(tiny, FRANCE)[1]["hook_logits"])
+    assert data != clean
+
+
+def test_interventions_come_in_order_before_what_hooks_see(evaluate, tiny):
+    data, norms = evaluate(
+        f"""watch := ActivationHook layer: 2 component: #residual.
+        model addHook: watch.
+        model addHook: (InterventionHook scaling: 0.5 layer: 2 component: #residual).
+        model addHook: (InterventionHook zeroingHead: 1 layer: 2).
+        model addHook: ((InterventionHook layer: #( 1 3 ) component: #mlp) scaling: 2; yourself).
+        model forward: '{FRANCE}'.
+        {{ watch lastActivation data. (model hookManager hookNamed: 'layer1,3-mlp-scale') receipts collect: [ :each |
+            each at: 'norm_after' ] }}"""
+    )
+    edits = [
+        {"hook_point": "blocks.2.hook_resid_post", "type": "scale", "factor": 0.5},
+        {"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]},
+        {"hook_point": "blocks.1.hook_mlp_out", "type": "scale", "factor": 2},
+        {"hook_point": "blocks.3.hook_mlp_out", "type": "scale", "factor": 2},
+    ]
+    result, arrays = captured(tiny, FRANCE, "blocks.2.hook_resid_post", interventions=edits)
+    same_bits(data, arrays["blocks.2.hook_resid_post"])
+    assert norms == [receipt.norm_after for receipt in result.interventions[2:]]
+
+
+def test_interventions_take_part_in_generation(evaluate, tiny):
+    edit = {"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [0, 1, 2, 3]}
+    assert (
+        evaluate(
+            f"""model addHook: (InterventionHook zeroingHeads: #( 0 1 2 3 ) layer: 2).
+        model generate: '{FRANCE}' maxTokens: 4 temperature: 0"""
+        )
+        == tiny.generate(FRANCE, max_tokens=4, temperature=0, interventions=[edit]).text
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_records_of_tensors_are_read_exactly_by_python(live_image, dtype):
+    numbers = {
+        "float32": [0.0, -0.0, 1.5, np.inf, -np.inf, np.nan, 1e-40, -3.4e38, np.float32(0.1)],
+        "int32": [0, -1, 2**31 - 1, -(2**31), 65537],
+    }[dtype]
+    array = np.array(numbers, dtype)
+    taken = {"hook_point": "embed.hook_in", "axes": ["pos"], "positions": [0, len(array)], "shape": [len(array)]}
+    data = {"dtype": dtype, "encoding": "base64", "data": base64.b64encode(array.tobytes()).decode()}
+    tensor = f"(ActivationTensor fromRecord: (STONJSON fromString: '{json.dumps(taken | data)}'))"
+    record = live_image.evaluate(f"ActivationEncoder recordFor: {tensor}")
+    np.testing.assert_array_equal(decode_activation(record).view(np.int32), array.view(np.int32))
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def the_same_sentence(python, **request):
+    """Smalltalk's error has the words with which the server refuses Python's request."""
+    with pytest.raises(SmalltalkError) as ours:
+        yield
+    with pytest.raises(NeuroScopeAPIError) as theirs:
+        python.complete_with_activations("The cat", max_tokens=0, **request)
+    assert ours.value.details["class"] == "LMStudioRESTError"
+    assert ours.value.details["message"] == str(theirs.value.message)
+
+
+HOOK = {"layer_name": "transformer.h.1", "component": "residual", "hook_id": "layer1-residual"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "spec"),
+    [
+        ("ActivationHook layer: 9 component: #residual", HOOK | {"layer_name": "transformer.h.9"}),
+        ("ActivationHook layer: 1 component: #soul", HOOK | {"component": "soul"}),
+        ("Hook new hookPoint: 'blocks.1.nowhere'; yourself", {"hook_point": "blocks.1.nowhere", "hook_id": "x"}),
+        ("(ActivationHook layer: 1 component: #residual) heads: 0; yourself", HOOK | {"heads": 0}),
+        ("(ActivationHook layer: 1 component: #residual) positions: #( 99 ); yourself", HOOK | {"positions": [99]}),
+        ("(ActivationHook layer: 1 component: #residual) reduce: #median; yourself", HOOK | {"reduce": "median"}),
+    ],
+)
+def test_hooks_that_the_server_refuses(evaluate, python, hook, spec):
+    output = {"hook_point": "hook_logits", "hook_id": "neuroscope/output"}
+    with the_same_sentence(python, activation_hooks=[output, spec]):
+        evaluate(f"model addHook: ({hook}). model forward: 'The cat'")
+
+
+@pytest.mark.parametrize(
+    ("hook", "spec"),
+    [
+        ("InterventionHook zeroingHead: 7 layer: 1", {"type": "zero", "heads": [7]}),
+        ("InterventionHook zeroingHead: 1 layer: 9",
+         {"hook_point": "blocks.9.attn.hook_z", "type": "zero", "heads": [1]}),
+        ("InterventionHook new hookPoint: 'blocks.1.attn.hook_z'; adding: #( 1 2 ); yourself",
+         {"type": "add", "vector": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_interventions_that_the_server_refuses(evaluate, python, hook, spec):
+    output = {"hook_point": "hook_logits", "hook_id": "neuroscope/output"}
+    edit = {"hook_point": "blocks.1.attn.hook_z"} | spec
+    with the_same_sentence(python, activation_hooks=[output], interventions=[edit]):
+        evaluate(f"model addHook: ({hook}). model forward: 'The cat'")
+
+
+def test_a_model_that_is_not_loaded_is_refused_with_the_servers_sentence(live_image):
+    with pytest.raises(SmalltalkError, match="Unknown model 'nobody'. Loaded: neuroscope-tiny"):
+        live_image.evaluate("(TransformerModel onClient: LMStudioRESTClient default model: 'nobody') numLayers")
