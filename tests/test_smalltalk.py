@@ -1,7 +1,6 @@
 """The Smalltalk client, compiled and run by Amber: from the Tonel sources to the numbers of a live server."""
 
 import dataclasses
-import re
 from types import SimpleNamespace
 
 import build_smalltalk

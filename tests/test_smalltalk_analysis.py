@@ -1,4 +1,4 @@
-"""Analysis in Smalltalk, run by Amber: its numbers are those that NumPy computes from the same capture, and Python's."""
+"""Analysis in Smalltalk, run by Amber: its numbers are NumPy's from the same capture, and Python's."""
 
 import re
 from xml.etree import ElementTree
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from smalltalk_image import (
     AS_DICTIONARIES,
+    Image,
     SmalltalkError,
     client,
     literal,
@@ -18,6 +19,8 @@ from smalltalk_image import (
 
 from mlx_hooks.analysis import heads
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
+from neuroscope_bridge.payload import PayloadError
+from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 bridge = NeuroScopeActivationBridge()
 TOKENS = [7, 3, 5, 7, 3, 9, 9, 7, 3, 5]
@@ -286,7 +289,7 @@ def test_a_heatmap_shows_the_heads_asked_for_and_no_others(image, server):
     serve_pattern(server, causal_pattern(np.random.default_rng(8), 3, 4)[:, :2], heads=[1, 5])
     shown = "(AttentionVisualizer new createHeatmap: t tokens: r layer: 2) heads: #({}); asSVG"
     svg = ElementTree.fromstring(analyze(image, server, list("abcd"), shown.format(5)))
-    assert [each.text for each in svg.iter(f"{SVG}text")][0] == "Attention of layer 2, head 5"
+    assert next(each.text for each in svg.iter(f"{SVG}text")) == "Attention of layer 2, head 5"
     with pytest.raises(SmalltalkError, match="There is no head 2 in layer 2. Heads: 1, 5"):
         analyze(image, server, list("abcd"), shown.format(2))
 
@@ -346,7 +349,8 @@ def serve_examples(server, features, labels):
 def probe(server, script, setup="p := LinearProbe new."):
     return (
         f"a := {client(server)} health. y := a at: 'labels'."
-        f" x := (({client(server)} convertActivationsForNeuroScope: (a at: 'activations')) at: 'x') first. {setup} {script}"
+        f" x := (({client(server)} convertActivationsForNeuroScope: (a at: 'activations')) at: 'x') first."
+        f" {setup} {script}"
     )
 
 
@@ -458,9 +462,10 @@ def test_examples_may_be_vectors_of_any_kind_and_one_vector_has_one_answer(image
         "one := LinearProbe input: rows labels: y regularization: 1. one train."
         "two := LinearProbe input: (rows collect: [ :each | ActivationTensor data: each shape: #(2) ]) labels: y"
         " regularization: 1. two train."
-        "{ one weights data. two weights data. one predict: #(3 0). one predict: (ActivationTensor data: #(0 1) shape: #(2))."
-        " one predict: #(#(3 0)). (one predictProbabilities: #(3 0)) at: #high. one evaluate: { #(3 0) -> #high. #(3 0) ->"
-        " #low } }"
+        "{ one weights data. two weights data. one predict: #(3 0). one predict: (ActivationTensor data: #(0 1)"
+        " shape: #(2))."
+        " one predict: #(#(3 0)). (one predictProbabilities: #(3 0)) at: #high. one evaluate:"
+        " { #(3 0) -> #high. #(3 0) -> #low } }"
     )
     assert found[0] == found[1]
     assert found[2:5] == ["high", "low", ["high"]]
@@ -597,3 +602,314 @@ def test_what_is_not_finite_has_no_score_in_either_language(image, server, compo
 def test_what_cannot_be_had_is_said(image, send, complaint):
     with pytest.raises(SmalltalkError, match=complaint):
         image.evaluate(f"CircuitFinder new {send}")
+
+
+# -- a live server -----------------------------------------------------------------------------------
+
+CLEAN = "When Mary and John went to the store , John gave a drink to"
+CORRUPTED = "When Mary and John went to the store , Mary gave a drink to"
+TEXTS = [CLEAN, "When Mary and John went to the school , John gave a book to"]
+REPEATED = "France dog book Tom school Mary drink capital mat store Berlin gave"
+
+
+@pytest.fixture(scope="module")
+def live(live_server, tmp_path_factory):
+    """Evaluates scripts that know `model`, on the live server; one image for all of them."""
+    file = tmp_path_factory.mktemp("live") / "LMStudioRESTClient.st"
+    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
+    with Image(file) as image:
+        model = "model := TransformerModel onClient: LMStudioRESTClient default model: 'neuroscope-tiny'."
+        yield lambda script: image.evaluate(f"{model} {script}")
+
+
+def logits_after(model, text, interventions=()):
+    """The last position's, with Python's own interventions."""
+    logits, _ = model.run_with_cache(text, [], interventions=interventions)
+    return np.array(logits)[0, -1].astype(np.float64)
+
+
+def token_id(model, word):
+    return int(np.array(model.to_tokens(word))[0, -1])
+
+
+def difference(model, logits):
+    return logits[token_id(model, "Mary")] - logits[token_id(model, "John")]
+
+
+def texts_in_smalltalk(texts):
+    return "{ " + ". ".join(literal(text) for text in texts) + " }"
+
+
+def test_scores_of_a_text_are_pythons(live, tiny):
+    found = live(
+        f"a := (AttentionAnalyzer for: model) analyzeText: {literal(CLEAN)}."
+        "{ (a scoresFor: 'previousToken') collect: [ :each | { each layer. each index. each score } ]."
+        " (a scoresFor: 'induction') collect: [ :each | { each layer. each index. each score } ]."
+        " a tokens. a tokenStrings. (a attentionAt: 2 head: 1) data }"
+    )
+    _, cache = tiny.run_with_cache(CLEAN, "blocks.*.attn.hook_pattern")
+    ids = np.array(tiny.to_tokens(CLEAN))[0].tolist()
+    patterns = {layer: np.array(cache["pattern", layer])[0] for layer in range(4)}
+    expected = [
+        heads.ranked({layer: heads.previous_token_scores(each) for layer, each in patterns.items()}),
+        heads.ranked({layer: heads.induction_scores(each, ids) for layer, each in patterns.items()}),
+    ]
+    for ours, theirs in zip(found[:2], expected, strict=True):
+        assert [each[:2] for each in ours] == [[each.layer, each.head] for each in theirs]
+        np.testing.assert_allclose([each[2] for each in ours], [each.score for each in theirs], atol=1e-5)
+    assert found[2] == ids
+    assert found[3] == tiny.to_str_tokens(CLEAN)
+    np.testing.assert_allclose(found[4], patterns[2][1].ravel(), atol=1e-6)
+
+
+def test_the_heads_that_the_model_card_names_are_found(live):
+    found = live(
+        f"z := AttentionAnalyzer for: model. i := z detectInductionHeadsIn: {literal(REPEATED)}."
+        "{ i first name. i first score. i first confidence. (z analysis scoresFor: 'previousToken') first name."
+        " z computeHeadSimilarity: 2 head: 1 with: 2 head: 0. z computeHeadSimilarity: 2 head: 1 with: 1 head: 1."
+        " (z detectInductionHeads: z analysis) first name }"
+    )
+    assert (found[0], found[3], found[6]) == ("L2H1", "L1H1", "L2H1")
+    assert found[1] > 0.9
+    assert found[2] > 0.9
+    assert found[4] > 0.7 > found[5]
+
+
+def test_a_models_interventions_take_part_in_the_analysis(live, tiny):
+    found = live(
+        "model addHook: (InterventionHook zeroing: #mlp layer: 0)."
+        f"a := (AttentionAnalyzer for: model) analyzeText: {literal(CLEAN)}. (a attentionAt: 2 head: 1) data"
+    )
+    edit = {"hook_point": "blocks.0.hook_mlp_out", "type": "zero"}
+    _, edited = tiny.run_with_cache(CLEAN, "blocks.2.attn.hook_pattern", interventions=[edit])
+    np.testing.assert_allclose(found, np.array(edited["pattern", 2])[0, 1].ravel(), atol=1e-6)
+    _, plain = tiny.run_with_cache(CLEAN, "blocks.2.attn.hook_pattern")
+    assert np.abs(np.array(plain["pattern", 2])[0, 1].ravel() - found).max() > 0.01
+
+
+def test_neurons_are_read_as_python_reads_them(live, tiny):
+    found = live(
+        f"n := NeuronAnalyzer for: model. texts := {texts_in_smalltalk(TEXTS)}."
+        "{ n topTokensFor: 17 layer: 2 in: texts count: 4. n compareNeurons: 2 -> 17 with: 3 -> 8 in: texts."
+        " n texts: texts; compareNeurons: 2 -> 17 with: 2 -> 17."
+        " n findTopActivatingTokens: 2 -> 17 fromDataset: texts count: 1 }"
+    )
+    captured = [tiny.run_with_cache(text, "blocks.*.mlp.hook_post")[1] for text in TEXTS]
+    firings = [
+        (float(value), position, place + 1, tiny.to_str_tokens(text)[position])
+        for place, (text, cache) in enumerate(zip(TEXTS, captured, strict=True))
+        for position, value in enumerate(np.array(cache["post", 2])[0, :, 17])
+    ]
+    for ours, theirs in zip(found[0], sorted(firings, reverse=True)[:4], strict=True):
+        assert ours["activation"] == pytest.approx(theirs[0], rel=1e-6)
+        assert (ours["position"], ours["text"], ours["token"]) == theirs[1:]
+    one = np.concatenate([np.array(cache["post", 2])[0, :, 17] for cache in captured]).astype(np.float64)
+    other = np.concatenate([np.array(cache["post", 3])[0, :, 8] for cache in captured]).astype(np.float64)
+    assert found[1]["count"] == len(one)
+    assert found[1]["cosine"] == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other), abs=1e-6)
+    assert found[1]["correlation"] == pytest.approx(np.corrcoef(one, other)[0, 1], abs=1e-6)
+    assert found[2]["cosine"] == pytest.approx(1)
+    assert found[3] == found[0][:1]
+
+
+def test_zeroing_a_neuron_is_pythons_zeroing(live, tiny):
+    found = live(
+        f"n := NeuronAnalyzer for: model. text := {literal(CLEAN)}. plain := model forward: text."
+        "changed := n testNeuronImportance: 3 -> 8 on: text using: 'zeroing'."
+        "{ changed data. n computeImpact: plain vs: changed. n computeImpact: plain vs: plain }"
+    )
+    edit = {"hook_point": "blocks.3.mlp.hook_post", "type": "zero", "neurons": 8}
+    changed = logits_after(tiny, CLEAN, [edit])
+    np.testing.assert_allclose(found[0], changed, atol=1e-5)
+
+    def softmax(logits):
+        shifted = np.exp(logits - logits.max())
+        return shifted / shifted.sum()
+
+    distance = np.abs(softmax(logits_after(tiny, CLEAN)) - softmax(changed)).sum() / 2
+    assert distance > 1e-6
+    assert found[1] == pytest.approx(distance, abs=1e-6)
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("zeroAblation", "zero"), ("meanAblation", "mean")])
+def test_what_ablation_does_is_pythons(live, tiny, strategy, kind):
+    found = live(
+        "done := OrderedCollection new."
+        "f := CircuitFinder for: model. f threshold: 0; onProgress: [ :n :all | done add: n; add: all ]."
+        f"c := f discoverCircuitsThroughIntervention: 'Mary' -> 'John' interventionStrategy: '{strategy}'"
+        f" validationDataset: {texts_in_smalltalk(TEXTS)}."
+        "{ c collect: [ :each | { each components first. each effects first baseline. each effects first changed."
+        " each confidence. each isCausal. each description } ]. done last. done size. c first printString }"
+    )
+    circuits = found[0]
+    baseline = np.mean([difference(tiny, logits_after(tiny, text)) for text in TEXTS])
+    assert len(circuits) == 4 * 4 + 4
+    assert found[1:3] == [(20 + 1) * 2, (20 + 1) * 2 * 2]
+    for component, ours, changed, confidence, is_causal, description in circuits:
+        edit = {"hook_point": f"blocks.{component['layer']}.hook_mlp_out", "type": kind}
+        if component["componentType"] == "attention_head":
+            edit["hook_point"] = f"blocks.{component['layer']}.attn.hook_z"
+            edit["heads"] = component["index"]
+        if kind == "mean":
+            edit["over"] = TEXTS
+        expected = np.mean([difference(tiny, logits_after(tiny, text, [edit])) for text in TEXTS])
+        assert ours == pytest.approx(baseline, abs=1e-5)
+        assert changed == pytest.approx(expected, abs=1e-5)
+        assert confidence == pytest.approx(min(1, abs(expected - baseline) / abs(baseline)), abs=1e-5)
+        assert is_causal is True
+        assert description.startswith(f"Causal: {kind} ablation of {component['componentType']} L{component['layer']}")
+        assert "logits (mean over 2 texts)" in description
+    assert [each[3] for each in circuits] == sorted((each[3] for each in circuits), reverse=True)
+
+
+def test_circuits_of_cases_are_validated_by_ablation_together_and_alone(live, tiny):
+    found = live(
+        f"cases := {{ Dictionary new at: 'input' put: {literal(CLEAN)}; at: 'expected' put: 'Mary'; yourself }}."
+        "f := CircuitFinder for: model. found := f threshold: 0.05; discoverCircuits: cases."
+        "c := Circuit named: 'two' confidence: 1 description: 'by hand'."
+        "c addComponent: 'attention_head' layer: 2 index: 1; addComponent: 'mlp' layer: 3 index: nil."
+        f"e := f validateCircuitByAblation: c onDataset: {{ {literal(CLEAN)} -> 'Mary' }} measureUsing: nil."
+        "{ found collect: [ :each | each confidence ]. e baseline. e changed. e effect. e importanceScore. e unit."
+        " e parts collect: [ :each | each changed ]. e restored. e description. e printString }"
+    )
+    mary = token_id(tiny, "Mary")
+    head = {"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": 1}
+    mlp = {"hook_point": "blocks.3.hook_mlp_out", "type": "zero"}
+    expected = [logits_after(tiny, CLEAN, edits)[mary] for edits in ([], [head, mlp], [head], [mlp])]
+    assert all(each >= 0.05 for each in found[0])
+    np.testing.assert_allclose([found[1], found[2], *found[6]], expected, atol=1e-5)
+    assert found[3] == pytest.approx(found[2] - found[1])
+    assert found[4] == pytest.approx(abs(found[3] / found[1]))
+    assert found[5] == "logits"
+    assert found[7] is None
+    assert "zero ablation of attention_head L2H1, mlp L3 changes the logit of Mary" in found[8]
+
+
+def test_patching_a_circuit_is_pythons_patching(live, tiny):
+    found = live(
+        "c := Circuit named: 'two' confidence: 1 description: 'by hand'."
+        "c addComponent: 'attention_head' layer: 2 index: 1; addComponent: 'attention' layer: 3 index: nil."
+        "f := CircuitFinder for: model. f measure: 'Mary' -> 'John'."
+        f"e := f validateCircuitByPatching: c sourceInput: {literal(CLEAN)} corruptedInput: {literal(CORRUPTED)}"
+        " patchingStrategy: 'componentWise'."
+        "{ e baseline. e changed. e reference. e restored. e parts collect: [ :each | each changed ]. e description }"
+    )
+    points = ["blocks.2.attn.hook_z", "blocks.3.hook_attn_out"]
+    _, clean = tiny.run_with_cache(CLEAN, points)
+    edits = [
+        {"hook_point": points[0], "type": "patch", "source": np.array(clean[points[0]]), "heads": 1},
+        {"hook_point": points[1], "type": "patch", "source": np.array(clean[points[1]])},
+    ]
+    runs = [(CORRUPTED, []), (CORRUPTED, edits), (CLEAN, []), (CORRUPTED, edits[:1]), (CORRUPTED, edits[1:])]
+    expected = [difference(tiny, logits_after(tiny, text, edit)) for text, edit in runs]
+    np.testing.assert_allclose([*found[:3], *found[4]], expected, atol=1e-5)
+    assert found[3] == pytest.approx((expected[1] - expected[0]) / (expected[2] - expected[0]), abs=1e-5)
+    assert "in the clean run it is" in found[5]
+
+
+def test_the_patching_table_is_pythons(live, tiny):
+    found = live(
+        "counts := OrderedCollection new. f := CircuitFinder for: model."
+        "f onProgress: [ :n :all | counts add: n ]."
+        f"t := f causalPatchingTableFrom: {literal(CLEAN)} to: {literal(CORRUPTED)} measureUsing: 'Mary' -> 'John'."
+        "{ t components. t components collect: [ :each | (t sharesOf: each) data ]. (t sharesOf: 'mlp') shape."
+        " counts last."
+        " t cleanValue. t corruptedValue. t strongest: 3. t patchedAt: 'residual' layer: 3 position: t"
+        " tokenStrings size - 1. t tokenStrings."
+        " t printString. t layersOf: 'mlp' }"
+    )
+    names = {"attention": "hook_attn_out", "mlp": "hook_mlp_out", "residual": "hook_resid_post"}
+    n = len(tiny.to_str_tokens(CLEAN))
+    points = [f"blocks.{layer}.{name}" for name in names.values() for layer in range(4)]
+    _, cache = tiny.run_with_cache(CLEAN, points)
+    clean, corrupted = (difference(tiny, logits_after(tiny, text)) for text in (CLEAN, CORRUPTED))
+    assert found[0] == list(names)
+    assert found[2:4] == [[4, n], 3 * 4 * n]
+    for component, shares in zip(found[0], found[1], strict=True):
+        expected = np.empty((4, n))
+        for layer in range(4):
+            point = f"blocks.{layer}.{names[component]}"
+            source = np.array(cache[point])
+            for position in range(n):
+                edit = {"hook_point": point, "type": "patch", "source": source, "positions": position}
+                patched = difference(tiny, logits_after(tiny, CORRUPTED, [edit]))
+                expected[layer, position] = (patched - corrupted) / (clean - corrupted)
+        np.testing.assert_allclose(np.reshape(shares, (4, n)), expected, atol=1e-5)
+    np.testing.assert_allclose(found[4:6], [clean, corrupted], atol=1e-5)
+    assert found[6][0]["share"] == pytest.approx(1, abs=1e-4)
+    assert found[7] == pytest.approx(clean, abs=1e-4)
+    assert found[8] == tiny.to_str_tokens(CORRUPTED)
+
+
+def test_a_block_may_be_the_measure(live, tiny):
+    found = live(
+        "c := Circuit named: 'one' confidence: 1 description: 'by hand'. c addComponent: 'mlp' layer: 0 index: nil."
+        f"e := (CircuitFinder for: model) validateCircuitByAblation: c onDataset: {{ {literal(CLEAN)} }}"
+        " measureUsing: [ :logits | logits max ]. { e baseline. e changed. e unit }"
+    )
+    edit = {"hook_point": "blocks.0.hook_mlp_out", "type": "zero"}
+    expected = [logits_after(tiny, CLEAN).max(), logits_after(tiny, CLEAN, [edit]).max()]
+    np.testing.assert_allclose(found[:2], expected, atol=1e-5)
+    assert found[2] == "units of the block"
+
+
+@pytest.mark.parametrize(
+    ("send", "complaint"),
+    [
+        (
+            "causalPatchingTableFrom: 'Mary gave' to: 'Mary' measureUsing: 'Mary' -> 'John'",
+            "as many tokens in the",
+        ),
+        (
+            "causalPatchingTableFrom: 'Mary' to: 'Mary' measureUsing: 'Mary'",
+            "Clean and corrupted text give the same",
+        ),
+        ("causalPatchingTableFrom: 'Mary' to: 'John' measureUsing: 'Zyzzyva'", "'Zyzzyva' is no single token"),
+        ("causalPatchingTableFrom: 'Mary' to: 'John' measureUsing: 'Mary gave'", "'Mary gave' is no single token"),
+        ("causalPatchingTableFrom: 'Mary' to: 'John' measureUsing: 522", "Token ids are 0 to 521, got 522"),
+        ("causalPatchingTableFrom: 'Mary' to: 'John' measureUsing: #(1)", "A measure is a token, token -> other token"),
+        ("causalPatchingTableFrom: 'Mary' to: 'John' measureUsing: [ :x | x ]", "A measure must be a finite number"),
+        (
+            "validateCircuitByAblation: c onDataset: 'pile' measureUsing: 'Mary'",
+            "I hold no data sets: give a collection",
+        ),
+        ("validateCircuitByAblation: c onDataset: #() measureUsing: 'Mary'", "A data set needs one text or more"),
+        ("validateCircuitByAblation: c onDataset: #('Mary') measureUsing: nil", "Nothing says what to measure"),
+        (
+            "discoverCircuitsThroughIntervention: 'Mary' interventionStrategy: #swapping validationDataset: #('Mary')",
+            "Strategies: zeroAblation, meanAblation",
+        ),
+        (
+            "validateCircuitByPatching: c sourceInput: 'Mary' corruptedInput: 'John' patchingStrategy: #minimal",
+            "Strategies: componentWise",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(live, send, complaint):
+    with pytest.raises(SmalltalkError, match=re.escape(complaint)):
+        live(f"c := Circuit named: 'c' confidence: 1 description: ''. (CircuitFinder for: model) {send}")
+
+
+@pytest.mark.parametrize(
+    ("send", "complaint"),
+    [
+        ("topTokensFor: 352 layer: 0 in: #('Mary') count: 1", "Neurons of layer 0 are 0 to 351, got 352"),
+        ("findTopActivatingTokens: 0 -> 1 fromDataset: 'pile' count: 1", "I hold no data sets"),
+        ("compareNeurons: 0 -> 1 with: 0 -> 2", "I have no texts"),
+        ("testNeuronImportance: 0 -> 1 on: 'Mary' using: #noise", "Interventions: zeroing"),
+        ("topTokensFor: 0 layer: 9 in: #('Mary') count: 1", "blocks.9"),
+    ],
+)
+def test_what_a_neuron_analyzer_cannot_do_is_said(live, send, complaint):
+    with pytest.raises(SmalltalkError, match=complaint):
+        live(f"(NeuronAnalyzer for: model) {send}")
+
+
+DRAW = f"((AttentionVisualizer for: model) heatmapOf: {literal(CLEAN)} layer: 1 head: 1) asSVG"
+
+
+def test_a_heatmap_of_a_text_is_drawn(live, tiny):
+    svg = ElementTree.fromstring(live(DRAW))
+    _, cache = tiny.run_with_cache(CLEAN, "blocks.1.attn.hook_pattern")
+    assert [len(each) for each in cells(svg)] == [int((np.array(cache["pattern", 1])[0, 1] >= 0.0005).sum())]

@@ -1,6 +1,6 @@
 'use strict';
 // Collections, float arrays and bytes.
-module.exports = function collections({ globals, nil, on, wrap, signal }) {
+module.exports = function collections({ globals, nil, on, subclass, wrap, signal }) {
   on(globals.Collection, { isCollection: () => true });
   on(globals.SequenceableCollection, {
     'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); },
@@ -32,7 +32,11 @@ module.exports = function collections({ globals, nil, on, wrap, signal }) {
       return this._keys().every(same);
     },
   });
-  on(globals.String, { codePoint() { return this.codePointAt(0); } });
+  on(globals.String, {
+    codePoint() { return this.codePointAt(0); },
+    'includesSubstring:'(part) { return this.includes(String(part)); },
+  });
+  on(subclass(globals.Object, 'Character').klass, { 'value:': (code) => String.fromCodePoint(code) });
 
   // In Amber these two are one class; in Pharo only an Array is a JSON list.
   class OrderedCollection extends Array {}
