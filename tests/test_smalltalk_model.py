@@ -3,9 +3,12 @@
 import base64
 import json
 from contextlib import contextmanager
+from functools import partial
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from smalltalk_image import Image, SmalltalkError
 
 from mlx_hooks.activations import to_numpy
@@ -290,6 +293,318 @@ def test_interventions_take_part_in_generation(evaluate, tiny):
         )
         == tiny.generate(FRANCE, max_tokens=4, temperature=0, interventions=[edit]).text
     )
+
+
+# -- interventions by blocks ---------------------------------------------------------------------
+
+
+def residual(layer):
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def half(value, *_):
+    return value * 0.5
+
+
+def square(value, *_):
+    return value * value
+
+
+def zero(value, *_):
+    return mx.zeros_like(value)
+
+
+def minus_infinity(value, *_):
+    return mx.full(value.shape, -mx.inf)
+
+
+def head_2(value, *_):
+    """Half of what head 2 has, of a pattern of any number of keys."""
+    return value * mx.array([1, 1, 0.5, 1]).reshape(1, 4, 1, 1)
+
+
+def times_layer(value, point, _):
+    return value * (point.layer + 1)
+
+
+def only(fn, positions, *index):
+    """A hook function that is shown, and changes, a part only: of axis 1, or of the queries, these positions."""
+
+    def edit(value, point, start):
+        array = np.array(value)
+        length = array.shape[point.position_axis]
+        rows = [position - start for position in positions if start <= position < start + length]
+        if not rows:
+            return None
+        part = [[0], *index]
+        part.insert(point.position_axis, rows)
+        part = np.ix_(*part)
+        array[part] = np.array(fn(mx.array(array[part]), point, start))
+        return mx.array(array)
+
+    return edit
+
+
+def japans(tiny):
+    """A hook function that puts in what another run has at the same positions of layer 2."""
+    other = of_japan(tiny)[0][residual(2)]
+    return lambda value, _point, start: other[:, start : start + value.shape[1]]
+
+
+def with_functions(model, prompt, hooks, *names):
+    """Logits, and what is at some hook points, of a run with functions inside the model.
+
+    In two calls, as the server reads a prompt: of all but its last token, and of that one. In one call the numbers
+    would be the same only but for rounding.
+    """
+    tokens, kv_cache = model.to_tokens(prompt), make_prompt_cache(model.model)
+    found = {name: [] for name in names}
+    logits = []
+    for start, part in ((0, tokens[:, :-1]), (tokens.shape[1] - 1, tokens[:, -1:])):
+        functions = [(point, partial(_at, fn, start)) for point, fn in hooks]
+        readers = [(name, partial(_read, found[name])) for name in names]
+        logits.append(model.run_with_hooks(part, functions + readers, kv_cache))
+    return [to_numpy(mx.concatenate(parts, axis=1)) for parts in (logits, *found.values())]
+
+
+def _at(fn, start, value, point):
+    return fn(value, point, start)
+
+
+def _read(found, value, _):
+    found.append(value)
+
+
+def block(place, action, more=""):
+    return f"(InterventionHook {place}) action: [ {action} ]; {more} yourself"
+
+
+RESIDUAL = "layer: {} component: #residual".format
+HALF, SQUARE = ":a | a * 0.5", ":a | a * a"
+BLOCKS = {
+    "scaling": ([block(RESIDUAL(1), HALF)], [(residual(1), half)]),
+    "zeroing": ([block("layer: 1 component: #mlp", ":a | a * 0")], [("blocks.1.hook_mlp_out", zero)]),
+    "another run": ([block(RESIDUAL(2), ":a | other copy")], [(residual(2), japans)]),
+    "another run, made by the block": (
+        [
+            block(
+                RESIDUAL(2),
+                f":a | model hookManager withHooksSuspended: #( 'mine' ) do: [ (model runWithCaching: '{JAPAN}'"
+                " layers: #( 2 ) components: #( #residual )) at: 2 -> #residual ]",
+                "name: 'mine';",
+            )
+        ],
+        [(residual(2), japans)],
+    ),
+    "two layers": (
+        [block(RESIDUAL(0), HALF), block(RESIDUAL(2), SQUARE)],
+        [(residual(0), half), (residual(2), square)],
+    ),
+    "two layers, the later one first": (
+        [block(RESIDUAL(2), SQUARE), block(RESIDUAL(0), HALF)],
+        [(residual(0), half), (residual(2), square)],
+    ),
+    "three places of a layer": (
+        [
+            block(RESIDUAL(1), SQUARE),
+            block("layer: 1 component: #attention", HALF),
+            block("layer: 1 component: #mlp", SQUARE),
+        ],
+        [("blocks.1.hook_attn_out", half), ("blocks.1.hook_mlp_out", square), (residual(1), square)],
+    ),
+    "two blocks at one place": (
+        [block(RESIDUAL(1), HALF, "name: 'a';"), block(RESIDUAL(1), SQUARE, "name: 'b';")],
+        [(residual(1), half), (residual(1), square)],
+    ),
+    "a block, then words": (
+        [block(RESIDUAL(1), SQUARE), "InterventionHook scaling: 0.5 layer: 1 component: #residual"],
+        [(residual(1), square), (residual(1), half)],
+    ),
+    "words, then a block": (
+        ["InterventionHook scaling: 0.5 layer: 1 component: #residual", block(RESIDUAL(1), SQUARE)],
+        [(residual(1), half), (residual(1), square)],
+    ),
+    "words in all layers after a block in one": (
+        [block(RESIDUAL(1), SQUARE), "InterventionHook scaling: 0.5 layer: #all component: #residual"],
+        [(residual(1), square), *((residual(layer), half) for layer in range(4))],
+    ),
+    "words before and after a block in another layer": (
+        [
+            "InterventionHook scaling: 0.5 layer: 3 component: #residual",
+            block(RESIDUAL(1), SQUARE),
+            "InterventionHook scaling: 0.5 layer: 0 component: #residual",
+        ],
+        [(residual(0), half), (residual(1), square), (residual(3), half)],
+    ),
+    "positions": (
+        [block(RESIDUAL(1), SQUARE, "positions: #( 4 2 );")],
+        [(residual(1), only(square, [2, 4], range(128)))],
+    ),
+    "the last position": (
+        [block(RESIDUAL(1), SQUARE, "positions: #last;")],
+        [(residual(1), only(square, [LAST], range(128)))],
+    ),
+    "an interval": (
+        [block(RESIDUAL(1), SQUARE, "positions: (Dictionary new at: 'start' put: 4; yourself);")],
+        [(residual(1), only(square, [4, 5], range(128)))],
+    ),
+    "heads, positions and neurons": (
+        [
+            block(
+                "new hookPoint: 'blocks.2.attn.hook_z'; yourself",
+                ":a | a * a - 1",
+                "heads: #( 3 1 ); positions: 5; neurons: #( 0 7 );",
+            )
+        ],
+        [("blocks.2.attn.hook_z", only(lambda value, *_: value * value - 1, [5], [1, 3], [0, 7]))],
+    ),
+    "a pattern": (
+        [block("layer: 1 component: #attentionWeights", HALF)],
+        [("blocks.1.attn.hook_pattern", half)],
+    ),
+    "heads of a pattern": (
+        [block("layer: 1 component: #attentionWeights", HALF, "heads: 2;")],
+        [("blocks.1.attn.hook_pattern", head_2)],
+    ),
+    "scores, written into": (
+        [
+            block(
+                "layer: 1 component: #attentionScores",
+                ":a | a at: #( 1 1 6 5 ) put: Float negativeInfinity. a",
+            )
+        ],
+        [("blocks.1.attn.hook_attn_scores", only(minus_infinity, [5], [0], [4]))],
+    ),
+    "scores": (
+        [block("layer: 1 component: #attentionScores", HALF)],
+        [("blocks.1.attn.hook_attn_scores", half)],
+    ),
+    "keys of scores": (
+        [block("layer: 1 component: #attentionScores", HALF, "keys: #( 0 3 ); positions: #( 4 5 );")],
+        [("blocks.1.attn.hook_attn_scores", only(half, [4, 5], range(4), [0, 3]))],
+    ),
+    "every layer": (
+        [block(RESIDUAL("#all"), ":a :layer | a * (layer + 1)")],
+        [(residual(layer), times_layer) for layer in range(4)],
+    ),
+    "some layers": (
+        [block("layer: #( 3 1 ) component: #mlp", SQUARE)],
+        [(f"blocks.{layer}.hook_mlp_out", square) for layer in (1, 3)],
+    ),
+    "both norms of a layer": (
+        [block("layer: 2 component: #layerNorm", SQUARE)],
+        [(f"blocks.2.{norm}.hook_normalized", square) for norm in ("ln1", "ln2")],
+    ),
+    "a glob": (
+        [block("new hookPoint: 'blocks.*.hook_resid_mid'; yourself", HALF)],
+        [(f"blocks.{layer}.hook_resid_mid", half) for layer in range(4)],
+    ),
+    "tokens": (
+        [block("new hookPoint: 'embed.hook_in'; yourself", ":a | a + 1")],
+        [("embed.hook_in", lambda value, *_: value + 1)],
+    ),
+    "the embedding and the logits": (
+        [block("new layer: #logits; yourself", SQUARE), block("new layer: #embedding; yourself", HALF)],
+        [("hook_embed", half), ("hook_logits", square)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_do_what_functions_inside_the_model_do(evaluate, tiny, name):
+    smalltalk, python = BLOCKS[name]
+    data, read, clean = evaluate(
+        f"""other := (model runWithCaching: '{JAPAN}' layers: #( 2 ) components: #( #residual )) at: 2 -> #residual.
+        clean := (model forward: '{FRANCE}') data.
+        model hookManager addHooks: {{ {". ".join(smalltalk)} }}.
+        read := model runWithCaching: '{FRANCE}' layers: #( 3 ) components: #( #residual ).
+        {{ (model forward: '{FRANCE}') data. (read at: 3 -> #residual) data. clean }}"""
+    )
+    hooks = [(point, fn(tiny) if fn is japans else fn) for point, fn in python]
+    logits, residuals = with_functions(tiny, FRANCE, hooks, residual(3))
+    same_bits(data, logits)
+    same_bits(read, residuals)
+    assert data != clean
+    same_bits(clean, with_functions(tiny, FRANCE, [])[0])
+
+
+def test_blocks_see_the_whole_text(evaluate, tiny):
+    data = evaluate(
+        f"""model addHook: ({block(RESIDUAL(1), ":a | a slice: #( 6 2 3 4 5 1 ) axis: 2")}).
+        (model forward: '{FRANCE}') data"""
+    )
+    order = mx.array([5, 1, 2, 3, 4, 0])
+    logits = tiny.run_with_hooks(FRANCE, [(residual(1), lambda value, _: value[:, order])])
+    np.testing.assert_allclose(np.array(data), to_numpy(logits).ravel(), rtol=0, atol=2e-4)
+    assert not np.allclose(np.array(data), captured(tiny, FRANCE)[1]["hook_logits"].ravel(), rtol=0, atol=1)
+
+
+def test_blocks_of_neuroscopes_documentation(evaluate, tiny):
+    """With a condition on what stands outside, as NeuroScope's examples have it; and the likeliest tokens."""
+    before, after, top, receipt, norms, count = evaluate(
+        f"""active := false.
+        hook := InterventionHook new name: 'activation_scaling'; layer: 2;
+            condition: [ :activation | active ]; action: [ :activation | activation * 0.5 ]; yourself.
+        model hookManager addHook: hook.
+        before := (model forward: '{FRANCE}') logits last data.
+        active := true.
+        after := (model forward: '{FRANCE}') logits last data.
+        top := model topTokensAfter: '{FRANCE}' count: 1.
+        {{ before. after. top first value. hook receipt. {{ hook normBefore. hook normAfter. hook fired }}.
+        hook executionCount }}"""
+    )
+    half_of_it = {"hook_point": residual(2), "type": "scale", "factor": 0.5}
+    result, arrays = captured(tiny, FRANCE, interventions=[half_of_it])
+    same_bits(before, captured(tiny, FRANCE)[1]["hook_logits"][0, -1])
+    same_bits(after, arrays["hook_logits"][0, -1])
+    logits = arrays["hook_logits"][0, -1].astype(np.float64)
+    assert top == pytest.approx(1 / np.exp(logits - logits.max()).sum(), rel=1e-12)
+    expected = result.interventions[0]
+    assert norms == [expected.norm_before, expected.norm_after, expected.fired]
+    assert receipt == expected.to_dict() | {"type": "patch"}
+    assert count == 2
+
+
+def test_a_condition_sees_what_stands_there(evaluate, tiny):
+    asked, data = evaluate(
+        f"""asked := OrderedCollection new.
+        model hookManager addHooks: {{
+            InterventionHook scaling: 2 layer: 0 component: #residual.
+            (InterventionHook layer: #( 2 0 ) component: #residual) name: 'mine';
+                condition: [ :a | asked add: a layerIndex -> a norm. a layerIndex = 2 ];
+                action: [ :a | a * 0.5 ]; yourself }}.
+        data := (model forward: '{FRANCE}') data.
+        {{ asked collect: [ :each | {{ each key. each value }} ]. data }}"""
+    )
+    twice = {"hook_point": residual(0), "type": "scale", "factor": 2}
+    _, arrays = captured(tiny, FRANCE, residual(0), residual(2), interventions=[twice])
+    norms = [(layer, np.linalg.norm(arrays[residual(layer)].astype(np.float64))) for layer in (0, 2)]
+    np.testing.assert_allclose(asked, norms, rtol=1e-12)
+    half_of_it = {"hook_point": residual(2), "type": "scale", "factor": 0.5}
+    same_bits(data, captured(tiny, FRANCE, interventions=[twice, half_of_it])[1]["hook_logits"])
+
+
+@pytest.mark.parametrize(
+    ("hook", "sentence"),
+    [
+        (block(RESIDUAL(1), ":a | a slice: 1 axis: 1"), r"ShapeMismatchError.*\[1, 6, 128\].*got \[6, 128\]"),
+        (block(RESIDUAL(1), ":a | 3"), "is to answer a tensor, or nil to leave things alone, got 3"),
+        (block(RESIDUAL(1), ":a | self error: 'too hot'"), "HookExecutionError.*too hot"),
+        (block(RESIDUAL(1), ":a | a * 0.5", "heads: 1;"), "these need an axis head, and there are batch, pos, d_model"),
+        (block(RESIDUAL(1), ":a | a * 0.5", "positions: 9;"), "Expected positions from 0 to 5"),
+        (block(RESIDUAL(9), ":a | a * 0.5"), "LMStudioRESTError.*9"),
+        (block("layer: 1 component: #attentionScores", ":a | a * 0"), "LMStudioRESTError.*must be finite"),
+        (block("new hookPoint: 'embed.hook_in'; yourself", ":a | a * 0.5"), "Expected whole numbers"),
+    ],
+)
+def test_blocks_that_are_refused(evaluate, hook, sentence):
+    with pytest.raises(SmalltalkError, match=sentence):
+        evaluate(f"model addHook: ({hook}). model forward: '{FRANCE}'")
+
+
+def test_blocks_take_no_part_in_generation(evaluate):
+    with pytest.raises(SmalltalkError, match="can edit only runs that read the text"):
+        evaluate(f"model addHook: ({block(RESIDUAL(1), HALF)}). model generate: '{FRANCE}' maxTokens: 2")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int32"])
