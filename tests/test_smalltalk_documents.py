@@ -1,16 +1,20 @@
-"""What is shown in Smalltalk, in documents and class comments, runs as it stands: under Amber, against a live server."""
+"""What is shown in Smalltalk, in documents and class comments, runs as it stands: Amber, against a live server."""
 
 import re
 from pathlib import Path
 
 import pytest
+from documents import DEFAULT, blocks
 from smalltalk_image import Image
 from smalltalk_sources import tonel
+from smalltalk_sources.syntax import Assignment, Block, parse_method
 
 from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "docs/pharo.md"]
+# Amber loads no code in Pharo's ways: where these words stand, only the syntax is looked at.
+LOADING = ("Metacello", "fileIn")
 
 
 def snippets(comment: str) -> list[str]:
@@ -21,15 +25,26 @@ def snippets(comment: str) -> list[str]:
     ]
 
 
-@pytest.fixture
-def image(live_server, tmp_path, monkeypatch):
+def session(blocks: list[str]) -> str:
+    """A script that runs the blocks one after the other, as a playground does: what one assigns, the next ones know."""
+    parts = [
+        f"[\n{block}\n] on: Error do: [ :problem | Error signal: 'block {number}: ' , problem messageText ]."
+        for number, block in enumerate(blocks, 1)
+        if not any(word in block for word in LOADING)
+    ]
+    return "\n".join([*parts, "nil"])
+
+
+@pytest.fixture(scope="module")
+def image(live_server, tmp_path_factory):
     """An image whose working directory is empty: what snippets save lands there."""
-    file = tmp_path / "LMStudioRESTClient.st"
+    folder = tmp_path_factory.mktemp("documents")
+    file = folder / "LMStudioRESTClient.st"
     file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
-    monkeypatch.chdir(tmp_path)
-    with Image(file) as image:
-        image.evaluate("LMStudioRESTClient default loadModel: 'neuroscope-tiny'")
-        yield image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with Image(file) as image:
+            yield image
 
 
 COMMENTS = [
@@ -40,8 +55,23 @@ COMMENTS = [
 
 
 @pytest.mark.parametrize("snippet", COMMENTS)
-def test_a_class_comments_snippet_runs(image, snippet):
-    image.evaluate(snippet)
+def test_a_class_comments_snippet_runs(image, live_server, snippet):
+    image.evaluate(snippet.replace(DEFAULT, live_server.base_url))
+
+
+@pytest.mark.parametrize("snippet", COMMENTS)
+def test_a_class_comments_snippet_declares_its_variables(snippet):
+    nodes = list(parse_method(f"snippet\n{snippet}").walk())
+    declared = {name for node in nodes if isinstance(node, Block) for name in node.temporaries}
+    assert {node.name for node in nodes if isinstance(node, Assignment)} <= declared
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_documents_blocks_run_one_after_the_other(image, live_server, document):
+    found = [block.replace(DEFAULT, live_server.base_url) for block in blocks(document, "smalltalk")]
+    for block in found:
+        parse_method(f"block\n{block}")
+    image.evaluate(session(found))
 
 
 def test_class_comments_are_in_the_first_person_and_show_something():

@@ -178,6 +178,9 @@ def tensor(array, dtype="float32"):
     return f"(make value: '{dtype}' value: {smalltalk(list(array.shape))} value: '{data}')"
 
 
+TENSOR = re.compile(r"\(make value: '\w+' value: #\([\d ]*\) value: '[^']*'\)")
+
+
 def smalltalk(value):
     """A literal of numbers, strings and lists of them."""
     if isinstance(value, list):
@@ -205,9 +208,13 @@ def meeting_shape(rng, shape):
 
 def check(image, cases, exact=False, rtol=1e-6):
     """Evaluate expressions of tensors; each must have the shape and the numbers of its array."""
-    script = (
-        MAKE + "show := [ :t | { t shape. t data } ]. {" + ". ".join(f"show value: ({each})" for each, _ in cases) + "}"
-    )
+    made = {}  # each tensor is made once, which is much faster; none of what is sent to it may change it
+    shown = [
+        TENSOR.sub(lambda found: made.setdefault(found[0], f"t{len(made)}"), f"show value: ({expression})")
+        for expression, _ in cases
+    ]
+    making = "".join(f"{name} := {expression}. " for expression, name in made.items())
+    script = f"{MAKE}{making}show := [ :t | {{ t shape. t data }} ]. {{{'. '.join(shown)}}}"
     for (expression, expected), (shape, data) in zip(cases, image.evaluate(script), strict=True):
         expected = np.asarray(expected)
         assert tuple(shape) == expected.shape, expression

@@ -3,6 +3,7 @@
 module.exports = function kernel({ globals, on, signal, subclass }) {
   on(globals.Object, {
     isBlock: () => false,
+    inspect() { return this; },
     isCollection: () => false,
     isDictionary: () => false,
     isFloat: () => false,
