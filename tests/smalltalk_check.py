@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from smalltalk_blocks import block_problems
 from smalltalk_sources.syntax import (
     Assignment,
     Block,
     Literal,
     Node,
     ParsedMethod,
+    Pragma,
     SmalltalkSyntaxError,
     Variable,
     parse_method,
 )
-from smalltalk_sources.tonel import ClassDefinition, Method, TonelError, parse_file, to_tonel
+from smalltalk_sources.tonel import ClassDefinition, Extension, Method, TonelError, parse_file, to_tonel
 from smalltalk_sources.usage import PSEUDO_VARIABLES, Behavior, Sources, Use
 
 PHARO = Path(__file__).parent / "smalltalk" / "pharo_selectors.json"
@@ -29,6 +31,8 @@ EXTEND = (
     "is not in tests/smalltalk/pharo_selectors.json. If Pharo 11, 12 and 13 all have it, run"
     " scripts/pharo_selectors.py with checkouts of their sources; if not, send something that they have"
 )
+PRAGMAS = ("baseline", "inspectorPresentationOrder:title:", "script", "script:")
+"""Those that mean something to Pharo and that we use."""
 
 
 # -- form ----------------------------------------------------------------------------------------
@@ -52,7 +56,29 @@ def file_problems(file: Path) -> list[str]:
         found.append(f"{file.name} is not written as Pharo writes it, which scripts/format_smalltalk.py does: {where}")
     if not text.isascii():
         found.append(f"{file.name} is not ASCII")
-    return found
+    return [*found, *_doubles(definition), *_protocol_problems(definition, package)]
+
+
+def _doubles(definition: ClassDefinition | Extension) -> list[str]:
+    """Methods that are there twice: Pharo keeps the last of them."""
+    names = [
+        f"{Behavior(definition.name, method.class_side)}>>{parse_method(method.source).selector}"
+        for method in definition.methods
+    ]
+    return [f"{name} is there {count} times" for name in dict.fromkeys(names) if (count := names.count(name)) > 1]
+
+
+def _protocol_problems(definition: ClassDefinition | Extension, package: str) -> list[str]:
+    """A protocol with a star gives the method to the package that it names; all others to the package of the class."""
+    if isinstance(definition, Extension):
+        wrong = [each for each in definition.methods if each.category != f"*{package}"]
+        return [f"{_first_line(each)}: its protocol is {each.category}, expected *{package}" for each in wrong]
+    starred = [each for each in definition.methods if each.category.startswith("*")]
+    return [f"{_first_line(each)}: its protocol {each.category} is one of extensions" for each in starred]
+
+
+def _first_line(method: Method) -> str:
+    return method.source.splitlines()[0].strip()
 
 
 def _first_difference(text: str, expected: str) -> str:
@@ -97,7 +123,7 @@ def method_problems(behavior: Behavior, method: Method, variables: list[str], po
 
     What is portable keeps to what Amber reads too.
     """
-    where = f"{behavior}>>{method.source.splitlines()[0].strip()}"
+    where = f"{behavior}>>{_first_line(method)}"
     found = []
     if not method.category.strip() or method.category == "as yet unclassified":
         found.append("has no protocol")
@@ -106,11 +132,41 @@ def method_problems(behavior: Behavior, method: Method, variables: list[str], po
     except SmalltalkSyntaxError as error:
         return [f"{where}: {each}" for each in [*found, str(error)]]
     scope = _Scope(PSEUDO_VARIABLES if method.class_side else (*PSEUDO_VARIABLES, *variables))
-    found += scope.problems_of(parsed)
+    found += [*scope.problems_of(parsed), *block_problems(parsed), *_fractions(parsed)]
+    found += [f"<{each.selector}> is no pragma of {', '.join(PRAGMAS)}" for each in _strange_pragmas(parsed)]
     if portable:
         found += [f"line {node.line}: byte arrays are not portable" for node in _literals(parsed, "bytes")]
         found += ["underscores are not portable"] if re.search(r"\b\w*_\w*\b", _code(parsed)) else []
     return [f"{where}: {each}" for each in found]
+
+
+def _strange_pragmas(method: ParsedMethod) -> list[Pragma]:
+    return [each for each in method.pragmas if each.selector not in PRAGMAS]
+
+
+def _fractions(method: ParsedMethod) -> list[str]:
+    """Integers with a negative exponent, which are Fractions in Pharo and Floats elsewhere."""
+    literals = [*_literals(method, "number"), *_literals(method, "array")]
+    return [
+        f"line {node.line}: {number} is a Fraction in Pharo, a Float is written with a point"
+        for node in literals
+        for number in re.findall(r"(?<![\w.$#])-?\d+e-\d+", re.sub(r"'(?:[^']|'')*'", "''", node.text))
+    ]
+
+
+def variable_problems(sources: Sources) -> list[str]:
+    """Instance variables that no method of the class or of one below it reads."""
+    read: dict[str, set[str]] = {}
+    for behavior, method in sources.methods():
+        names = {node.name for node in parse_method(method.source).walk() if isinstance(node, Variable)}
+        for name in sources.ours_above(behavior.name):
+            read.setdefault(name, set()).update(names)
+    return [
+        f"{cls.name} has a variable {variable} that is never read"
+        for cls in sources.classes.values()
+        for variable in cls.instance_variables
+        if variable not in read.get(cls.name, ())
+    ]
 
 
 def _literals(method: ParsedMethod, kind: str) -> Iterator[Literal]:

@@ -9,6 +9,7 @@ from smalltalk_check import (
     method_problems,
     name_problems,
     package_problems,
+    variable_problems,
 )
 from smalltalk_sources.syntax import SmalltalkSyntaxError, parse_method
 from smalltalk_sources.tonel import PACKAGES, SMALLTALK, ClassDefinition, Method
@@ -50,6 +51,10 @@ def test_methods_have_protocols_grammar_and_declared_variables(sources):
         variables = sources.instance_variables(behavior.name)
         found += method_problems(behavior, method, variables, portable=behavior.name in portable.classes)
     assert found == []
+
+
+def test_every_instance_variable_is_read(sources):
+    assert variable_problems(sources) == []
 
 
 def test_every_message_is_understood_in_pharo(sources):
@@ -94,10 +99,36 @@ def check(source, variables=("count",), category="testing", class_side=False):
         ("go\n\tself := 1", "self cannot be assigned"),
         ("go\n\t^ #[ 1 2 ]", "byte arrays are not portable"),
         ("go_on\n\t^ 1", "underscores are not portable"),
+        ("go\n\t<primitiv: 3>\n\t^ 1", "<primitiv:> is no pragma of baseline, "),
+        ("go\n\t^ count collect: [ 3 ]", "line 2: collect: takes a block of arity 1, got one of arity 0"),
+        ("go\n\t^ count inject: 0 into: [ :a | a ]", "inject:into: takes a block of arity 2, got one of arity 1"),
+        ("go\n\t^ count with: #( 1 ) do: [ :a | a ]", "with:do: takes a block of arity 2, got one of arity 1"),
+        ("go\n\t^ count ifNotNil: [ :a :b | a ]", "ifNotNil: takes a block of arity 0 or 1, got one of arity 2"),
+        ("go\n\t^ count\n\t\tdo: [ :a | a ]\n\t\tseparatedBy: [ :b | b ]", "do:separatedBy: takes a block of arity 0"),
+        ("go\n\tcount ifTrue: 3", "ifTrue: takes a block, got a literal"),
+        ("go\n\tcount isNil or: { 3 }", "or: takes a block, got a literal"),
+        ("go\n\t^ 1e-5", "line 2: 1e-5 is a Fraction in Pharo"),
+        ("go\n\t^ #( 'a' 0.5 #( -2e-3 ) )", "line 2: -2e-3 is a Fraction in Pharo"),
     ],
 )
 def test_the_check_finds_what_is_wrong_in_a_method(source, complaint):
     assert complaint in " ".join(check(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "go\n\t^ #( 'at 1e-5' 1.5e-3 16rE 1e5 a1e-5 )",
+        "go\n\t^ count ifNotNil: [ :a | a ]",
+        "go\n\t^ count ifNotNil: [ 3 ]",
+        "go\n\t^ count collect: #size",
+        "go: aBlock\n\t^ count do: aBlock",
+        "go\n\t^ self do: [ :a :b | a + b ]",
+        "go\n\t<script: 'self'>\n\t^ count",
+    ],
+)
+def test_the_check_finds_nothing_wrong_in_what_is_right(source):
+    assert check(f"{source}\n") == []
 
 
 @pytest.mark.parametrize("category", ["", "as yet unclassified"])
@@ -190,6 +221,25 @@ def test_the_check_finds_names_that_do_not_exist_or_are_taken():
     assert "class Taken is not in" in name_problems(source_of(name="Taken"), PHARO)[0]
 
 
+@pytest.mark.parametrize(
+    ("method", "complaint"),
+    [
+        ("go\n\t^ 1", ["Odd has a variable x that is never read"]),
+        ("go\n\tx := 1", ["Odd has a variable x that is never read"]),
+        ("go\n\t^ x", []),
+    ],
+)
+def test_the_check_finds_variables_that_nobody_reads(method, complaint):
+    assert variable_problems(source_of(method, variables=["x"])) == complaint
+
+
+def test_a_variable_may_be_read_in_a_class_below():
+    sources = source_of("go\n\tx := 1", variables=["x"])
+    below = source_of("go\n\t^ x", name="Below", superclass="Odd")
+    sources.add(below.classes["Below"])
+    assert variable_problems(sources) == []
+
+
 GOOD_FILE = """\
 "
 I am odd.
@@ -232,6 +282,12 @@ Odd >> x [
             "'Odd >> x [', expected 'Odd >> a ['",
         ),
         ("^ x", "^ 'ö'", "not ASCII"),
+        (
+            "\t^ x\n]\n",
+            "\t^ x\n]\n\n{ #category : 'accessing' }\nOdd >> x [\n\n\t^ 1\n]\n",
+            "Odd>>x is there 2 times",
+        ),
+        ("{ #category : 'accessing'", "{ #category : '*Else'", "x: its protocol *Else is one of extensions"),
     ],
 )
 def test_the_check_finds_files_that_pharo_would_write_differently(tmp_path, old, new, complaint):
@@ -241,6 +297,22 @@ def test_the_check_finds_files_that_pharo_would_write_differently(tmp_path, old,
     file.write_text(GOOD_FILE.replace(old, new), encoding="utf-8")
     found = file_problems(file)
     assert (complaint in " ".join(found)) if complaint else found == []
+
+
+@pytest.mark.parametrize(
+    ("category", "complaints"),
+    [
+        ("*Package", []),
+        ("*Pakage", ["x: its protocol is *Pakage, expected *Package"]),
+        ("accessing", ["x: its protocol is accessing, expected *Package"]),
+    ],
+)
+def test_the_check_finds_extensions_that_belong_to_other_packages(tmp_path, category, complaints):
+    folder = tmp_path / "Package"
+    folder.mkdir()
+    file = folder / "Odd.extension.st"
+    file.write_text(f"Extension {{ #name : 'Odd' }}\n\n{{ #category : '{category}' }}\nOdd >> x [\n\n\t^ 3\n]\n")
+    assert file_problems(file) == complaints
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,13 @@ class Sources:
 
     def instance_variables(self, name: str) -> list[str]:
         """With those of the superclasses that are ours."""
-        found: list[str] = []
+        return [variable for each in self.ours_above(name) for variable in self.classes[each].instance_variables]
+
+    def ours_above(self, name: str) -> list[str]:
+        """The class and those above it, as far as they are ours, upwards."""
+        found = []
         while name in self.classes:
-            found += self.classes[name].instance_variables
+            found.append(name)
             name = self.classes[name].superclass
         return found
 

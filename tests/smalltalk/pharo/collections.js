@@ -18,6 +18,19 @@ module.exports = function collections({ globals, nil, on, subclass, wrap, signal
       return this;
     },
   });
+  // Amber's with:do: asks the other collection for no more than it needs.
+  const SizeMismatch = subclass(globals.Error, 'SizeMismatch');
+  const pairs = (one, other, block) => {
+    if (one._size() !== other._size()) signal(SizeMismatch, 'collections differ in size');
+    return Array.from({ length: one._size() }, (_, index) => block._value_value_(one._at_(index + 1), other._at_(index + 1)));
+  };
+  on(globals.SequenceableCollection, {
+    'with:do:'(other, block) {
+      pairs(this, other, block);
+      return this;
+    },
+    'with:collect:'(other, block) { return pairs(this, other, block); },
+  });
   on(globals.Array, { 'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); } });
   on(globals.Array.klass, { 'new:withAll:': (size, value) => new Array(size).fill(value) });
 

@@ -30,6 +30,7 @@ module.exports = function files({ globals, on, subclass, signal }) {
     extension() { return path.extname(this['@path']).slice(1); },
     parent() { return reference(path.dirname(this['@path'])); },
     '/'(name) { return reference(path.join(this['@path'], String(name))); },
+    fullName() { return this['@path']; },
     exists() { return fs.existsSync(this['@path']); },
     contents() { return fs.readFileSync(this['@path'], 'utf8'); },
     ensureDelete() {
@@ -42,6 +43,7 @@ module.exports = function files({ globals, on, subclass, signal }) {
     'renameTo:'(basename) {
       const target = path.join(path.dirname(this['@path']), String(basename));
       if (fs.existsSync(target)) signal(FileExists, target);
+      if (!fs.existsSync(this['@path'])) signal(FileDoesNotExistException, `File @ ${this['@path']}`);
       fs.renameSync(this['@path'], target);
       this['@path'] = target;
       return this;
