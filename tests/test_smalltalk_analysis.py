@@ -1,10 +1,12 @@
 """Analysis in Smalltalk, run by Amber: its numbers are NumPy's from the same capture, and Python's."""
 
 import re
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from server_tools import running_server
 from smalltalk_image import (
     AS_DICTIONARIES,
     Image,
@@ -17,6 +19,7 @@ from smalltalk_image import (
     tensors,
 )
 
+from api_server import ModelWorker, ServerConfig
 from mlx_hooks.analysis import heads
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
 from neuroscope_bridge.payload import PayloadError
@@ -227,7 +230,7 @@ def test_head_similarity_is_the_cosine_of_two_patterns(image, server):
     assert found[2] == pytest.approx(swapped[0], rel=1e-6)
     np.testing.assert_allclose(found[3], sorted(swapped * 2, reverse=True), rtol=1e-6)
     np.testing.assert_allclose(found[4], other[0, 1].ravel(), rtol=1e-7)
-    assert found[5] == pytest.approx(1)
+    assert 1 - 1e-9 < found[5] <= 1
 
 
 # -- heatmaps ----------------------------------------------------------------------------------------
@@ -842,6 +845,74 @@ def test_the_patching_table_is_pythons(live, tiny):
     assert found[8] == tiny.to_str_tokens(CORRUPTED)
 
 
+def test_the_patching_table_of_heads_is_pythons(live, tiny):
+    found = live(
+        f"t := (CircuitFinder for: model) causalPatchingTableFrom: {literal(CLEAN)} to: {literal(CORRUPTED)}"
+        " measureUsing: 'Mary' -> 'John' components: #('attention_head') layers: #(2)."
+        "{ t components. t components collect: [ :each | (t sharesOf: each) data ] }"
+    )
+    point = "blocks.2.attn.hook_z"
+    _, cache = tiny.run_with_cache(CLEAN, point)
+    clean, corrupted = (difference(tiny, logits_after(tiny, text)) for text in (CLEAN, CORRUPTED))
+    edit = {"hook_point": point, "type": "patch", "source": np.array(cache[point])}
+    patched = [
+        [
+            difference(tiny, logits_after(tiny, CORRUPTED, [edit | {"heads": head, "positions": position}]))
+            for position in range(len(tiny.to_str_tokens(CLEAN)))
+        ]
+        for head in range(4)
+    ]
+    assert found[0] == [f"attention_head H{head}" for head in range(4)]
+    np.testing.assert_allclose(found[1], (np.array(patched) - corrupted) / (clean - corrupted), atol=1e-5)
+    assert np.ptp(found[1], axis=0).max() > 0.01
+
+
+LARGE = [
+    f"((CircuitFinder for: model) causalPatchingTableFrom: {literal(CLEAN)} to: {literal(CORRUPTED)} measureUsing:"
+    " 'Mary' -> 'John' components: #('residual' 'mlp' 'attention_head') layers: #(1)) strongest: 99",
+    "c := Circuit named: 'c' confidence: 1 description: ''. c addComponent: 'residual' layer: 0 index: nil;"
+    " addComponent: 'attention_head' layer: 1 index: 2; addComponent: 'mlp' layer: 2 index: nil."
+    f"((CircuitFinder for: model) validateCircuitByPatching: c sourceInput: {literal(CLEAN)}"
+    f" corruptedInput: {literal(CORRUPTED)} measureUsing: 'Mary') parts collect: [ :each | each changed ]",
+    f"(NeuronAnalyzer for: model) topTokensFor: 17 layer: 2 in: {texts_in_smalltalk(TEXTS)} count: 3",
+    f"(NeuronAnalyzer for: model) compareNeurons: 2 -> 17 with: 3 -> 8 in: {texts_in_smalltalk(TEXTS)}",
+]
+
+
+def test_runs_that_are_too_large_for_a_reply_are_analyzed_all_the_same(live, tmp_path):
+    with ModelWorker() as worker:
+        worker.load("neuroscope-tiny")
+        with running_server(worker, ServerConfig(port=0, max_reply_bytes=22_000)) as url:
+            file = tmp_path / "small.st"
+            file.write_text(generate_neuroscope_smalltalk_interface(SimpleNamespace(base_url=url)), encoding="ascii")
+            model = "model := TransformerModel onClient: LMStudioRESTClient default model: 'neuroscope-tiny'."
+            with Image(file) as image:
+                small = [image.evaluate(f"{model} {script}") for script in LARGE]
+    assert small == [live(script) for script in LARGE]
+
+
+def test_the_source_of_a_patch_is_the_patched_row(live):
+    found = live(
+        "e := CausalExperiment on: model. r := Array with: (e component: 'residual' layer: 2 index: nil)."
+        f"reply := e forward: {literal(CLEAN)} hooks: (e hooksAt: (e hookPointsOf: r)) interventions: #()."
+        "one := e patching: r from: reply positions: 3. all := e patching: r from: reply positions: nil."
+        "{ (one first at: 'source') first at: 'shape'. (all first at: 'source') first at: 'shape'."
+        " (STONJSON toString: one) size. (STONJSON toString: all) size }"
+    )
+    assert found[0] == [1, 1, found[1][2]]
+    assert found[1][1] > 10
+    assert found[2] * 5 < found[3]
+
+
+def test_a_mean_over_measures_of_their_own_says_so(live):
+    found = live(
+        f"cases := {{ {literal(CLEAN)} -> 'Mary'. {literal(CORRUPTED)} -> 'John' }}. f := CircuitFinder for: model."
+        "c := (Circuit named: 'c' confidence: 1 description: '') addComponent: 'mlp' layer: 0 index: nil; yourself."
+        "(f validateCircuitByAblation: c onDataset: cases measureUsing: nil) description"
+    )
+    assert "changes each text's own measure (the logit of Mary, the logit of John) from" in found
+
+
 def test_a_block_may_be_the_measure(live, tiny):
     found = live(
         "c := Circuit named: 'one' confidence: 1 description: 'by hand'. c addComponent: 'mlp' layer: 0 index: nil."
@@ -884,11 +955,30 @@ def test_a_block_may_be_the_measure(live, tiny):
             "validateCircuitByPatching: c sourceInput: 'Mary' corruptedInput: 'John' patchingStrategy: #minimal",
             "Strategies: componentWise",
         ),
+        ("validateCircuitByAblation: none onDataset: #('Mary') measureUsing: 'Mary'", "needs one component or more"),
+        (
+            "validateCircuitByPatching: none sourceInput: 'Mary' corruptedInput: 'John' measureUsing: 'Mary'",
+            "needs one component or more",
+        ),
+        (
+            "validateCircuitByAblation: all onDataset: #('Mary') measureUsing: 'Mary'",
+            "An attention_head needs its index; attention is all of them",
+        ),
+        (
+            "causalPatchingTableFrom: 'Mary' to: 'John' measureUsing: 'Mary' components: #('mlp') layers: #(9)",
+            "There is no layer 9 with these components. Layers: 0, 1, 2, 3",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(live, send, complaint):
     with pytest.raises(SmalltalkError, match=re.escape(complaint)):
-        live(f"c := Circuit named: 'c' confidence: 1 description: ''. (CircuitFinder for: model) {send}")
+        live(
+            "none := Circuit named: 'none' confidence: 1 description: ''."
+            "c := (Circuit named: 'c' confidence: 1 description: '') addComponent: 'mlp' layer: 0 index: nil; yourself."
+            "all := (Circuit named: 'all' confidence: 1 description: '')"
+            " addComponent: 'attention_head' layer: 0 index: nil; yourself."
+            f"(CircuitFinder for: model) {send}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -897,6 +987,11 @@ def test_what_cannot_be_measured_is_refused(live, send, complaint):
         ("topTokensFor: 352 layer: 0 in: #('Mary') count: 1", "Neurons of layer 0 are 0 to 351, got 352"),
         ("findTopActivatingTokens: 0 -> 1 fromDataset: 'pile' count: 1", "I hold no data sets"),
         ("compareNeurons: 0 -> 1 with: 0 -> 2", "I have no texts"),
+        ("compareNeurons: 0 -> 1 with: 0 -> 2 in: #()", "A data set needs one text or more"),
+        (
+            "computeImpact: (model forward: 'Mary') vs: (ActivationTensor ones: #(1 1 4))",
+            "Expected logits of 522 tokens, got 4",
+        ),
         ("testNeuronImportance: 0 -> 1 on: 'Mary' using: #noise", "Interventions: zeroing"),
         ("topTokensFor: 0 layer: 9 in: #('Mary') count: 1", "blocks.9"),
     ],
