@@ -57,7 +57,7 @@ def scored(pattern, rule, tokens, queries=None):
         keys = followed(rule, query, tokens)
         if keys:
             weights.append(pattern[query, keys].sum())
-            hits.append(pattern[query, keys].max() >= pattern[query].max())
+            hits.append(pattern[query, keys].max() > np.delete(pattern[query], keys).max(initial=0))
             instances += [(query, key, pattern[query, key]) for key in keys]
     return np.mean(weights), np.mean(hits), sorted(instances, key=lambda each: -each[2])
 

@@ -5,6 +5,11 @@ module.exports = function collections({ globals, nil, on, subclass, wrap, signal
   on(globals.SequenceableCollection, {
     'indexOf:'(object) { return this._indexOf_ifAbsent_(object, { _value: () => 0 }); },
     'allButLast:'(count) { return this._copyFrom_to_(1, this._size() - count); },
+    'with:collect:'(other, block) {
+      if (other._size() !== this._size()) signal(globals.Error, 'otherCollection must be the same size');
+      let index = 0;
+      return this._collect_({ _value_: (each) => block._value_value_(each, other._at_(++index)) });
+    },
     hash() { return [...String(this._printString())].reduce((sum, each) => sum + each.charCodeAt(0), 0); },
     'replaceFrom:to:with:startingAt:'(start, stop, replacement, first) {
       for (let index = start; index <= stop; index++) {
