@@ -216,11 +216,7 @@ def bits(values: Any, dtype: Any = np.float32) -> str:
     return np.array(values, dtype).tobytes().hex()
 
 
-AS_DICTIONARIES = (
-    "circuits collect: [ :each | Dictionary new at: 'name' put: each name; at: 'confidence' put: each confidence;"
-    " at: 'components' put: each components; at: 'pathway' put: each pathway;"
-    " at: 'description' put: each description; yourself ]"
-)
+AS_DICTIONARIES = "circuits collect: [ :each | each asDictionary ]"
 
 
 def same_circuits(smalltalk: list[dict[str, Any]], python: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from smalltalk_sources.tonel import ClassDefinition, Extension, Method, read_pac
 CORE = "NeuroScope-Core"
 CORE_TESTS = "NeuroScope-Core-Tests"
 EXAMPLES = "NeuroScope-Examples"
+INSPECTOR = "NeuroScope-Inspector"
 
 
 def write_chunks(file: Path, *packages: str) -> Path:

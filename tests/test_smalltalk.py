@@ -155,3 +155,17 @@ def test_the_seeds_snippet_runs_and_its_numbers_are_pythons(live_server, live_im
             np.testing.assert_allclose(ours[1:4], [np.linalg.norm(data), data.mean(), data.std()], rtol=1e-5, atol=1e-9)
     same_circuits(found["circuits"], bridge.find_circuits(activations))
     assert len(found["circuits"]) == 2 * layers
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "Array new: -1",
+        "Float32Array new: -1",
+        "ByteArray new: -2",
+        "Float infinity printShowingDecimalPlaces: 2",
+        "Float nan printShowingDecimalPlaces: 2",
+    ],
+)
+def test_what_fails_in_pharo_is_an_error_that_smalltalk_can_handle(image, script):
+    assert image.evaluate(f"[ {script} ] on: Error do: [ :error | 'handled' ]") == "handled"

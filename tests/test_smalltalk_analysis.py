@@ -742,8 +742,9 @@ def test_what_ablation_does_is_pythons(live, tiny, strategy, kind):
         "f := CircuitFinder for: model. f threshold: 0; onProgress: [ :n :all | done add: n; add: all ]."
         f"c := f discoverCircuitsThroughIntervention: 'Mary' -> 'John' interventionStrategy: '{strategy}'"
         f" validationDataset: {texts_in_smalltalk(TEXTS)}."
-        "{ c collect: [ :each | { each components first. each effects first baseline. each effects first changed."
-        " each confidence. each isCausal. each description } ]. done last. done size. c first printString }"
+        "{ c collect: [ :each | { each components first asDictionary."
+        " each effects first baseline. each effects first changed. each confidence. each isCausal."
+        " each description } ]. done last. done size. c first printString }"
     )
     circuits = found[0]
     baseline = np.mean([difference(tiny, logits_after(tiny, text)) for text in TEXTS])

@@ -182,6 +182,81 @@ def test_a_silent_server_is_a_connection_error_after_the_timeout(image, server):
     assert "timed out" in message
 
 
+def closes(handler):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def cut_off(text, length, then=None):
+    """A canned reply that says it has more bytes than come."""
+
+    def send(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(length))
+        handler.end_headers()
+        handler.wfile.write(text)
+        handler.wfile.flush()
+        if then:
+            then(handler)
+
+    return send
+
+
+def resets(handler):
+    time.sleep(0.02)  # Node may miss a reset that comes together with data
+    reset(handler)
+
+
+def speaks_another_protocol(handler):
+    handler.wfile.write(b"SSH-2.0-server\r\n")
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        (closes, "closed before the reply, or what came is not HTTP"),
+        (speaks_another_protocol, "closed before the reply, or what came is not HTTP"),
+        (cut_off(b'{"status": "hea', 1000), "the reply ended after 15 of 1000 bytes"),
+        (cut_off('{"status": "größer'.encode(), 20 + 1), "the reply ended after 20 of 21 bytes"),
+        (cut_off(b"", 1000), "the reply ended after 0 of 1000 bytes"),
+        (cut_off('{"status": "ü'.encode()[:-1], 1000), "the text of the reply is broken: Incomplete"),
+        (cut_off(b'{"status": "\xff"}', 15), "the text of the reply is broken: Illegal"),
+        (cut_off(b'{"status": "hea', 1000, resets), "Connection closed"),
+    ],
+)
+def test_a_lost_connection_is_a_connection_error(image, server, reply, complaint):
+    server.replies["GET /health"] = reply
+    name, status, code, message, is_connection = failure(image, server, timeout=2)
+    assert (name, status, code, is_connection) == ("LMStudioConnectionError", None, "no_connection", True)
+    assert complaint in message
+
+
+def test_a_whole_reply_that_is_no_json_is_no_lost_connection(image, server):
+    text = "<html>größer</html>".encode()
+    server.replies["GET /health"] = cut_off(text, len(text))
+    assert failure(image, server)[:2] == ["LMStudioRESTError", 200]
+
+
+def test_a_page_of_another_server_is_told_in_short_and_kept_whole(image, server):
+    page = "<html>" + "x" * 10_000
+    server.replies["GET /health"] = (502, page)
+    message, body = image.evaluate(
+        f"[ {client(server)} health ] on: LMStudioRESTError do: [ :error | {{ error messageText. error body }} ]"
+    )
+    assert (body, len(message) < 600, page[:500] + "..." in message) == (page, True, True)
+
+
+@pytest.mark.parametrize("url", ["localhost:8080", "127.0.0.1:8080", "", "ftp://localhost", "http://", "httpx://a"])
+def test_a_base_url_without_http_is_refused(image, url):
+    with pytest.raises(SmalltalkError, match="begins with http:// or https://, as http://127.0.0.1:8080 does, got"):
+        image.evaluate(f"LMStudioRESTClient baseUrl: {literal(url)}")
+
+
+def test_a_request_that_cannot_be_sent_fails_and_does_not_wait(image):
+    with pytest.raises(SmalltalkError, match="NetworkError"):
+        image.evaluate("ZnClient new url: 'localhost:8080'; get")
+
+
 def test_replies_may_be_larger_than_zincs_own_limit(image, server):
     server.replies["GET /health"] = {"filler": "x" * (17 * 2**20)}
     assert image.evaluate(f"({client(server)} health at: 'filler') size") == 17 * 2**20
@@ -292,7 +367,7 @@ ONE = f"data: {said('one')}\n\n".encode()
     ("options", "complaint"),
     [
         ({}, "ended before its [DONE]"),
-        ({"length": 10_000}, "Connection closed"),
+        ({"length": 10_000}, "ended before its [DONE]"),
         ({"then": reset, "length": 10_000}, "Connection closed"),
         ({"then": lambda handler: time.sleep(0.8)}, "timed out"),
     ],
@@ -301,6 +376,19 @@ def test_a_stream_that_breaks_is_a_connection_error(image, server, options, comp
     texts, name, status, code, message = broken(image, server, ONE, b"data: {", **options)
     assert (texts, name, status, code) == (["one"], "LMStudioConnectionError", None, "no_connection")
     assert complaint in message
+
+
+def test_a_stream_whose_text_or_head_is_broken_is_a_connection_error(image, server):
+    texts, name, *_, message = broken(image, server, ONE, b"data: \xff\n\n")
+    assert (texts, name) == (["one"], "LMStudioConnectionError")
+    assert "the text of the stream is broken" in message
+    server.replies["POST /v1/chat/completions"] = closes
+    with pytest.raises(SmalltalkError, match="closed before the reply"):
+        image.evaluate(f"{client(server)} stream: 'Hi' do: [ :text :event | ]")
+    page = b"HTTP/1.1 502 Bad\r\nContent-Type: text/plain\r\n\r\n\xc3"
+    server.replies["POST /v1/chat/completions"] = lambda handler: handler.wfile.write(page)
+    with pytest.raises(SmalltalkError, match="the text of the reply is broken"):
+        image.evaluate(f"{client(server)} stream: 'Hi' do: [ :text :event | ]")
 
 
 def test_an_error_in_a_stream_is_the_servers(image, server):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from smalltalk_image import Image
 from smalltalk_packages import EXAMPLES, example_scripts, write_chunks
+from smalltalk_sources.syntax import parse_method
+from smalltalk_sources.tonel import read_package
 
 from mlx_hooks.activations import to_numpy
 from mlx_hooks.analysis import heads
@@ -50,6 +52,18 @@ def test_scripts_and_their_tests_are_the_same(request):
     names = {re.sub(r"(?<!^)(?=[A-Z])", "_", each.split()[1]).lower() for each in example_scripts(EXAMPLES)}
     assert names == tested or len(request.session.items) < 5  # one test alone was asked for
     assert len(names) >= 11
+
+
+def test_every_script_inspects_what_its_own_method_answers():
+    scripts = {
+        (method.source.splitlines()[0], *each.arguments)
+        for definition in read_package(EXAMPLES)
+        for method in definition.methods
+        for each in parse_method(method.source).pragmas
+        if each.selector == "script:"
+    }
+    assert len(scripts) >= 11
+    assert scripts == {(selector, f"'self {selector} inspect'") for selector, _ in scripts}
 
 
 def test_example_seed_snippet(evaluate, live_server):

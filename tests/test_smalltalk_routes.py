@@ -79,6 +79,7 @@ SENDS = {
     "c modelInfo: 'other'": ["get_model"],
     f"c registerHooks: {HOOKS}": ["register_hooks"],
     "c registeredHooks": ["list_hooks"],
+    "c printString": [],
     "c removeHook: 'mine/mlp'": ["remove_hook"],
     "c selfTest": ["selftest"],
     "c selfTestInBackground": ["selftest"],

@@ -30,13 +30,11 @@ class Reach:
         )
 
 
-def within_reach(
-    positions: Chosen | str | None, reach: Reach, phase: str | None = None, *, hint: str = ""
-) -> Sequence[int]:
+def within_reach(positions: Chosen | str | None, reach: Reach, phase: str | None = None) -> Sequence[int]:
     """The positions of a selection that a run may come to in a phase; "last" is the prompt's and each generated one.
 
     Raises:
-        HookError: when some of a list are out of reach in either phase; it ends in ``hint``.
+        HookError: when some of a list are out of reach in either phase.
     """
     everything, within = reach.positions(None), reach.positions(phase)
     if isinstance(positions, str):
@@ -45,7 +43,7 @@ def within_reach(
         outside = [p for p in positions if p not in everything]
         if outside:
             raise HookError(
-                f"position {outside[0]} is out of reach: this run comes to positions {span(everything)}.{hint}",
+                f"position {outside[0]} is out of reach: this run comes to positions {span(everything)}.",
                 field="positions",
             )
         return [p for p in positions if p in within]
@@ -71,8 +69,7 @@ def due_positions(asked: Intervention, reach: Reach) -> Sequence[int]:
     if keys is not None and (keys.start if isinstance(keys, range) else max(keys)) >= reach.stop:
         raise HookError(f"keys are out of reach, got {spell(keys)}: {reached}.")
     positions = asked.positions if isinstance(asked.positions, str) else as_chosen(asked.positions)
-    hint = " For several calls of one sequence use 'with model.intervening(...)'."
-    due = within_reach(positions, reach, asked.phase, hint=hint)
+    due = within_reach(positions, reach, asked.phase)
     if keys is not None:
         due = [p for p in due if p >= first(keys)]
     if not due:

@@ -23,7 +23,8 @@ if (isMainThread) {
   }
 
   // {method, url, headers, body, timeout in s} -> {status, headers, read, close}, or {failure, message}.
-  // read answers the next piece as it comes, null at the end, or {failure, message}.
+  // read answers the next piece as it comes, null at the end, or {failure, message}. As to Zinc, a connection that
+  // is closed is the end, be there more to come or not.
   function open(request) {
     const id = (last += 1);
     waiting.set(id, []);
@@ -67,14 +68,16 @@ if (isMainThread) {
     Atomics.add(workerData.arrived, 0, 1);
     Atomics.notify(workerData.arrived, 0);
   };
-  const start = ({ id, method, url, headers, body, timeout }) => {
-    const fail = (error) => tell({ id, failure: error.code || 'ERROR', message: error.message });
+  // Node gives these one code; a socket that was reset names the system call that failed.
+  const codeOf = (error) => (error.code === 'ECONNRESET' && !error.syscall ? 'ENOREPLY' : error.code);
+  const begin = ({ id, method, url, headers, body, timeout }) => {
+    const fail = (error) => tell({ id, failure: codeOf(error) || 'ERROR', message: error.message });
     const request = http.request(url, { method, headers, timeout: timeout * 1000, agent: false }, (response) => {
       tell({ id, status: response.statusCode, headers: response.headers });
       response.on('data', (piece) => tell({ id, piece }));
       response.on('end', () => tell({ id }));
-      response.on('aborted', () => fail({ code: 'ECONNRESET', message: 'the connection was closed' }));
-      response.on('error', () => {}); // 'aborted' has told it
+      response.on('aborted', () => tell({ id })); // closed before the end; after a reset 'error' has told it
+      response.on('error', () => {});
     });
     request.on('timeout', () => {
       fail({ code: 'ETIMEDOUT', message: 'no data' });
@@ -84,9 +87,16 @@ if (isMainThread) {
     request.end(body === undefined ? undefined : Buffer.from(body, 'utf8'));
     requests.set(id, request);
   };
+  const start = (message) => {
+    try {
+      begin(message);
+    } catch (error) {
+      tell({ id: message.id, failure: error.code || 'ERROR', message: error.message }); // a wait would never end
+    }
+  };
   parentPort.on('message', (message) => {
     if (!message.close) return start(message);
-    requests.get(message.id).destroy();
+    requests.get(message.id)?.destroy();
     requests.delete(message.id);
   });
 }

@@ -63,6 +63,12 @@ module.exports = function collections({ globals, nil, on, subclass, wrap, signal
   });
   on(Ordered.klass, { 'new:': () => new OrderedCollection() });
 
+  const sizeOf = (size, name) => (size >= 0 ? size : signal(globals.Error, `${name} cannot have size ${size}`));
+  const newArray = globals.Array.klass.methods['new:'].fn;
+  on(globals.Array.klass, {
+    'new:'(size) { return newArray.call(this, sizeOf(size, this._name())); },
+  });
+
   function fixedSize(name, constructor) {
     const klass = on(wrap(globals.SequenceableCollection, name, constructor), {
       ...at,
@@ -84,7 +90,7 @@ module.exports = function collections({ globals, nil, on, subclass, wrap, signal
       shallowCopy() { return this.slice(); },
       'copyFrom:to:'(start, stop) { return this.slice(start - 1, stop); },
     });
-    on(klass.klass, { 'new:': (size) => new constructor(size) });
+    on(klass.klass, { 'new:': (size) => new constructor(sizeOf(size, name)) });
     return klass;
   }
   // In Pharo's memory a Float32Array is its 32-bit words, which basicAt:put: writes.
@@ -101,11 +107,20 @@ module.exports = function collections({ globals, nil, on, subclass, wrap, signal
     'unsignedLongAt:bigEndian:'(index, bigEndian) { return view(this).getUint32(index - 1, !bigEndian); },
     'unsignedShortAt:bigEndian:'(index, bigEndian) { return view(this).getUint16(index - 1, !bigEndian); },
   });
+  function endsInside(bytes) {
+    try {
+      new TextDecoder('utf-8', { fatal: true }).decode(bytes, { stream: true });
+      return true;
+    } catch (error) {
+      return false;
+    }
+  }
   on(globals.ByteArray, {
     utf8Decoded() {
       try {
         return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(this);
       } catch (error) {
+        if (endsInside(this)) signal(globals.ZnIncomplete, 'Incomplete utf-8 encoding');
         return signal(globals.ZnInvalidUTF8, 'Illegal byte for utf-8 encoding');
       }
     },

@@ -33,6 +33,14 @@ module.exports = function kernel({ globals, on, signal, subclass }) {
       },
     });
   }
+  // Pharo's begins with asTrueFraction.
+  const fixed = globals.Number.methods['printShowingDecimalPlaces:'].fn;
+  on(globals.Number, {
+    'printShowingDecimalPlaces:'(places) {
+      if (!Number.isFinite(Number(this))) signal(globals.Error, `Cannot truncate ${this._printString()}`);
+      return fixed.call(this, places);
+    },
+  });
   const ZeroDivide = subclass(subclass(globals.Error, 'ArithmeticError'), 'ZeroDivide');
   const quotient = (a, b) => (b === 0 ? signal(ZeroDivide, '') : Math.floor(a / b));
   on(globals.Number, {

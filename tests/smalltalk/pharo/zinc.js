@@ -10,7 +10,11 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
   const ZnEntityTooLarge = subclass(globals.Error, 'ZnEntityTooLarge');
   const ZnCharacterEncodingError = subclass(globals.Error, 'ZnCharacterEncodingError');
 
+  const ZnUnknownHttpVersion = subclass(subclass(globals.Error, 'ZnParseError'), 'ZnUnknownHttpVersion');
+
+  on(ZnUnknownHttpVersion.klass, { 'version:'() { return this._new(); } });
   subclass(ZnCharacterEncodingError, 'ZnInvalidUTF8');
+  subclass(ZnCharacterEncodingError, 'ZnIncomplete');
 
   // Strict about white space too, as when whitespace: nil is set.
   on(subclass(globals.Object, 'ZnBase64Encoder'), {
@@ -72,7 +76,10 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     EAI_AGAIN: [NameLookupFailure, ({ hostname }) => hostname],
     ECONNRESET: [ConnectionClosed, () => 'Connection closed while waiting for data.'],
   };
+  // What came is no status line: nothing at all, or another protocol's.
+  const isNoReply = ({ failure }) => failure === 'ENOREPLY' || failure.startsWith('HPE_');
   function fail(reply, url) {
+    if (isNoReply(reply)) signal(ZnUnknownHttpVersion, '');
     const [klass, text] = FAILURES[reply.failure] || [NetworkError, () => reply.message];
     signal(klass, text(url));
   }
@@ -92,6 +99,8 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
       client.received = streamingEntity(reply, url);
     } else if (reply.body.length > (client.limit || 16 * 1024 * 1024)) {
       signal(ZnEntityTooLarge, 'Entity too large');
+    } else {
+      client.text = Uint8Array.from(reply.body)._utf8Decoded();
     }
     return client._contents();
   }
@@ -125,11 +134,12 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
     isSuccess() { return this.reply.status >= 200 && this.reply.status < 300; },
     contents() {
       if (this.isStreaming) return this.received._stream();
-      return this.reply.body.length ? new TextDecoder().decode(this.reply.body) : nil;
+      return this.text || nil;
     },
     response() {
       const response = globals.ZnResponse._new();
       response['@code'] = this.reply.status;
+      for (const [name, value] of Object.entries(this.reply.headers)) response._headers()._at_put_(name, value);
       if (this.isStreaming) response.body = this.received;
       return response;
     },

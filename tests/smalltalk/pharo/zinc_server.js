@@ -72,6 +72,8 @@ function install({ globals, nil, on, subclass, signal }) {
     },
     'at:'(name) { return this._at_ifAbsent_(name, () => missing(name)); },
     'includesKey:'(name) { return values(this).has(capitalised(name)); },
+    contentLength() { return Number(this._at_('content-length')); },
+    hasContentLength() { return this._includesKey_('content-length'); },
   });
 
   const message = {
