@@ -308,9 +308,9 @@ def test_a_heatmap_is_saved_whole_or_not_at_all(image, tmp_path):
         assert image.evaluate(make.format(literal(str(file)))) == file.read_text()
     assert ElementTree.parse(file).getroot().tag == f"{SVG}svg"
     assert list(tmp_path.iterdir()) == [file]
-    with pytest.raises(SmalltalkError, match="the name must end in .svg, got a.png"):
+    with pytest.raises(SmalltalkError, match="the name must end in .svg, got '.*a.png'"):
         image.evaluate(make.format(literal(str(tmp_path / "a.png"))))
-    with pytest.raises(SmalltalkError, match="FileDoesNotExistException"):
+    with pytest.raises(SmalltalkError, match="There is no folder .*missing to write a.svg to"):
         image.evaluate(make.format(literal(str(tmp_path / "missing" / "a.svg"))))
     file.write_text("old")
     (tmp_path / "a.svg.part" / "in the way").mkdir(parents=True)
