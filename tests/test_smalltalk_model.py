@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from smalltalk_image import Image, SmalltalkError
 
 from mlx_hooks.activations import to_numpy
+from mlx_hooks.analysis.logit_lens import LogitLens
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError
 from neuroscope_bridge.payload import decode_activation
 from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
@@ -675,3 +676,28 @@ def test_interventions_that_the_server_refuses(evaluate, python, hook, spec):
 def test_a_model_that_is_not_loaded_is_refused_with_the_servers_sentence(live_image):
     with pytest.raises(SmalltalkError, match="Unknown model 'nobody'. Loaded: neuroscope-tiny"):
         live_image.evaluate("(TransformerModel onClient: LMStudioRESTClient default model: 'nobody') numLayers")
+
+
+# -- the logit lens ------------------------------------------------------------------------------
+
+
+def test_the_lens_is_the_models_own_end_applied_to_each_layer(evaluate, tiny):
+    """A layer's residual in the place of the last one: the softmax of the logits, in Smalltalk, is the logit lens."""
+    found = evaluate(
+        f"""run := model runWithCaching: '{FRANCE}' layers: nil components: #( #residual ).
+        lens := (LMStudioRESTClient default logitLens: '{FRANCE}' topK: 3) at: 'layers'.
+        lens collect: [ :row |
+            hook := (InterventionHook layer: 3 component: #residual)
+                patchingFrom: (run at: (row at: 'layer') -> #residual).
+            logits := model withHooks: {{ hook }} do: [ model forward: '{FRANCE}' ].
+            {{ row. (logits last slice: 1 axis: 1) softmax data }} ]"""
+    )
+    expected = LogitLens(tiny).predictions(FRANCE, top_k=3)
+    assert len(found) == len(expected) == 4
+    for (served, probabilities), layer in zip(found, expected, strict=True):
+        ids = [each.token_id for each in layer.predictions]
+        assert [each["token_id"] for each in served["predictions"]] == ids
+        python = [each.probability for each in layer.predictions]
+        np.testing.assert_allclose([each["probability"] for each in served["predictions"]], python, rtol=1e-5)
+        np.testing.assert_allclose(np.array(probabilities)[ids], python, rtol=1e-5)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-6)
