@@ -14,9 +14,9 @@ from typing import Any
 import build_smalltalk
 import pytest
 from smalltalk_image import Image, canned_server
+from smalltalk_packages import write_client
 
 from mlx_hooks import HookedModel, ModelLoadError
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +64,7 @@ def server() -> Iterator[SimpleNamespace]:
 @pytest.fixture(scope="module")
 def live_image(live_server: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
     """An image with what is generated for the live server, so that its default client is that one's."""
-    file = tmp_path_factory.mktemp("image") / "LMStudioRESTClient.st"
-    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
-    with Image(file) as image:
+    with Image(write_client(tmp_path_factory.mktemp("image"), live_server.base_url)) as image:
         yield image
 
 

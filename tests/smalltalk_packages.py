@@ -3,15 +3,25 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from smalltalk_sources.chunks import to_chunks
 from smalltalk_sources.syntax import parse_method
 from smalltalk_sources.tonel import ClassDefinition, Extension, Method, read_package
 
+from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
+
 CORE = "NeuroScope-Core"
 CORE_TESTS = "NeuroScope-Core-Tests"
 EXAMPLES = "NeuroScope-Examples"
 INSPECTOR = "NeuroScope-Inspector"
+
+
+def write_client(folder: Path, url: str) -> Path:
+    """Write what is generated for the server at the URL, which is then that of the image's default client."""
+    file = folder / "LMStudioRESTClient.st"
+    file.write_text(generate_neuroscope_smalltalk_interface(SimpleNamespace(base_url=url)), encoding="ascii")
+    return file
 
 
 def write_chunks(file: Path, *packages: str) -> Path:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from documents import DEFAULT, ROOT, blocks
 from smalltalk_image import Image
+from smalltalk_packages import write_client
 
 from api_server import ModelWorker, create_app
 from api_server.__main__ import _parser
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 DOCUMENT = (ROOT / "docs" / "api.md").read_text()
 SHELL = blocks("docs/api.md", "")
@@ -65,9 +65,7 @@ def test_the_python_blocks_run_with_the_values_that_they_name(live_server: Simpl
 
 
 def test_the_smalltalk_blocks_run(live_server: SimpleNamespace, tmp_path: Path) -> None:
-    file = tmp_path / "LMStudioRESTClient.st"
-    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
-    with Image(file) as image:
+    with Image(write_client(tmp_path, live_server.base_url)) as image:
         values = [image.evaluate(block) for block in blocks("docs/api.md", "smalltalk")]
     assert values == [128, "is"]
 

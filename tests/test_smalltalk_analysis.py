@@ -1,7 +1,6 @@
 """Analysis in Smalltalk, run by Amber: its numbers are NumPy's from the same capture, and Python's."""
 
 import re
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,12 +17,12 @@ from smalltalk_image import (
     serve_records,
     tensors,
 )
+from smalltalk_packages import write_client
 
 from api_server import ModelWorker, ServerConfig
 from mlx_hooks.analysis import heads
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
 from neuroscope_bridge.payload import PayloadError
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 bridge = NeuroScopeActivationBridge()
 TOKENS = [7, 3, 5, 7, 3, 9, 9, 7, 3, 5]
@@ -609,6 +608,7 @@ def test_what_cannot_be_had_is_said(image, send, complaint):
 
 # -- a live server -----------------------------------------------------------------------------------
 
+MODEL = "model := TransformerModel onClient: LMStudioRESTClient default model: 'neuroscope-tiny'."
 CLEAN = "When Mary and John went to the store , John gave a drink to"
 CORRUPTED = "When Mary and John went to the store , Mary gave a drink to"
 TEXTS = [CLEAN, "When Mary and John went to the school , John gave a book to"]
@@ -616,13 +616,9 @@ REPEATED = "France dog book Tom school Mary drink capital mat store Berlin gave"
 
 
 @pytest.fixture(scope="module")
-def live(live_server, tmp_path_factory):
+def live(live_image):
     """Evaluates scripts that know `model`, on the live server; one image for all of them."""
-    file = tmp_path_factory.mktemp("live") / "LMStudioRESTClient.st"
-    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
-    with Image(file) as image:
-        model = "model := TransformerModel onClient: LMStudioRESTClient default model: 'neuroscope-tiny'."
-        yield lambda script: image.evaluate(f"{model} {script}")
+    return lambda script: live_image.evaluate(f"{MODEL} {script}")
 
 
 def logits_after(model, text, interventions=()):
@@ -883,12 +879,11 @@ LARGE = [
 def test_runs_that_are_too_large_for_a_reply_are_analyzed_all_the_same(live, tmp_path):
     with ModelWorker() as worker:
         worker.load("neuroscope-tiny")
-        with running_server(worker, ServerConfig(port=0, max_reply_bytes=22_000)) as url:
-            file = tmp_path / "small.st"
-            file.write_text(generate_neuroscope_smalltalk_interface(SimpleNamespace(base_url=url)), encoding="ascii")
-            model = "model := TransformerModel onClient: LMStudioRESTClient default model: 'neuroscope-tiny'."
-            with Image(file) as image:
-                small = [image.evaluate(f"{model} {script}") for script in LARGE]
+        with (
+            running_server(worker, ServerConfig(port=0, max_reply_bytes=22_000)) as url,
+            Image(write_client(tmp_path, url)) as image,
+        ):
+            small = [image.evaluate(f"{MODEL} {script}") for script in LARGE]
     assert small == [live(script) for script in LARGE]
 
 

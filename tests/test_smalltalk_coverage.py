@@ -2,18 +2,15 @@
 
 import pytest
 from smalltalk_image import Image
-from smalltalk_packages import CORE_TESTS, EXAMPLES, example_scripts, write_chunks
+from smalltalk_packages import CORE_TESTS, EXAMPLES, example_scripts, write_chunks, write_client
 from smalltalk_sources.usage import CORE_PACKAGES
-
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 
 @pytest.fixture(scope="module")
 def covered(live_server, tmp_path_factory):
     """The methods that ran neither in an SUnit test nor in an example, and what became of the examples."""
     folder = tmp_path_factory.mktemp("coverage")
-    core = folder / "core.st"
-    core.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
+    core = write_client(folder, live_server.base_url)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # an example saves a picture
         with Image(core, write_chunks(folder / "rest.st", CORE_TESTS, EXAMPLES), counting=True) as image:

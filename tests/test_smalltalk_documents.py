@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from documents import DEFAULT, blocks
 from smalltalk_image import Image
+from smalltalk_packages import write_client
 from smalltalk_sources import tonel
 from smalltalk_sources.syntax import Assignment, Block, parse_method
-
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "docs/pharo.md"]
@@ -39,11 +38,9 @@ def session(blocks: list[str]) -> str:
 def image(live_server, tmp_path_factory):
     """An image whose working directory is empty: what snippets save lands there."""
     folder = tmp_path_factory.mktemp("documents")
-    file = folder / "LMStudioRESTClient.st"
-    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        with Image(file) as image:
+        with Image(write_client(folder, live_server.base_url)) as image:
             yield image
 
 

@@ -6,14 +6,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from smalltalk_image import Image
-from smalltalk_packages import EXAMPLES, example_scripts, write_chunks
+from smalltalk_packages import EXAMPLES, example_scripts, write_chunks, write_client
 from smalltalk_sources.syntax import parse_method
 from smalltalk_sources.tonel import read_package
 
 from mlx_hooks.activations import to_numpy
 from mlx_hooks.analysis import heads
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeActivationBridge
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 STORE = "When Mary and John went to the store , John gave a drink to"
 WORDS = "store France Mary drink mat Tom gave capital book dog school Berlin"
@@ -27,8 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluate(live_server, folder):
-    core = folder / "core.st"
-    core.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
+    core = write_client(folder, live_server.base_url)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with Image(core, write_chunks(folder / "examples.st", EXAMPLES)) as image:

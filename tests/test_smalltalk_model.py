@@ -9,13 +9,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from smalltalk_image import Image, SmalltalkError
+from smalltalk_image import SmalltalkError
 
 from mlx_hooks.activations import to_numpy
 from mlx_hooks.analysis.logit_lens import LogitLens
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError
 from neuroscope_bridge.payload import decode_activation
-from neuroscope_bridge.smalltalk import generate_neuroscope_smalltalk_interface
 
 FRANCE = "The capital of France is"
 JAPAN = "The capital of Japan is"
@@ -29,15 +28,6 @@ VECTOR = "vector := ((run at: 2 -> #residual) - (run at: 1 -> #residual)) slice:
 @pytest.fixture(scope="module")
 def python(live_server):
     return LMStudioNeuroScopeClient(live_server.base_url)
-
-
-@pytest.fixture(scope="module")
-def live_image(live_server, tmp_path_factory):
-    """One image for all tests here: each script makes a model of its own."""
-    file = tmp_path_factory.mktemp("image") / "LMStudioRESTClient.st"
-    file.write_text(generate_neuroscope_smalltalk_interface(live_server), encoding="ascii")
-    with Image(file) as image:
-        yield image
 
 
 @pytest.fixture
