@@ -9,12 +9,29 @@ from .activations import ActivationCache, CapturedActivation
 from .analysis.logit_lens import LogitLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
-from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
+from .errors import (
+    HookError,
+    ModelLoadError,
+    ObserverError,
+    ObserverWarning,
+    UnknownHookError,
+    UnsupportedModelError,
+    UntrustedHookWarning,
+)
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
+from .inference import run_generation
 from .interventions import Intervention, InterventionReceipt
 from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
+from .observers import (
+    ActivationHook,
+    AttentionExtractionHook,
+    InferenceHook,
+    LayerAttention,
+    SymbolicStreamHook,
+    create_attention_extraction_hook,
+)
 from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
 
@@ -22,7 +39,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationCache",
+    "ActivationHook",
     "ActivationHookManager",
+    "AttentionExtractionHook",
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
@@ -32,15 +51,22 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedModel",
+    "InferenceHook",
     "Intervention",
     "InterventionReceipt",
+    "LayerAttention",
     "LogitLens",
     "ModelConfig",
     "ModelLoadError",
+    "ObserverError",
+    "ObserverWarning",
     "SelfTest",
+    "SymbolicStreamHook",
     "TokenLogprobs",
     "UnknownHookError",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "create_attention_extraction_hook",
     "load_model",
+    "run_generation",
 ]

@@ -24,6 +24,7 @@ from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
+from .observers import InferenceHook, Watched
 from .reductions import finish
 from .sampling import Sampling
 from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
@@ -456,6 +457,8 @@ class HookedModel:
         fwd_hooks: ForwardHooks = (),
         interventions: Interventions = (),
         top_logprobs: int | None = None,
+        hooks: Iterable[InferenceHook] = (),
+        hook_errors: str = "raise",
         **sampling: Any,
     ) -> Iterator[GenerationStep]:
         """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
@@ -472,7 +475,6 @@ class HookedModel:
         registered = self.activation_hook_manager.plan()
         asked = registered if capture is None else self._capture_plan(capture)
         plan = asked if asked is registered else asked.joined(registered)
-        hooks = self._forward_hooks(fwd_hooks)
         steps = generation.generate_steps(
             self.instrument,
             self.tokenizer,
@@ -482,8 +484,9 @@ class HookedModel:
             stop=[stop] if isinstance(stop, str) else list(stop),
             plan=plan,
             interventions=self._prepared(interventions),
-            hooks=hooks,
+            hooks=self._forward_hooks(fwd_hooks),
             top_logprobs=top_logprobs,
+            watched=Watched(hooks, self.architecture, hook_errors),
         )
         return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
 
@@ -503,6 +506,8 @@ class HookedModel:
                 :class:`Intervention`.
             top_logprobs: tell with each token how probable the model found it, and this many of the likeliest ones:
                 see :class:`TokenLogprobs`. None computes nothing.
+            hooks: observers, told of each event in turn: see :class:`InferenceHook`.
+            hook_errors: "raise" what an observer raises, or "collect" it in the observer's ``errors``.
             temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed:
                 see :class:`sampling.Sampling`; the default takes the most probable token.
         """
@@ -596,7 +601,7 @@ def load_model(name_or_path: str | Path) -> HookedModel:
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:
-        own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs"]
+        own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs", "hooks", "hook_errors"]
         allowed = [*own, *Sampling.__dataclass_fields__]
         raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
     return Sampling(**options)

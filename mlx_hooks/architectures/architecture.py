@@ -251,6 +251,20 @@ class Architecture:
         """The submodules between which attention happens, where the attention module itself is never called."""
         return ends_of_open(attn)
 
+    @property
+    def streams(self) -> dict[int, str]:
+        """What kind of stream a layer's attention works on, by layer, where the model declares it: ``stream_type``.
+
+        It is an attribute of the attention module or of its block; no architecture of mlx-lm has it.
+        """
+        declared = {}
+        for layer, (block, sublayers) in enumerate(zip(self.blocks, self.sublayers, strict=True)):
+            modules = [*(s.module for s in sublayers if s.kind == "attn"), block]
+            kind = first_of(*(getattr(module, "stream_type", None) for module in modules))
+            if kind is not None:
+                declared[layer] = str(kind)
+        return declared
+
     def values_per_query(self, layer: int, v: mx.array, n_heads: int) -> mx.array:
         """Values [batch, kv_head, ...] as each query head reads them, where they are not simply repeated in groups."""
         block = self.blocks[layer]
