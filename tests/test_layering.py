@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 # Upper modules may import lower ones. A folder stands for all modules in it.
 ENGINE = [
-    "cli", "training", "analysis", "coverage", "model", "loading", "selftest", "capture", "generation", "sampling",
-    "storage", "observers", "manager", "instrument", "interventions", "hooks", "reductions", "activations",
+    "cli", "training", "analysis", "coverage", "model", "loading", "selftest", "contributions", "capture", "generation",
+    "sampling", "storage", "observers", "manager", "instrument", "interventions", "hooks", "reductions", "activations",
     "architectures", "attention", "hook_points", "errors",
 ]  # fmt: skip
 PACKAGES = {
