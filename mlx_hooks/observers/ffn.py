@@ -82,6 +82,10 @@ class ActivationHook(InferenceHook):
         """
         return LazyRecords(lambda: len(self._norms), self._record)
 
+    def norms(self) -> dict[str, np.ndarray]:
+        """The lengths as arrays of equal length: layer, position, input_norm, output_norm."""
+        return {name: self._norms[name] for name in ("layer", "position", "input_norm", "output_norm")}
+
     def _record(self, index: int) -> dict[str, Any]:
         position = int(self._norms["position"][index])
         record = {
