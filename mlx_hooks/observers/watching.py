@@ -78,11 +78,10 @@ class Watched:
                 self.architecture.check_supported(name)
         shown = [layer for layer in asked if all(name in points for name in names[layer])]
         missing = [layer for layer in wanted.layers or () if layer not in shown]
-        if missing or (not shown and asked):
-            where = f"layer {missing[0]} of {self.architecture.cfg.model_type}" if missing else "it"
+        if missing or not shown:
+            where = f"layer {missing[0]} of " if missing else ""
             raise HookError(
-                f"{observer!r} would see nothing: {where} has no {what} to show"
-                + ("." if missing else f" in any layer; the model is {self.architecture.cfg.model_type}.")
+                f"{observer!r} would see nothing: {where}{self.architecture.cfg.model_type} has no {what} to show."
             )
         for layer in shown:
             by_layer.setdefault(layer, []).append((observer, wanted))
