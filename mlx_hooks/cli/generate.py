@@ -89,7 +89,8 @@ def _show_attention(hook: AttentionExtractionHook) -> None:
         print(f"  {token!r:20} {total:10.2f}")
     print("\nEdges by layer and head")
     for name, stats in hook.layer_head_stats().items():
-        print(f"  {name:8} {stats['edge_count']:6} edges, mean {stats['avg_weight']:.3f}, max {stats['max_weight']:.3f}")
+        count, mean, most = (stats[key] for key in ("edge_count", "avg_weight", "max_weight"))
+        print(f"  {name:8} {count:6} edges, mean {mean:.3f}, max {most:.3f}")
 
 
 def _show_activations(hook: ActivationHook) -> None:

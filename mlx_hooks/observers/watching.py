@@ -138,6 +138,7 @@ class Watch:
         self.run = instrument.run
         self.tokenizer = tokenizer
         self.ids = list(prompt)
+        self._text_of: dict[int, str] = {}
         self.texts = self._texts(self.ids)
         self.prompt_length = len(self.ids)
         self.state: State = state | {"prompt_length": self.prompt_length, "streams": dict(watched.streams)}
@@ -154,7 +155,9 @@ class Watch:
         self._ended = False
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
+        for i in set(ids) - self._text_of.keys():
+            self._text_of[i] = str(i) if self.tokenizer is None else self.tokenizer.decode([i])
+        return [self._text_of[i] for i in ids]
 
     # What is captured
 
