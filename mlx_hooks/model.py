@@ -138,18 +138,22 @@ class HookedModel:
             raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
         return [self.tokenizer.decode([token]) for token in id_list(self.to_tokens(inputs)[0])]
 
-    def unembed(self, residual: mx.array) -> mx.array:
+    def unembed(self, residual: mx.array, *, apply_norm: bool = True) -> mx.array:
         """Logits [..., d_vocab] of values [..., d_model] of the stream that leaves the last block.
 
         The model's own end makes them, whatever it has (last norm, multipliers, unembedding, soft cap): the model runs
         with the stream replaced, and what lies before is never computed.
 
+        Args:
+            residual: in place of the stream; an architecture of several streams has an axis for them.
+            apply_norm: False puts the value behind the last norm.
+
         Raises:
-            HookError: where the logits are made of more than this stream.
+            HookError: where the logits are made of more than this stream, and without the norm where it is no module.
         """
         if more := self.architecture.more_than_last_stream:
             raise HookError(f"Logits are not made of the last stream alone on {self.cfg.model_type}: {more}.")
-        last = self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
+        last = self.last_stream if apply_norm else self._last_normalized()
         if last.axes == hook_points.RESID:
             rows = residual if residual.ndim == 3 else residual.reshape(1, -1, residual.shape[-1])
             shape = rows.shape[:2]
@@ -160,6 +164,18 @@ class HookedModel:
             logits = self.model(mx.zeros(shape, dtype=mx.int32))
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits if last.axes != hook_points.RESID else logits.reshape(*residual.shape[:-1], -1)
+
+    @property
+    def last_stream(self) -> HookPoint:
+        """Where the stream leaves the last block."""
+        return self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
+
+    def _last_normalized(self) -> HookPoint:
+        if self.architecture.ln_final is None:
+            raise HookError(
+                f"The last norm of {self.cfg.model_type} is a function, not a module: it cannot be left out."
+            )
+        return self.hook_points[hook_points.outer_point("ln_final").name]
 
     def head_results(self, value: mx.array, layer: int) -> mx.array:
         """What each head of a layer adds to the stream, [..., head, d_model], in float32.
