@@ -8,14 +8,16 @@ emitted because no legacy name exists for them.
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from .errors import UnknownHookError
 
 RESID = ("batch", "pos", "d_model")
 HEADS = ("batch", "pos", "head", "d_head")
 ATTENTION = ("batch", "head", "query", "key")
+PER_HEAD = ("batch", "pos", "head", "d_model")
 MLP = ("batch", "pos", "d_mlp")
 CHOICE = ("batch", "pos", "choice")
 
@@ -38,6 +40,7 @@ class HookPoint:
         component: the short name, unique within a layer (``cache["resid_post", 3]``).
         axes: one name per axis of the value; empty for a raw module.
         sizes: one size per axis, as they were met when the model was wrapped; None where it depends on the run.
+        group: query heads that share one entry of the head axis: more than 1 at the keys and values of grouped queries.
     """
 
     name: str
@@ -45,6 +48,7 @@ class HookPoint:
     component: str
     axes: tuple[str, ...]
     sizes: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
+    group: int = field(default=1, compare=False, repr=False)
 
     def size(self, axis: str) -> int | None:
         """The size of an axis, or None where there is none or it depends on the run."""
@@ -70,12 +74,14 @@ _BLOCK: list[tuple[str, str, tuple[str, ...]]] = [
     ("attn.hook_q", "q", HEADS),
     ("attn.hook_k", "k", HEADS),
     ("attn.hook_v", "v", HEADS),
+    ("attn.hook_v_projected", "v_projected", PER_HEAD),
     ("attn.hook_rot_q", "rot_q", HEADS),
     ("attn.hook_rot_k", "rot_k", HEADS),
     ("attn.hook_attn_scores", "attn_scores", ATTENTION),
     ("attn.hook_pattern", "pattern", ATTENTION),
     ("attn.hook_sink", "sink", ("batch", "head", "query")),
     ("attn.hook_z", "z", HEADS),
+    ("attn.hook_result", "result", PER_HEAD),
     ("mixer.hook_in", "mixer_in", RESID),
     ("mixer.hook_state", "mixer_state", ()),
     ("ln1_post.hook_normalized", "ln1_post", RESID),
@@ -102,6 +108,10 @@ _AFTER: list[tuple[str, str, tuple[str, ...]]] = [
     ("ln_final.hook_normalized", "ln_final", RESID),
     ("hook_logits", "logits", ("batch", "pos", "d_vocab")),
 ]
+DERIVED = {"result": "z", "v_projected": "v"}
+"""Components that no module emits, and of which one they are made: ``result`` is what each head adds to the stream,
+``v_projected`` what it would add if it attended one position alone."""
+
 _BLOCK_ROWS = {component: (name, axes) for name, component, axes in _BLOCK}
 _OUTER_ROWS = {component: (name, axes) for name, component, axes in _BEFORE + _AFTER}
 
@@ -133,7 +143,35 @@ _ALIASES = {
     "blocks.{i}.mlp.hook_out": "mlp_out",
     "ln_final.hook_out": "ln_final",
     "unembed.hook_out": "logits",
+    # easyroutine, where the name is of a whole value
+    "resid_in_{i}": "resid_pre",
+    "resid_mid_{i}": "resid_mid",
+    "resid_out_{i}": "resid_post",
+    "attn_in_{i}": "attn_in",
+    "attn_out_{i}": "attn_out",
+    "mlp_in_{i}": "mlp_in",
+    "mlp_out_{i}": "mlp_out",
+    "values_L{i}": "v",
+    "keys_L{i}": "k",
+    "queries_L{i}": "q",
+    "last_layernorm": "ln_final_in",
+    "input_ids": "embed_in",
+    "input_embeddings": "embed",
 }
+_LAYER_IN_ALIAS = re.compile(r"(?:^blocks\.|\[|_L?)(\d+)(?=\.|\]|$)")
+
+# easyroutine's names of one head's part: prefix -> component and what is made of it. {j} stands for a query head.
+_HEAD_KEYS: dict[str, tuple[str, str | None]] = {
+    "head_queries": ("q", None),
+    "head_keys": ("k", None),
+    "head_values": ("v", None),
+    "pattern": ("pattern", None),
+    "avg_attn_pattern": ("pattern", "mean"),
+    "head_out": ("result", None),
+    "projected_value": ("v_projected", None),
+}
+_HEAD_KEY = re.compile(rf"({'|'.join(_HEAD_KEYS)})_L(\d+)H(\d+)")
+_FLAT_KEY = re.compile(r"(?:values|keys|queries)_L\d+")
 
 
 def block_point(component: str, layer: int) -> HookPoint:
@@ -159,15 +197,15 @@ def module_point(path: str, place: str, layer: int | None) -> HookPoint:
 
 
 def in_forward_order(points: Iterable[HookPoint]) -> dict[str, HookPoint]:
-    """The hook points by canonical name, in the order of a forward pass."""
+    """The hook points by canonical name, in the order of a forward pass; raw modules last in their layer."""
     before, block, after = ([component for _, component, _ in rows] for rows in (_BEFORE, _BLOCK, _AFTER))
 
     def place(point: HookPoint) -> tuple[int, int, int]:
         if point.layer is not None:
-            return 1, point.layer, block.index(point.component)
-        return (
-            (0, 0, before.index(point.component)) if point.component in before else (2, 0, after.index(point.component))
-        )
+            return 1, point.layer, block.index(point.component) if point.component in block else len(block)
+        if point.component in before:
+            return 0, 0, before.index(point.component)
+        return 2, 0, after.index(point.component) if point.component in after else len(after)
 
     return {point.name: point for point in sorted(points, key=place)}
 
@@ -181,7 +219,7 @@ def canonical_name(name: str) -> str:
     outer = _ALIASES.get(name, name)
     if outer in _OUTER_ROWS:
         return outer_point(outer).name
-    layer = re.search(r"(?:^blocks\.|\[)(\d+)", name)
+    layer = _LAYER_IN_ALIAS.search(name)
     if layer is not None:
         component = _ALIASES.get(name[: layer.start(1)] + "{i}" + name[layer.end(1) :])
         if component is not None:
@@ -203,6 +241,143 @@ def short_name(component: str, layer: int | None = None) -> str:
     known = ", ".join(_BLOCK_ROWS if layer is not None else _OUTER_ROWS)
     where = "in a block" if layer is not None else "outside the blocks"
     raise UnknownHookError(f"Unknown component {component!r} {where}. There are: {known}.")
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a key of an activation cache means.
+
+    Args:
+        name: the hook point's canonical name.
+        head: the query head whose part is meant; of keys and values, the part that serves it. None for all.
+        derived: what is made of the value: "mean" over the batch, "flat" with the heads of each position side by side,
+            None for the value itself.
+    """
+
+    name: str
+    head: int | None = None
+    derived: str | None = None
+
+
+def cache_key(key: str) -> CacheKey:
+    """Read a key of an activation cache: a canonical name, an alias, or a key of easyroutine's.
+
+    >>> cache_key("pattern_L3H2")
+    CacheKey(name='blocks.3.attn.hook_pattern', head=2, derived=None)
+    >>> cache_key("values_L3")
+    CacheKey(name='blocks.3.attn.hook_v', head=None, derived='flat')
+
+    What is none of these is returned as a name, as it is.
+    """
+    if match := _HEAD_KEY.fullmatch(key):
+        component, derived = _HEAD_KEYS[match[1]]
+        return CacheKey(block_point(component, int(match[2])).name, int(match[3]), derived)
+    return CacheKey(canonical_name(key), None, "flat" if _FLAT_KEY.fullmatch(key) else None)
+
+
+def expand_key(
+    pattern: str, points: Mapping[str, HookPoint], heads: Mapping[str, Sequence[int]] | None = None
+) -> list[tuple[str, CacheKey]]:
+    """The keys that a pattern means among ``points``, spelled with numbers, by layer and then by head.
+
+        expand_key("resid_out_{i}", model.hook_points)      # [("resid_out_0", CacheKey(...)), ("resid_out_1", ...
+        expand_key("pattern_L{i}H{j}", model.hook_points)   # all heads of layer 0, then of layer 1, ...
+
+    Args:
+        pattern: a key; ``{i}`` in it, whatever the braces hold, stands for a number; ``*`` and ``?`` as in globs.
+        points: what there is, by canonical name. What is made of a point (``head_out_L3H2`` of ``z``) counts as there.
+        heads: the query heads there are of a name, where these are not all.
+
+    Raises:
+        UnknownHookError: for a pattern that means nothing here; lists what there is.
+    """
+    if not isinstance(pattern, str):
+        raise UnknownHookError(f"A key is a string, not {type(pattern).__name__}.")
+    ordered = in_forward_order(points.values())
+    placeholders, globs = "{" in pattern, any(c in pattern for c in "*?")
+    if not placeholders and not globs:
+        key = cache_key(pattern)
+        source = points.get(key.name) or points.get(_source(key.name))
+        if source is None:
+            raise unknown_point(pattern, dict(points))
+        check_head(key, heads_of(source, heads), pattern)
+        return [(pattern, key)]
+    matcher = re.compile(_expression(pattern) if placeholders else fnmatch.translate(pattern))
+    # A glob that reads as canonical names is not read as other libraries' names as well.
+    for family in (_canonical_keys, _alias_keys, _head_keys):
+        found = [
+            (spelled, cache_key(spelled))
+            for point in ordered.values()
+            for spelled in family(point, heads_of(point, heads))
+            if matcher.fullmatch(spelled)
+        ]
+        if found:
+            return found
+    raise unknown_point(pattern, dict(points))
+
+
+def heads_of(point: HookPoint, heads: Mapping[str, Sequence[int]] | None = None) -> Sequence[int]:
+    """The query heads of which a hook point has a part: those that were given, or all; none without a head axis."""
+    if heads is not None and point.name in heads:
+        return heads[point.name]
+    return range((point.size("head") or 0) * point.group)
+
+
+def check_head(key: CacheKey, heads: Sequence[int], spelled: str) -> None:
+    """Refuse a head that is not among ``heads``.
+
+    Raises:
+        UnknownHookError: lists the heads there are.
+    """
+    if key.head is not None and key.head not in heads:
+        listed = f"{heads[0]}-{heads[-1]}" if isinstance(heads, range) and heads else ", ".join(map(str, heads))
+        raise UnknownHookError(f"Unknown head {key.head} in {spelled!r}: {key.name} has the heads {listed or 'none'}.")
+
+
+def _expression(pattern: str) -> str:
+    """A regular expression of a pattern with braces: a name in braces that comes twice is the same number twice."""
+    seen: set[str] = set()
+    parts = []
+    for text in re.split(r"(\{\w*\})", pattern):
+        name = text[1:-1]
+        if not (text.startswith("{") and text.endswith("}")):
+            parts.append(re.escape(text))
+        elif not name.isidentifier():
+            parts.append(r"\d+")
+        else:
+            parts.append(rf"(?P={name})" if name in seen else rf"(?P<{name}>\d+)")
+            seen.add(name)
+    return "".join(parts)
+
+
+def _canonical_keys(point: HookPoint, heads: Sequence[int]) -> Iterable[str]:
+    return chain([point.name], (derived.name for derived in _derived(point)))
+
+
+def _alias_keys(point: HookPoint, heads: Sequence[int]) -> Iterable[str]:
+    return (alias.replace("{i}", str(point.layer)) for alias, c in _ALIASES.items() if c == point.component)
+
+
+def _head_keys(point: HookPoint, heads: Sequence[int]) -> Iterable[str]:
+    components = {point.component, *(derived.component for derived in _derived(point))}
+    for prefix, (component, _) in _HEAD_KEYS.items():
+        if component in components:
+            yield from (f"{prefix}_L{point.layer}H{head}" for head in heads)
+
+
+def _derived(point: HookPoint) -> list[HookPoint]:
+    """The points that are made of this one."""
+    layer = point.layer
+    return (
+        [] if layer is None else [block_point(c, layer) for c, source in DERIVED.items() if source == point.component]
+    )
+
+
+def _source(name: str) -> str:
+    """The canonical name of what a derived point is made of; of any other, its own."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+    component = next((c for c in DERIVED if match and match[2] == _BLOCK_ROWS[c][0]), None)
+    return name if match is None or component is None else block_point(DERIVED[component], int(match[1])).name
 
 
 NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
@@ -242,7 +417,14 @@ def select(points: dict[str, HookPoint], names_filter: NamesFilter) -> list[Hook
 
 
 def unknown_point(name: str, points: dict[str, HookPoint]) -> UnknownHookError:
-    """The error for a name that ``points`` lacks: nearest name, and what there is."""
+    """The error for a name that ``points`` lacks: nearest name, and what there is; of a derived one, how it is got."""
+    key = cache_key(name)
+    if (source := _source(key.name)) != key.name:
+        return UnknownHookError(
+            f"{name!r} is made of {source}, no module emits it: HookedModel.forward with extract_head_out or "
+            f"extract_head_values_projected keeps it. {_overview(points)}",
+            field="hook_point",
+        )
     near = difflib.get_close_matches(name, points, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     return UnknownHookError(f"Unknown hook point {name!r}.{hint} {_overview(points)}", field="hook_point")

@@ -1,11 +1,22 @@
 """The vocabulary: names, aliases, the REST table, and errors that list what there is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny_models import CONFIGS, N_LAYERS, make_model
 
-from mlx_hooks import HookedModel, HookError, HookSpec, UnknownHookError
-from mlx_hooks.hook_points import COMPONENTS, canonical_name, short_name
+from mlx_hooks import HookedModel, HookError, HookPoint, HookSpec, UnknownHookError
+from mlx_hooks.hook_points import (
+    COMPONENTS,
+    DERIVED,
+    CacheKey,
+    block_point,
+    cache_key,
+    canonical_name,
+    expand_key,
+    short_name,
+)
 from mlx_hooks.hooks import select_positions
 
 
@@ -211,3 +222,100 @@ def test_a_model_prints_its_hook_points(model: HookedModel) -> None:
 def test_a_malformed_spec_is_refused(spec: object, message: str) -> None:
     with pytest.raises(HookError, match=message):
         HookSpec.of(spec)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("resid_in_12", CacheKey("blocks.12.hook_resid_pre")),
+        ("resid_mid_5", CacheKey("blocks.5.hook_resid_mid")),
+        ("resid_out_5", CacheKey("blocks.5.hook_resid_post")),
+        ("attn_in_5", CacheKey("blocks.5.attn.hook_in")),
+        ("attn_out_5", CacheKey("blocks.5.hook_attn_out")),
+        ("mlp_in_5", CacheKey("blocks.5.mlp.hook_in")),
+        ("mlp_out_5", CacheKey("blocks.5.hook_mlp_out")),
+        ("values_L5", CacheKey("blocks.5.attn.hook_v", derived="flat")),
+        ("keys_L5", CacheKey("blocks.5.attn.hook_k", derived="flat")),
+        ("queries_L5", CacheKey("blocks.5.attn.hook_q", derived="flat")),
+        ("head_values_L15H11", CacheKey("blocks.15.attn.hook_v", 11)),
+        ("head_keys_L5H1", CacheKey("blocks.5.attn.hook_k", 1)),
+        ("head_queries_L5H1", CacheKey("blocks.5.attn.hook_q", 1)),
+        ("pattern_L5H1", CacheKey("blocks.5.attn.hook_pattern", 1)),
+        ("avg_attn_pattern_L5H1", CacheKey("blocks.5.attn.hook_pattern", 1, "mean")),
+        ("head_out_L5H1", CacheKey("blocks.5.attn.hook_result", 1)),
+        ("projected_value_L5H1", CacheKey("blocks.5.attn.hook_v_projected", 1)),
+        ("last_layernorm", CacheKey("ln_final.hook_in")),
+        ("input_ids", CacheKey("embed.hook_in")),
+        ("input_embeddings", CacheKey("hook_embed")),
+        ("logits", CacheKey("hook_logits")),
+        ("layers_output[12]", CacheKey("blocks.12.hook_resid_post")),
+        ("blocks.4.hook_resid_mid", CacheKey("blocks.4.hook_resid_mid")),
+        ("resid_out_5x", CacheKey("resid_out_5x")),
+        ("pattern_L5", CacheKey("pattern_L5")),
+    ],
+)
+def test_keys_of_easyroutine_are_read(key: str, meant: CacheKey) -> None:
+    assert cache_key(key) == meant
+
+
+def many_layers(n_heads: int = 12) -> dict[str, HookPoint]:
+    """Points of 12 layers, in no order."""
+    head = (None, None, n_heads, 8)
+    rows = [replace(block_point("z", i), sizes=head) for i in reversed(range(12))]
+    rows += [replace(block_point("v", i), sizes=(None, None, 2, 8), group=n_heads // 2) for i in range(12)]
+    return {point.name: point for point in [*(block_point("resid_post", i) for i in range(12)), *rows]}
+
+
+@pytest.mark.parametrize("pattern", ["resid_out_{i}", "resid_out_{}", "resid_out_{layer}", "resid_out_*"])
+def test_a_pattern_stands_for_every_layer_in_numerical_order(pattern: str) -> None:
+    assert expand_key(pattern, many_layers()) == [
+        (f"resid_out_{i}", CacheKey(f"blocks.{i}.hook_resid_post")) for i in range(12)
+    ]
+
+
+def test_a_pattern_may_be_canonical_or_another_librarys() -> None:
+    names = [f"blocks.{i}.hook_resid_post" for i in range(12)]
+    for pattern in ("blocks.{i}.hook_resid_post", "blocks.*.hook_resid_post"):
+        assert expand_key(pattern, many_layers()) == [(name, CacheKey(name)) for name in names]
+    assert [key.name for _, key in expand_key("layers_output[{i}]", many_layers())] == names
+    assert expand_key("resid_out_11", many_layers()) == [("resid_out_11", CacheKey(names[11]))]
+
+
+def test_a_pattern_over_heads_goes_by_layer_and_then_by_head() -> None:
+    every = [(f"head_out_L{i}H{j}", CacheKey(f"blocks.{i}.attn.hook_result", j)) for i in range(12) for j in range(12)]
+    assert expand_key("head_out_L{i}H{j}", many_layers()) == every
+    assert expand_key("head_out_L3H{j}", many_layers()) == every[36:48]
+    assert expand_key("head_out_L{i}H{i}", many_layers()) == every[::13]
+    some = {f"blocks.{i}.attn.hook_z": (4, 10) for i in range(12)}
+    assert expand_key("head_out_L{i}H{j}", many_layers(), some)[:3] == [every[4], every[10], every[16]]
+
+
+def test_of_keys_and_values_a_head_is_the_query_head_that_they_serve() -> None:
+    assert len(expand_key("head_values_L{i}H{j}", many_layers())) == 144
+    model = HookedModel(make_model("llama"))
+    groups = {c: model.hook_points[short_name(c, 1)].group for c in ("q", "k", "v", "pattern", "z", "resid_post")}
+    assert groups == {"q": 1, "k": 2, "v": 2, "pattern": 1, "z": 1, "resid_post": 1}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("resid_out_12", r"Unknown hook point 'resid_out_12'.* Layers \(i\): 0-11"),
+        ("resid_mid_{i}", r"Unknown hook point 'resid_mid_\{i\}'.* There are: blocks.\{i\}.hook_resid_post"),
+        ("nonsense*", "Unknown hook point 'nonsense"),
+        ("head_out_L3H12", "Unknown head 12 in 'head_out_L3H12': blocks.3.attn.hook_result has the heads 0-11"),
+        ("head_out_L3H12*", "Unknown hook point"),
+        (3, "A key is a string, not int"),
+    ],
+)
+def test_a_pattern_that_means_nothing_lists_what_there_is(pattern: str, message: str) -> None:
+    with pytest.raises(UnknownHookError, match=message):
+        expand_key(pattern, many_layers())
+
+
+def test_what_no_module_emits_is_not_captured_and_says_how_to_get_it() -> None:
+    model = HookedModel(make_model("llama"))
+    assert not any(point.component in DERIVED for point in model.hook_points.values())
+    for name in ("blocks.1.attn.hook_result", "head_out_L1H0"):
+        with pytest.raises(UnknownHookError, match=r"made of blocks.1.attn.hook_z, no module emits it: HookedModel"):
+            model.run_with_cache([1, 2], name)

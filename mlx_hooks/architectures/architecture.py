@@ -219,6 +219,9 @@ class Architecture:
                 named = zip(point.axes, shapes[name], strict=True)
                 sizes = tuple(None if axis in hook_points.AXES_OF_THE_RUN else size for axis, size in named)
                 self.points[name] = replace(point, sizes=sizes)
+        for name, point in self.points.items():
+            if n_heads := point.size("head"):
+                self.points[name] = replace(point, group=max(1, self.n_query_heads(point.layer) // n_heads))
 
     def norm_called(self, layer: int, name: str) -> str | None:
         """The component of the norm that a block has as a child of this name: "post_attention_layernorm" -> "ln2"."""

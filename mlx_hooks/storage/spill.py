@@ -4,7 +4,6 @@ One file per record, written while the model runs, so that a capture of any leng
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ import mlx.core as mx
 
 from ..activations import CapturedActivation, labels
 from ..errors import HookError
+from .files import whole_file
 
 _KEY = "value"
 
@@ -111,20 +111,8 @@ class SpillFolder:
 
 def write_tensor(path: Path, value: mx.array, metadata: dict[str, str]) -> None:
     """Write one array to a safetensors file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.stem}.writing.safetensors")
-    try:
-        mx.save_safetensors(str(temporary), {_KEY: value}, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        if path.parent.exists():
-            temporary.unlink(missing_ok=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with whole_file(path) as draft:
+        mx.save_safetensors(str(draft), {_KEY: value}, metadata)
 
 
 def _metadata(record: CapturedActivation) -> dict[str, str]:

@@ -1,0 +1,136 @@
+"""Files and folders that are there whole or not at all, whatever ends the process that writes them.
+
+What is being written has another name beside its own: a leading dot, and ``.writing`` in it. Readers pass it by.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_MARK = ".writing"
+_YOUNG_FOLDER = 60.0
+"""Seconds: a folder may be this old before its writer has locked it."""
+_YOUNG_FILE = 3600.0
+"""Seconds: a file, which nobody locks, may be as old as this before its writer goes on."""
+
+
+@contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A new path beside ``path`` to write to; when the block ends well, the file takes its place.
+
+        with whole_file(Path("report.json")) as draft:
+            draft.write_text(report)
+
+    Args:
+        durable: the file survives a crash of the machine too, at the price of waiting for the disk.
+
+    Raises:
+        OSError: the file cannot be written; what was at ``path`` is still there.
+    """
+    draft = _beside(path)
+    try:
+        yield draft
+        if durable:
+            sync(draft)
+        draft.replace(path)
+    finally:
+        if path.parent.exists():
+            draft.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)
+
+
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a file by text in UTF-8, or by bytes."""
+    with whole_file(path, durable=durable) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A new folder beside ``path`` to fill; when the block ends well, it gets the name, with all that is in it.
+
+    It is locked while the block runs, so that :func:`clear_left` knows it from one whose writer was killed.
+
+    Raises:
+        OSError: it cannot be written, or there is something at ``path`` already, which stays as it is.
+    """
+    draft = _beside(path)
+    draft.mkdir()
+    lock = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield draft
+        if durable:
+            for inside in [*draft.rglob("*"), draft]:
+                sync(inside)
+        draft.rename(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+    if durable:
+        sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder and all that is in it: it is gone for every reader at once, before the first file is deleted.
+
+    Raises:
+        OSError: it cannot be removed. What cannot be deleted once it is gone for readers is :func:`clear_left`'s.
+    """
+    aside = _beside(path)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    sync(path.parent)
+
+
+def clear_left(folder: Path) -> None:
+    """Remove from a folder what killed writers left in it. What is being written stays, and so does what is young."""
+    for left in folder.iterdir():
+        if is_temporary(left.name):
+            # Another process may clear the same, and what cannot be removed does no harm.
+            with suppress(OSError):
+                _clear(left)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder is called as what is not whole."""
+    return name.startswith(".") and _MARK in name
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path) -> Path:
+    # The suffix stays the last part: libraries choose a format by it.
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{_MARK}{path.suffix}")
+
+
+def _clear(left: Path) -> None:
+    state = left.lstat()
+    is_folder = stat.S_ISDIR(state.st_mode)
+    if time.time() - state.st_mtime < (_YOUNG_FOLDER if is_folder else _YOUNG_FILE):
+        return
+    if not is_folder:
+        left.unlink()
+        return
+    lock = os.open(left, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(left)
+    finally:
+        os.close(lock)

@@ -1,0 +1,105 @@
+"""Files and folders are there whole or not at all, whatever ends their writer."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_hooks.storage.files import clear_left, is_temporary, remove_folder, whole_file, whole_folder, write_whole
+
+ROOT = Path(__file__).parent.parent
+LONG_AGO = time.time() - 24 * 3600
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_whole(path, "first, é")
+    with whole_file(path) as draft:
+        draft.write_text("second")
+        assert path.read_text(encoding="utf-8") == "first, é"
+        assert draft.suffix == ".json"
+        assert [is_temporary(name) for name in names(tmp_path)] == [True, False]
+    assert path.read_text() == "second"
+    write_whole(path, b"third", durable=False)
+    assert path.read_bytes() == b"third"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_whole(path, "old")
+    with pytest.raises(TypeError), whole_file(path) as draft:
+        draft.write_bytes("half")  # type: ignore[arg-type]
+    assert (names(tmp_path), path.read_text()) == (["a.json"], "old")
+
+
+def test_a_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "run") as draft:
+        (draft / "a").write_text("1")
+        assert is_temporary(draft.name)
+        assert not (tmp_path / "run").exists()
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["a"]
+    with pytest.raises(TypeError), whole_folder(tmp_path / "other") as draft:
+        (draft / "a").write_bytes("1")  # type: ignore[arg-type]
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_folder_takes_nobodys_place(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("kept")
+    with pytest.raises(OSError, match="not empty|exists"), whole_folder(tmp_path / "run") as draft:
+        (draft / "a").write_text("1")
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["mine"]
+
+
+def test_what_is_removed_is_gone_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "deep" / "a").write_text("1")
+    remove_folder(tmp_path / "run")
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError):
+        remove_folder(tmp_path / "run")
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from mlx_hooks.storage.files import whole_folder
+with whole_folder(Path(sys.argv[1])) as draft:
+    (draft / "a").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_writer_left_is_cleared_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"writing\n"
+            (left,) = tmp_path.iterdir()
+            assert is_temporary(left.name)
+            os.utime(left, (LONG_AGO, LONG_AGO))
+            clear_left(tmp_path)
+            assert left.exists()
+        finally:
+            writer.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / ".mine").mkdir()
+    os.utime(tmp_path / ".mine", (LONG_AGO, LONG_AGO))
+    (tmp_path / ".new.0.writing").touch()
+    (tmp_path / ".old.0.writing").touch()
+    os.utime(tmp_path / ".old.0.writing", (LONG_AGO, LONG_AGO))
+    clear_left(tmp_path)
+    assert names(tmp_path) == [".mine", ".new.0.writing"]
