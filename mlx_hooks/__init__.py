@@ -6,7 +6,9 @@ logits, cache = model.run_with_cache("The capital of France is")
 """
 
 from .activations import ActivationCache, CapturedActivation
+from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "ActivationHookManager",
+    "Attribution",
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
@@ -39,8 +42,11 @@ __all__ = [
     "ModelLoadError",
     "SelfTest",
     "TokenLogprobs",
+    "TunedLens",
     "UnknownHookError",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "attribution_points",
+    "direct_logit_attribution",
     "load_model",
 ]

@@ -16,7 +16,7 @@ from . import generation, hook_points, manager
 from .activations import ActivationCache, CapturedActivation, id_list
 from .architectures import Architecture, ModelConfig
 from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
-from .contributions import HeadPath, HeadPaths
+from .contributions import HeadPath, HeadPaths, MlpBiases
 from .errors import HookError
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint, NamesFilter
@@ -72,6 +72,7 @@ class HookedModel:
         warn_of(report)
         self.untrusted = report.untrusted
         self._head_paths: HeadPaths | None = None
+        self._mlp_biases: MlpBiases | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "HookedModel":
@@ -204,6 +205,13 @@ class HookedModel:
             HookError: where the parts of the heads cannot be told, with the reason.
         """
         return self.head_path(layer).point.name
+
+    def mlp_bias(self, layer: int) -> mx.array | None:
+        """The bias that a layer's MLP adds to the stream whatever it reads, [d_model]; None where it has none, or none
+        that can be told apart from the rest of ``hook_mlp_out``."""
+        if self._mlp_biases is None:
+            self._mlp_biases = MlpBiases(self.instrument)
+        return self._mlp_biases.of(layer)
 
     def head_path(self, layer: int) -> HeadPath:
         """The way from a layer's heads to the stream; found by a short run when it is first asked for."""
