@@ -32,7 +32,7 @@ def test_an_older_file_stays_when_writing_fails(tmp_path: Path, monkeypatch: pyt
         path.touch()
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert main(["smalltalk", "-o", str(target)]) == 1
     assert target.read_text() == "older"
     assert list(tmp_path.iterdir()) == [target]
