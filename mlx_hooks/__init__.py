@@ -6,7 +6,9 @@ logits, cache = model.run_with_cache("The capital of France is")
 """
 
 from .activations import ActivationCache, CapturedActivation
+from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import (
@@ -42,6 +44,7 @@ __all__ = [
     "ActivationHook",
     "ActivationHookManager",
     "AttentionExtractionHook",
+    "Attribution",
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
@@ -63,10 +66,13 @@ __all__ = [
     "SelfTest",
     "SymbolicStreamHook",
     "TokenLogprobs",
+    "TunedLens",
     "UnknownHookError",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "attribution_points",
     "create_attention_extraction_hook",
+    "direct_logit_attribution",
     "load_model",
     "run_generation",
 ]

@@ -16,7 +16,7 @@ from . import generation, hook_points, manager
 from .activations import ActivationCache, CapturedActivation, id_list
 from .architectures import Architecture, ModelConfig
 from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
-from .contributions import HeadPath, HeadPaths
+from .contributions import HeadPath, HeadPaths, MlpBiases
 from .errors import HookError
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint, NamesFilter
@@ -73,6 +73,7 @@ class HookedModel:
         warn_of(report)
         self.untrusted = report.untrusted
         self._head_paths: HeadPaths | None = None
+        self._mlp_biases: MlpBiases | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "HookedModel":
@@ -139,18 +140,22 @@ class HookedModel:
             raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
         return [self.tokenizer.decode([token]) for token in id_list(self.to_tokens(inputs)[0])]
 
-    def unembed(self, residual: mx.array) -> mx.array:
+    def unembed(self, residual: mx.array, *, apply_norm: bool = True) -> mx.array:
         """Logits [..., d_vocab] of values [..., d_model] of the stream that leaves the last block.
 
         The model's own end makes them, whatever it has (last norm, multipliers, unembedding, soft cap): the model runs
         with the stream replaced, and what lies before is never computed.
 
+        Args:
+            residual: in place of the stream; an architecture of several streams has an axis for them.
+            apply_norm: False puts the value behind the last norm.
+
         Raises:
-            HookError: where the logits are made of more than this stream.
+            HookError: where the logits are made of more than this stream, and without the norm where it is no module.
         """
         if more := self.architecture.more_than_last_stream:
             raise HookError(f"Logits are not made of the last stream alone on {self.cfg.model_type}: {more}.")
-        last = self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
+        last = self.last_stream if apply_norm else self._last_normalized()
         if last.axes == hook_points.RESID:
             rows = residual if residual.ndim == 3 else residual.reshape(1, -1, residual.shape[-1])
             shape = rows.shape[:2]
@@ -161,6 +166,18 @@ class HookedModel:
             logits = self.model(mx.zeros(shape, dtype=mx.int32))
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits if last.axes != hook_points.RESID else logits.reshape(*residual.shape[:-1], -1)
+
+    @property
+    def last_stream(self) -> HookPoint:
+        """Where the stream leaves the last block."""
+        return self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
+
+    def _last_normalized(self) -> HookPoint:
+        if self.architecture.ln_final is None:
+            raise HookError(
+                f"The last norm of {self.cfg.model_type} is a function, not a module: it cannot be left out."
+            )
+        return self.hook_points[hook_points.outer_point("ln_final").name]
 
     def head_results(self, value: mx.array, layer: int) -> mx.array:
         """What each head of a layer adds to the stream, [..., head, d_model], in float32.
@@ -189,6 +206,13 @@ class HookedModel:
             HookError: where the parts of the heads cannot be told, with the reason.
         """
         return self.head_path(layer).point.name
+
+    def mlp_bias(self, layer: int) -> mx.array | None:
+        """The bias that a layer's MLP adds to the stream whatever it reads, [d_model]; None where it has none, or none
+        that can be told apart from the rest of ``hook_mlp_out``."""
+        if self._mlp_biases is None:
+            self._mlp_biases = MlpBiases(self.instrument)
+        return self._mlp_biases.of(layer)
 
     def head_path(self, layer: int) -> HeadPath:
         """The way from a layer's heads to the stream; found by a short run when it is first asked for."""
