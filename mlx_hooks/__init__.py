@@ -10,6 +10,7 @@ from .analysis.logit_lens import LogitLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
+from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
 from .interventions import Intervention, InterventionReceipt
@@ -26,6 +27,7 @@ __all__ = [
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
+    "ExtractionConfig",
     "GenerationResult",
     "GenerationStep",
     "HookError",

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Upper modules may import lower ones. A folder stands for all modules in it.
 ENGINE = [
     "cli", "training", "analysis", "coverage", "model", "loading", "selftest", "capture", "generation", "sampling",
-    "storage", "observers", "manager", "instrument", "interventions", "hooks", "reductions", "activations",
+    "storage", "extraction", "observers", "manager", "instrument", "interventions", "hooks", "reductions", "activations",
     "architectures", "attention", "hook_points", "errors",
 ]  # fmt: skip
 PACKAGES = {
