@@ -8,7 +8,7 @@
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, fields, replace
 from operator import index
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -132,7 +132,7 @@ class ExtractionConfig:
                 raise HookError(f"{field.name} is true or false, got {given!r}.", field=field.name)
             if field.name in _REFUSED and given != field.default:
                 raise HookError(f"{field.name} is not offered: {_REFUSED[field.name]}.", field=field.name)
-        heads = self.attn_heads
+        heads: Any = self.attn_heads
         if heads == "all":
             return
         if isinstance(heads, str) or not isinstance(heads, Sequence) or not heads or not all(map(_is_head, heads)):
@@ -169,10 +169,10 @@ class ExtractionConfig:
     def heads_of(self, component: str) -> dict[int, list[int]] | None:
         """By layer, the heads to keep of a component, ascending; None for all heads of all layers."""
         whole = any(getattr(self, flag) for flag, other in _WHOLE.items() if other == component)
-        if whole or self.attn_heads == "all" or component not in _OF_HEADS.values():
+        if whole or isinstance(self.attn_heads, str) or component not in _OF_HEADS.values():
             return None
         chosen: dict[int, set[int]] = {}
-        for head in cast(Sequence[Mapping[str, int]], self.attn_heads):
+        for head in self.attn_heads:
             chosen.setdefault(head["layer"], set()).add(head["head"])
         return {layer: sorted(heads) for layer, heads in sorted(chosen.items())}
 
@@ -467,10 +467,11 @@ class _Plan:
         if component == "result":
             self.sources[name] = (self.model.head_input(layer), layer)
         elif component == "v_projected":
-            if self.model.head_input(layer) != block_point("z", layer).name:
+            path = self.model.head_path(layer)
+            if path.point.component != "z" or path.after is not None:
                 raise HookError(
-                    f"extract_head_values_projected is not offered for layer {layer} of this model: between its heads "
-                    "and their output projection lies a gate, which values alone do not tell."
+                    f"extract_head_values_projected is not offered for layer {layer} of this model: between its values "
+                    f"and the stream lies a {'gate' if path.after is None else 'norm'}, which they alone do not tell."
                 )
             self.sources[name] = (block_point("v", layer).name, layer)
         else:

@@ -16,6 +16,7 @@ from . import generation, hook_points, manager
 from .activations import ActivationCache, CapturedActivation, id_list
 from .architectures import Architecture, ModelConfig
 from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
+from .contributions import HeadPath, HeadPaths
 from .errors import HookError
 from .extraction import ExtractionConfig, extract, extract_all
 from .generation import GenerationResult, GenerationStep
@@ -74,6 +75,7 @@ class HookedModel:
         self.untrusted = report.untrusted
         self.model_name = self.cfg.model_type if name is None else name
         """The name or path that it was loaded from, or as given."""
+        self._head_paths: HeadPaths | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "HookedModel":
@@ -183,6 +185,42 @@ class HookedModel:
             logits = self.model(mx.zeros(shape, dtype=mx.int32))
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits if last.axes != hook_points.RESID else logits.reshape(*residual.shape[:-1], -1)
+
+    def head_results(self, value: mx.array, layer: int) -> mx.array:
+        """What each head of a layer adds to the stream, [..., head, d_model], in float32.
+
+            _, cache = model.run_with_cache(tokens, [model.head_input(2), "blocks.2.hook_attn_out"])
+            results = model.head_results(cache[model.head_input(2)], 2)         # (batch, pos, head, d_model)
+
+        Their sum and the bias of the output projection are ``hook_attn_out``, within rounding. A norm between the
+        projection and the stream has the statistics that it has for all heads together.
+
+        Args:
+            value: of the hook point that ``head_input`` names, with all heads: for nearly all models ``hook_z``
+                [..., head, d_head].
+            layer: the block's index; negative numbers count from the last.
+
+        Raises:
+            HookError: where the parts of the heads cannot be told, with the reason, or the value is of another shape.
+        """
+        return self.head_path(layer).split(value)[0]
+
+    def head_input(self, layer: int) -> str:
+        """The hook point whose value ``head_results`` takes: ``hook_z``, or what the output projection reads, where a
+        gate lies between the two.
+
+        Raises:
+            HookError: where the parts of the heads cannot be told, with the reason.
+        """
+        return self.head_path(layer).point.name
+
+    def head_path(self, layer: int) -> HeadPath:
+        """The way from a layer's heads to the stream; found by a short run when it is first asked for."""
+        if not -self.cfg.n_layers <= layer < self.cfg.n_layers:
+            raise HookError(f"Layers are 0 to {self.cfg.n_layers - 1}, got {layer}.")
+        if self._head_paths is None:
+            self._head_paths = HeadPaths(self.instrument)
+        return self._head_paths.of(layer % self.cfg.n_layers)
 
     # Runs
 

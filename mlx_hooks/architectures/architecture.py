@@ -40,7 +40,17 @@ from .finding import (
     sublayer_locations,
     sublayers_of,
 )
-from .names import D_MODEL, D_VOCAB, EMBEDDINGS, FINAL_NORMS, MAX_POSITIONS, POSITION_EMBEDDINGS, QUERIES, SIDE_BRANCHES
+from .names import (
+    D_MODEL,
+    D_VOCAB,
+    EMBEDDINGS,
+    FINAL_NORMS,
+    MAX_POSITIONS,
+    OUTPUTS,
+    POSITION_EMBEDDINGS,
+    QUERIES,
+    SIDE_BRANCHES,
+)
 from .places import Location
 
 
@@ -226,6 +236,14 @@ class Architecture:
         """Query heads of a layer's attention; layers may differ."""
         point = self.points.get(hook_points.block_point("z", layer).name) if layer is not None else None
         return (point.size("head") if point is not None else None) or self.cfg.n_heads
+
+    def output_projection(self, layer: int) -> nn.Module | str:
+        """The projection from a layer's heads to the stream, or why there is none."""
+        attending = [sublayer.module for sublayer in self.sublayers[layer] if sublayer.kind == "attn"]
+        if len(attending) != 1:
+            return "the block attends several times" if attending else "it has no attention"
+        found = child(attending[0], OUTPUTS)
+        return "its heads have no output projection of their own" if found is None else found
 
     def is_parallel(self, layer: int) -> bool:
         """Whether attention and MLP of a block read the same stream, so that there is no stream between them."""
