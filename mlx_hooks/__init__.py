@@ -6,7 +6,9 @@ logits, cache = model.run_with_cache("The capital of France is")
 """
 
 from .activations import ActivationCache, CapturedActivation
+from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import (
@@ -18,6 +20,7 @@ from .errors import (
     UnsupportedModelError,
     UntrustedHookWarning,
 )
+from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
 from .inference import run_generation
@@ -42,9 +45,11 @@ __all__ = [
     "ActivationHook",
     "ActivationHookManager",
     "AttentionExtractionHook",
+    "Attribution",
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
+    "ExtractionConfig",
     "GenerationResult",
     "GenerationStep",
     "HookError",
@@ -63,10 +68,13 @@ __all__ = [
     "SelfTest",
     "SymbolicStreamHook",
     "TokenLogprobs",
+    "TunedLens",
     "UnknownHookError",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "attribution_points",
     "create_attention_extraction_hook",
+    "direct_logit_attribution",
     "load_model",
     "run_generation",
 ]
