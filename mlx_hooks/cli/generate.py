@@ -39,8 +39,10 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     attention = None if options.no_hooks else AttentionExtractionHook(options.attention_threshold)
     activations = ActivationHook() if options.track_activations else None
-    hooks: list[InferenceHook] = [hook for hook in (attention, activations) if hook is not None]
     model = HookedModel.from_pretrained(options.model)
+    if options.save_attention is None and not any(p.component == "pattern" for p in model.hook_points.values()):
+        attention = None
+    hooks: list[InferenceHook] = [hook for hook in (attention, activations) if hook is not None]
     try:
         _, text = run_generation(
             model,

@@ -5,6 +5,7 @@ model is set aside meanwhile. A generated token's pass is told when it is due, s
 that it reads was known: its arrays join the evaluation of the pass and are handed out afterwards.
 """
 
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class Watched:
         self.architecture = architecture
         self.collecting = errors == "collect"
         self.observers = [observer for observer in _checked(observers) if observer.enabled]
-        self.streams = architecture.streams
+        self.streams = architecture.streams if self.observers else {}
         self.attention: dict[int, list[tuple[InferenceHook, Wanted]]] = {}
         self.ffn: dict[int, list[tuple[InferenceHook, Wanted]]] = {}
         for observer in self.observers:
@@ -153,6 +154,8 @@ class Watch:
         self._so_far: dict[tuple[str, int, int], mx.array] = {}
         self._warned: set[int] = set()
         self._ended = False
+        # Who was told last of a generation is told of no older one: events of two would mix.
+        self._generation = object()
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         for i in set(ids) - self._text_of.keys():
@@ -251,6 +254,7 @@ class Watch:
         self.state |= {"token_ids": list(self.ids), "tokens": list(self.texts)}
         for observer in self.watched.observers:
             observer.errors = []
+            observer._generation = self._generation
         self._call("on_generation_begin", list(self.texts), self.state)
 
     @contextmanager
@@ -332,6 +336,10 @@ class Watch:
     def _call_one(self, observer: InferenceHook, event: str, *arguments: Any) -> None:
         if not observer.enabled:
             return
+        if observer._generation is not self._generation:
+            if event == "on_generation_end":
+                return
+            raise HookError(f"{observer!r} observes a later generation by now: give each one that runs its own hook.")
         try:
             getattr(observer, event)(*arguments)
         except Exception as error:
@@ -345,6 +353,8 @@ class Watch:
             if not self.watched.collecting:
                 raise problem from error
             problem.__cause__ = error
+            # The frames of a traceback would hold the arrays of every pass.
+            traceback.clear_frames(error.__traceback__)
             observer.errors.append(problem)
             if id(observer) not in self._warned:
                 self._warned.add(id(observer))
