@@ -20,6 +20,7 @@ from .errors import (
     UnsupportedModelError,
     UntrustedHookWarning,
 )
+from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
 from .inference import run_generation
@@ -48,6 +49,7 @@ __all__ = [
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
+    "ExtractionConfig",
     "GenerationResult",
     "GenerationStep",
     "HookError",

@@ -9,7 +9,17 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import HookError, UnknownHookError
-from .hook_points import HookPoint, NamesFilter, canonical_name, select, short_name, unknown_point
+from .hook_points import (
+    CacheKey,
+    HookPoint,
+    NamesFilter,
+    cache_key,
+    check_head,
+    expand_key,
+    select,
+    short_name,
+    unknown_point,
+)
 
 if TYPE_CHECKING:
     from .interventions import InterventionReceipt
@@ -55,6 +65,19 @@ class CapturedActivation:
     def positions(self) -> tuple[int, int]:
         """Lowest absolute position, and one past the highest."""
         return (min(self.position_ids), max(self.position_ids) + 1)
+
+    @property
+    def query_heads(self) -> Sequence[int]:
+        """The query heads of which the value holds a part; of keys and values, those that its heads serve."""
+        group = self.hook_point.group
+        held = self.heads
+        if held is None:
+            return range(self.value.shape[self.hook_point.axes.index("head")] * group) if self._has_heads else range(0)
+        return [head * group + i for head in held for i in range(group)]
+
+    @property
+    def _has_heads(self) -> bool:
+        return "head" in self.hook_point.axes
 
     @property
     def listed_positions(self) -> list[int] | None:
@@ -157,6 +180,7 @@ class ActivationCache(Mapping[str, mx.array]):
         cache["blocks.3.hook_resid_post"].shape      # (1, 6, d_model)
         cache["pattern", 3]                          # the same as cache["blocks.3.attn.hook_pattern"]
         cache.records["hook_embed"][0].positions     # (0, 6)
+        cache["resid_out_3"], cache["pattern_L3H2"]  # easyroutine's keys; the second is [batch, query, key] of head 2
 
     Values are MLX arrays. What was captured stays in memory for as long as the activation cache does: give
     ``names_filter``, ``positions`` or ``heads`` to keep less. What was spilled to files is read at each access, the
@@ -167,22 +191,67 @@ class ActivationCache(Mapping[str, mx.array]):
         self.records: dict[str, list[CapturedActivation]] = records if records is not None else {}
         self.interventions: tuple[InterventionReceipt, ...] = ()
         """What each intervention of the run did."""
+        self.metadata: dict[str, Any] = {}
+        """How it was made, where ``HookedModel.forward`` or ``extract_cache`` made it: model_name,
+        target_token_positions, pivot_positions, interventions, extraction_config."""
+        self.mapping_index: dict[Any, list[int]] = {}
+        """Where along the position axis each of ``target_token_positions`` lies."""
+        self.token_positions: list[list[int]] = []
+        """The absolute positions of the entries, row by row of the batch: rows may differ in length."""
+        self.row_lengths: list[int] = []
+        """The number of tokens of each row, without padding."""
 
     def __getitem__(self, key: str | tuple[str, int]) -> mx.array:
-        return join(self._records(key)).value
+        meant = _meaning(key)
+        record = join(self._records(key))
+        value = record.value
+        if meant.head is not None:
+            check_head(meant, record.query_heads, str(key))
+            at = list(record.query_heads).index(meant.head) // record.hook_point.group
+            value = mx.take(value, at, axis=record.hook_point.axes.index("head"))
+        if meant.derived == "mean":
+            return value.astype(mx.float32).mean(axis=0, keepdims=True)
+        if meant.derived == "flat":
+            return value.reshape(*value.shape[:-2], -1)
+        return value
 
     def _records(self, key: str | tuple[str, int]) -> list[CapturedActivation]:
-        name = short_name(*key) if isinstance(key, tuple) else canonical_name(key)
+        name = _meaning(key).name
         if name not in self.records:
-            raise unknown_point(name, {n: r[0].hook_point for n, r in self.records.items()})
+            raise unknown_point(key if isinstance(key, str) else name, self._points)
         return self.records[name]
+
+    @property
+    def _points(self) -> dict[str, HookPoint]:
+        return {name: records[0].hook_point for name, records in self.records.items()}
 
     def __contains__(self, key: object) -> bool:
         try:
-            name = short_name(*key) if isinstance(key, tuple) else canonical_name(str(key))
+            meant = _meaning(key if isinstance(key, tuple) else str(key))
         except UnknownHookError:
             return False
-        return name in self.records
+        return meant.name in self.records and (
+            meant.head is None or meant.head in self.records[meant.name][0].query_heads
+        )
+
+    def expand(self, pattern: str) -> list[tuple[str, CacheKey]]:
+        """The keys of this cache that a pattern means, by layer and head: ``"resid_out_{i}"``, ``"pattern_L{i}H{j}"``.
+
+        Raises:
+            UnknownHookError: for a pattern that means nothing here; lists what there is.
+        """
+        heads = {name: records[0].query_heads for name, records in self.records.items()}
+        return expand_key(pattern, self._points, heads)
+
+    @property
+    def logits(self) -> mx.array:
+        """``cache["logits"]``: [batch, pos, d_vocab] at the positions that were kept."""
+        return self["logits"]
+
+    @property
+    def input_ids(self) -> mx.array:
+        """``cache["input_ids"]``: [batch, pos] at the positions that were kept."""
+        return self["input_ids"]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.records)
@@ -204,7 +273,7 @@ class ActivationCache(Mapping[str, mx.array]):
 
     def heads(self, key: str | tuple[str, int]) -> tuple[int, ...] | None:
         """The heads that ``cache[key]`` holds along its head axis; None for all, or where it has no such axis."""
-        return self._records(key)[0].heads
+        return None if _meaning(key).head is not None else self._records(key)[0].heads
 
     def numpy(self, key: str | tuple[str, int], dtype: str = "float32") -> np.ndarray:
         """``cache[key]`` as a NumPy array."""
@@ -212,8 +281,7 @@ class ActivationCache(Mapping[str, mx.array]):
 
     def select(self, names_filter: NamesFilter) -> "ActivationCache":
         """The part of the cache that a filter names, without copying."""
-        points = {name: records[0].hook_point for name, records in self.records.items()}
-        return ActivationCache({p.name: self.records[p.name] for p in select(points, names_filter)})
+        return self._part({p.name: self.records[p.name] for p in select(self._points, names_filter)})
 
     def of_pass(self, index: int) -> "ActivationCache":
         """The part of the cache that belongs to one pass, for models whose layers run several times.
@@ -225,8 +293,18 @@ class ActivationCache(Mapping[str, mx.array]):
         if index not in passes:
             raise HookError(f"There is no pass {index!r}: passes are {', '.join(map(str, sorted(passes)))}.")
         kept = {name: [r for r in records if r.pass_index == index] for name, records in self.records.items()}
-        return ActivationCache({name: records for name, records in kept.items() if records})
+        return self._part({name: records for name, records in kept.items() if records})
+
+    def _part(self, records: dict[str, list[CapturedActivation]]) -> "ActivationCache":
+        part = ActivationCache(records)
+        part.metadata, part.mapping_index = self.metadata, self.mapping_index
+        part.token_positions, part.row_lengths = self.token_positions, self.row_lengths
+        return part
 
     def add(self, record: CapturedActivation) -> None:
         """Append one forward pass's record."""
         self.records.setdefault(record.hook_point.name, []).append(record)
+
+
+def _meaning(key: str | tuple[str, int]) -> CacheKey:
+    return CacheKey(short_name(*key)) if isinstance(key, tuple) else cache_key(key)

@@ -157,6 +157,7 @@ _ALIASES = {
     "last_layernorm": "ln_final_in",
     "input_ids": "embed_in",
     "input_embeddings": "embed",
+    "resid_in_post_layernorm_{i}": "ln1",
 }
 _LAYER_IN_ALIAS = re.compile(r"(?:^blocks\.|\[|_L?)(\d+)(?=\.|\]|$)")
 

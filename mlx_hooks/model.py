@@ -18,6 +18,7 @@ from .architectures import Architecture, ModelConfig
 from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
 from .contributions import HeadPath, HeadPaths, MlpBiases
 from .errors import HookError
+from .extraction import ExtractionConfig, extract, extract_all
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint, NamesFilter
 from .hooks import HeadIndices, Hook, HookFunction, Positions, Recorder
@@ -54,6 +55,7 @@ class HookedModel:
     Args:
         model: any model loaded by mlx-lm. Its classes and functions stay its own, except while hooks are attached.
         tokenizer: mlx-lm's tokenizer; without it, give token ids instead of text.
+        name: what the model is called in saved runs; None for its model type.
 
     Raises:
         UnsupportedModelError: when it is no language model with blocks.
@@ -63,7 +65,7 @@ class HookedModel:
             not hold. ``untrusted`` lists the hook points that are not to be trusted; the others can be used.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any = None, name: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.instrument = Instrument.of(model)
@@ -72,6 +74,8 @@ class HookedModel:
         self.architecture.learn_sizes(shapes)
         warn_of(report)
         self.untrusted = report.untrusted
+        self.model_name = self.cfg.model_type if name is None else name
+        """The name or path that it was loaded from, or as given."""
         self._head_paths: HeadPaths | None = None
         self._mlp_biases: MlpBiases | None = None
 
@@ -83,7 +87,7 @@ class HookedModel:
             ModelLoadError: one sentence on what is missing.
             UnsupportedModelError: the model loads but cannot be hooked exactly.
         """
-        return cls(*load(str(name_or_path)))
+        return cls(*load(str(name_or_path)), name=str(name_or_path))
 
     @property
     def architecture(self) -> Architecture:
@@ -94,6 +98,11 @@ class HookedModel:
     def cfg(self) -> ModelConfig:
         """n_layers, d_model, n_heads, n_key_value_heads, d_head, d_mlp, d_vocab, model_type, quantization."""
         return self.architecture.cfg
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """``cfg``, which has its sizes under Hugging Face's names too: ``model_config.num_hidden_layers``."""
+        return self.cfg
 
     @property
     def hook_points(self) -> dict[str, HookPoint]:
@@ -108,6 +117,22 @@ class HookedModel:
         return f"HookedModel({cfg.model_type}: {sizes})\n{rows}"
 
     # Tokens
+
+    @property
+    def hf_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, which can be called: ``model.hf_tokenizer(text, return_tensors="np")``.
+
+        Raises:
+            HookError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise HookError("This model has no tokenizer: HookedModel(model, tokenizer).")
+        # mlx-lm's wrapper passes attributes on, and calls not.
+        return getattr(self.tokenizer, "_tokenizer", self.tokenizer)
+
+    def get_tokenizer(self) -> Any:
+        """The same as ``hf_tokenizer``."""
+        return self.hf_tokenizer
 
     def to_tokens(self, inputs: Tokens) -> mx.array:
         """Token ids [batch, pos] of a text, of ids, or of equally long rows of ids.
@@ -287,6 +312,76 @@ class HookedModel:
                 f"names_filter, positions or heads, or give spill_to, a folder for the rest. It would hold {estimate}"
             )
         return run.run(session=session, also=self._registered(run), logits=which)
+
+    def forward(
+        self,
+        inputs: Tokens | Mapping[str, Any] | Sequence[str],
+        target_token_positions: Any = "last",
+        extraction_config: ExtractionConfig | Mapping[str, Any] | None = None,
+        pivot_positions: Sequence[int] | None = None,
+        interventions: Interventions | None = None,
+    ) -> ActivationCache:
+        """Run the inputs, and keep what a configuration says at the target positions.
+
+            cache = model.forward("The capital of France is", ["last"], ExtractionConfig(extract_resid_out=True))
+            cache["resid_out_3"]                        # (1, 1, d_model), the same as cache["resid_post", 3]
+            cache.logits                                # (1, 1, d_vocab)
+
+        Args:
+            inputs: a text or several, token ids, rows of them, or what a tokenizer returns: a mapping with input_ids
+                and attention_mask. Padding is taken off: rows of one length run together, others alone, each as if
+                it were the only one.
+            target_token_positions: the positions to keep, in this order, each once, one or a list of: "last", "last-2"
+                (the second from the end), "first", "all", whole numbers, (start, stop) pairs, slices, and
+                "inputs-partition-0": the tokens before the first pivot. ``cache.mapping_index`` says where each lies.
+                Of patterns these are the rows: all keys are kept.
+            extraction_config: what to keep; by default the logits.
+            pivot_positions: where the partitions after the first begin.
+            interventions: as in ``run_with_cache``.
+
+        Raises:
+            HookError: for what the model does not have or the inputs do not allow; one sentence with what is allowed.
+        """
+        return extract(
+            self,
+            inputs,
+            target_token_positions,
+            *_extraction(extraction_config, pivot_positions, interventions),
+        )
+
+    def extract_cache(
+        self,
+        dataloader: Iterable[Any],
+        target_token_positions: Any = "last",
+        extraction_config: ExtractionConfig | Mapping[str, Any] | None = None,
+        pivot_positions: Sequence[int] | None = None,
+        interventions: Interventions | None = None,
+        *,
+        progress: bool = True,
+    ) -> ActivationCache:
+        """``forward`` for every element of a dataset, in one activation cache: their rows one below the other.
+
+            config = ExtractionConfig(extract_resid_out=True)
+            cache = model.extract_cache(["First text", "Second text"], ["last"], config)
+            cache["resid_out_3"]                        # (2, 1, d_model)
+            ActivationSaver("saved_activations").save_cache(cache, tag="dataset_run")
+
+        Args:
+            dataloader: any iterable of inputs; a mapping's own ``pivot_positions`` come first.
+            progress: show a progress bar on the error stream.
+            the others: as in ``forward``.
+
+        Raises:
+            HookError: for an element that cannot be run, with its index, and when a position means differently many
+                tokens in different rows.
+        """
+        return extract_all(
+            self,
+            dataloader,
+            target_token_positions,
+            *_extraction(extraction_config, pivot_positions, interventions),
+            progress,
+        )
 
     def estimate_capture(
         self,
@@ -658,6 +753,20 @@ class HookedModel:
 def load_model(name_or_path: str | Path) -> HookedModel:
     """The same as ``HookedModel.from_pretrained``."""
     return HookedModel.from_pretrained(name_or_path)
+
+
+def _extraction(
+    config: ExtractionConfig | Mapping[str, Any] | None,
+    pivot_positions: Sequence[int] | None,
+    interventions: Interventions | None,
+) -> tuple[ExtractionConfig | Mapping[str, Any], Sequence[int] | None, Interventions]:
+    """The arguments with their defaults; interventions that can be read more than once."""
+    config = ExtractionConfig() if config is None else config
+    if interventions is None:
+        interventions = ()
+    elif isinstance(interventions, Iterable) and not isinstance(interventions, str | Mapping):
+        interventions = list(interventions)
+    return config, pivot_positions, interventions
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

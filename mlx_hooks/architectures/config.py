@@ -26,6 +26,36 @@ class ModelConfig:
     max_positions: int | None
     quantization: dict[str, Any] | None
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """Hugging Face's name of ``n_layers``."""
+        return self.n_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Hugging Face's name of ``d_model``."""
+        return self.d_model
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Hugging Face's name of ``n_heads``."""
+        return self.n_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Hugging Face's name of ``n_key_value_heads``."""
+        return self.n_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Hugging Face's name of ``d_head``."""
+        return self.d_head
+
+    @property
+    def vocab_size(self) -> int:
+        """Hugging Face's name of ``d_vocab``."""
+        return self.d_vocab
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         return asdict(self)

@@ -89,7 +89,9 @@ def _show_attention(hook: AttentionExtractionHook) -> None:
         print(f"  {token!r:20} {total:10.2f}")
     print("\nEdges by layer and head")
     for name, stats in hook.layer_head_stats().items():
-        print(f"  {name:8} {stats['edge_count']:6} edges, mean {stats['avg_weight']:.3f}, max {stats['max_weight']:.3f}")
+        print(
+            f"  {name:8} {stats['edge_count']:6} edges, mean {stats['avg_weight']:.3f}, max {stats['max_weight']:.3f}"
+        )
 
 
 def _show_activations(hook: ActivationHook) -> None:
