@@ -9,7 +9,14 @@ from .activations import ActivationCache, CapturedActivation
 from .analysis.logit_lens import LogitLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
-from .errors import HookError, ModelLoadError, UnknownHookError, UnsupportedModelError, UntrustedHookWarning
+from .errors import (
+    HookError,
+    ModelLoadError,
+    UnknownHookError,
+    UnreadableRunWarning,
+    UnsupportedModelError,
+    UntrustedHookWarning,
+)
 from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
@@ -18,12 +25,16 @@ from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
 from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
+from .storage.query import QueryResult, SavedRun
+from .storage.runs import ActivationLoader, ActivationSaver
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationCache",
     "ActivationHookManager",
+    "ActivationLoader",
+    "ActivationSaver",
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
@@ -39,9 +50,12 @@ __all__ = [
     "LogitLens",
     "ModelConfig",
     "ModelLoadError",
+    "QueryResult",
+    "SavedRun",
     "SelfTest",
     "TokenLogprobs",
     "UnknownHookError",
+    "UnreadableRunWarning",
     "UnsupportedModelError",
     "UntrustedHookWarning",
     "load_model",
