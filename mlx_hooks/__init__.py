@@ -6,12 +6,16 @@ logits, cache = model.run_with_cache("The capital of France is")
 """
 
 from .activations import ActivationCache, CapturedActivation
+from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import (
     HookError,
     ModelLoadError,
+    ObserverError,
+    ObserverWarning,
     UnknownHookError,
     UnreadableRunWarning,
     UnsupportedModelError,
@@ -20,9 +24,18 @@ from .errors import (
 from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint
+from .inference import run_generation
 from .interventions import Intervention, InterventionReceipt
 from .manager import ActivationHookManager, HookSpec
 from .model import HookedModel, load_model
+from .observers import (
+    ActivationHook,
+    AttentionExtractionHook,
+    InferenceHook,
+    LayerAttention,
+    SymbolicStreamHook,
+    create_attention_extraction_hook,
+)
 from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
 from .storage.query import QueryResult, SavedRun
@@ -32,9 +45,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationCache",
+    "ActivationHook",
     "ActivationHookManager",
     "ActivationLoader",
     "ActivationSaver",
+    "AttentionExtractionHook",
+    "Attribution",
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
@@ -45,18 +61,28 @@ __all__ = [
     "HookPoint",
     "HookSpec",
     "HookedModel",
+    "InferenceHook",
     "Intervention",
     "InterventionReceipt",
+    "LayerAttention",
     "LogitLens",
     "ModelConfig",
     "ModelLoadError",
+    "ObserverError",
+    "ObserverWarning",
     "QueryResult",
     "SavedRun",
     "SelfTest",
+    "SymbolicStreamHook",
     "TokenLogprobs",
+    "TunedLens",
     "UnknownHookError",
     "UnreadableRunWarning",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "attribution_points",
+    "create_attention_extraction_hook",
+    "direct_logit_attribution",
     "load_model",
+    "run_generation",
 ]

@@ -8,6 +8,7 @@ is in an additive one, the kernel attends to every key alike, and so does the pa
 the kernel's output is NaN, and so is the pattern. With sinks, the sink takes the whole mass. (MLX's CPU build.)
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -72,6 +73,32 @@ def attention_pattern(
     column = mx.broadcast_to(sinks.astype(mx.float32).reshape(1, -1, 1, 1), (*scores.shape[:-1], 1))
     whole = mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)
     return whole[..., 1:], whole[..., 0]
+
+
+def pattern_in_parts(
+    q: mx.array,
+    k: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+    size: int,
+) -> Iterator[tuple[range, mx.array]]:
+    """The pattern some query rows after the others: rows of the call, and their pattern [batch, head, row, key].
+
+    For a reader that keeps little of each. Causal attention hides the keys after a part's last row from all of it, so
+    they are left out: half of the work, and the memory of one part. Each part is another matrix product than the
+    whole, so they agree within rounding.
+    """
+    n_queries, n_keys = q.shape[-2], k.shape[-2]
+    for start in range(0, n_queries, size):
+        rows = range(start, min(start + size, n_queries))
+        if isinstance(mask, str):
+            keys = k[:, :, : n_keys - n_queries + rows.stop]
+            scores = attention_scores(q[:, :, start : rows.stop], keys, scale=scale, mask=mask)
+        else:
+            scores = attention_scores(q, k, scale=scale, mask=mask, rows=list(rows))
+        yield rows, attention_pattern(scores, sinks, mask=mask)[0]
 
 
 def weighted_values(pattern: mx.array, v: mx.array) -> mx.array:

@@ -9,13 +9,14 @@ Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021
     3. A norm after the projection keeps the statistics that it has for all heads together: so frozen, it is linear.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .activations import ActivationCache, scalar
+from .architectures import Architecture
 from .capture import CaptureRun
 from .errors import HookError
 from .hook_points import HookPoint, block_point
@@ -148,6 +149,40 @@ class HeadPath:
         return self.project(value).astype(mx.float32)
 
 
+class MlpBiases:
+    """The biases that MLPs add to the stream whatever they read, found by running a few tokens once.
+
+    Args:
+        instrument: the model's.
+    """
+
+    def __init__(self, instrument: Instrument) -> None:
+        architecture = instrument.architecture
+        self._projections: dict[int, tuple[nn.Module, float]] = {}
+        found = []
+        for layer in range(architecture.cfg.n_layers):
+            projection, added = architecture.output_bias(layer), block_point("mlp_out", layer).name
+            if projection is not None and added in architecture.points:
+                given = _raw(architecture, f"{architecture.path(projection)}.output")
+                found.append((layer, projection, given, architecture.points[added]))
+        if not found:
+            return
+        points = [point for _, _, *ends in found for point in ends]
+        cache = CaptureRun(instrument, _tokens(architecture), points).run(alone=True)[1]
+        for layer, projection, *ends in found:
+            given_value, added_value = (cache.records[point.name][0].value for point in ends)
+            factor, off = _fit(given_value, added_value)
+            if off <= rounding(given_value.dtype):
+                self._projections[layer] = projection, factor
+
+    def of(self, layer: int) -> mx.array | None:
+        """The bias that a layer's MLP adds, [d_model] in float32; None where it has none, or none that can be told."""
+        if layer not in self._projections:
+            return None
+        projection, factor = self._projections[layer]
+        return projection["bias"].astype(mx.float32) * factor
+
+
 class HeadPaths:
     """The paths of a model's layers, found by running a few tokens once.
 
@@ -188,11 +223,11 @@ class HeadPaths:
                 self._paths[layer] = f"there is no {missing[0]}"
             else:
                 path = architecture.path(found)
-                inputs[layer], outputs[layer] = self._raw(f"{path}.input"), self._raw(f"{path}.output")
+                inputs[layer], outputs[layer] = (_raw(architecture, f"{path}.{end}") for end in ("input", "output"))
                 wanted += [*(architecture.points[point.name] for point in points), inputs[layer], outputs[layer]]
         if not wanted:
             return
-        cache = self._capture(wanted)
+        cache = CaptureRun(self._instrument, _tokens(architecture), wanted).run(alone=True)[1]
         gated = [layer for layer in inputs if not self._reads_z(layer, cache, inputs[layer])]
         apart = self._keep_heads_apart(gated, inputs)
         for layer, point in inputs.items():
@@ -201,19 +236,6 @@ class HeadPaths:
                 self._paths[layer] = "what its output projection reads is not laid out by heads"
                 continue
             self._paths[layer] = self._path(layer, cache, point if layer in gated else z, outputs[layer])
-
-    def _raw(self, name: str) -> HookPoint:
-        point = self._architecture.locate(name)
-        assert point is not None
-        return point
-
-    def _tokens(self) -> mx.array:
-        """Rows of one token each: some of mlx-lm's own models read no more than one at a time."""
-        d_vocab = self._architecture.cfg.d_vocab
-        return mx.array([[d_vocab * part // 7 % d_vocab] for part in (1, 3, 5)])
-
-    def _capture(self, points: Iterable[HookPoint]) -> ActivationCache:
-        return CaptureRun(self._instrument, self._tokens(), list(points)).run(alone=True)[1]
 
     def _reads_z(self, layer: int, cache: ActivationCache, point: HookPoint) -> bool:
         """Whether the output projection reads ``hook_z`` as it is."""
@@ -229,7 +251,7 @@ class HeadPaths:
         hooks = [Hook(self._architecture.points[block_point("z", layer).name], _without_odd_heads) for layer in layers]
         hooks += [recorder.hook(inputs[layer]) for layer in layers]
         with self._instrument.attached(self._instrument.plan(hooks), alone=True):
-            mx.eval(self._architecture.model(self._tokens()))
+            mx.eval(self._architecture.model(_tokens(self._architecture)))
         apart = set()
         for layer in layers:
             value = cache.records[inputs[layer].name][0].value
@@ -249,25 +271,41 @@ class HeadPaths:
         value = cache.records[point.name][0].value
         n_heads = self._architecture.n_query_heads(layer)
         d_head = value.shape[-1] if point.component == "z" else value.shape[-1] // n_heads
-        added = cache.records[block_point("attn_out", layer).name][0].value.astype(mx.float32)
+        added = cache.records[block_point("attn_out", layer).name][0].value
         path = HeadPath(point, n_heads, d_head, project, sublayer.after, 1.0)
         try:
             heads, bias = path.split(value)
         except HookError as error:
             return str(error).rstrip(".")
-        total = heads.sum(axis=-2) + bias
-        factor = scalar((total * added).sum() / mx.maximum((total * total).sum(), 1e-30))
-        tolerance = rounding(cache.records[output.name][0].value.dtype)
-        if not abs(factor - 1) > tolerance:
-            factor = 1.0
-        if not (off := relative_deviation(total * factor, added)) <= tolerance:
+        factor, off = _fit(heads.sum(axis=-2) + bias, added)
+        if not off <= rounding(cache.records[output.name][0].value.dtype):
             return f"the heads' parts do not add up to hook_attn_out, off by {off:.2g} of its largest entry"
         return HeadPath(point, n_heads, d_head, project, sublayer.after, factor)
 
 
+def _raw(architecture: Architecture, name: str) -> HookPoint:
+    point = architecture.locate(name)
+    assert point is not None
+    return point
+
+
+def _tokens(architecture: Architecture) -> mx.array:
+    """Rows of one token each: some of mlx-lm's own models read no more than one at a time."""
+    d_vocab = architecture.cfg.d_vocab
+    return mx.array([[d_vocab * part // 7 % d_vocab] for part in (1, 3, 5)])
+
+
+def _fit(given: mx.array, added: mx.array) -> tuple[float, float]:
+    """The factor between two arrays, 1.0 where it is that within rounding, and how far they are off then."""
+    a, b = given.astype(mx.float32), added.astype(mx.float32)
+    factor = scalar((a * b).sum() / mx.maximum((a * a).sum(), 1e-30))
+    factor = factor if abs(factor - 1) > rounding(added.dtype) else 1.0
+    return factor, relative_deviation(a * factor, b)
+
+
 def rounding(dtype: mx.Dtype) -> float:
     """How far sums of a model's values may be off, relative to the largest: 1e-4, more in half precision."""
-    return max(1e-4, 32 * mx.finfo(dtype).eps)
+    return max(1e-4, 8 * mx.finfo(dtype).eps)
 
 
 def relative_deviation(got: mx.array, expected: mx.array) -> float:

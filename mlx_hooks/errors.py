@@ -25,6 +25,20 @@ class UnknownHookError(HookError):
     """A hook point, layer, component or hook id that the model does not have; the message lists what it has."""
 
 
+class ObserverError(HookError):
+    """An observer of a generation that failed; what it raised is the ``__cause__``.
+
+    Args:
+        name: the observer's name.
+        event: the event in which it failed: ``on_attention_computed``.
+    """
+
+    def __init__(self, message: str = "", *, name: str = "", event: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+        self.event = event
+
+
 class UnsupportedModelError(HookError):
     """A model whose module tree is not understood well enough to be hooked exactly."""
 
@@ -39,3 +53,7 @@ class UnreadableRunWarning(UserWarning):
 
 class UntrustedHookWarning(UserWarning):
     """An identity that captures must satisfy does not hold on this model; the message names the hook points."""
+
+
+class ObserverWarning(UserWarning):
+    """What an observer of a generation could not see, or in which event it failed while errors are collected."""

@@ -5,6 +5,7 @@ pass for token n+1 is started before token n is handed out. Captured arrays join
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from .hooks import Hook
 from .instrument import Instrument
 from .interventions import Firing, InterventionPlan, InterventionReceipt, InterventionSession, Reach
 from .manager import CapturePlan
+from .observers import SeenPass, Watch, Watched
 from .reductions import finish
 from .sampling import Choice, Sampler, Sampling, TokenLogprobs
 
@@ -89,30 +91,53 @@ def generate_steps(
     hooks: Sequence[Hook] = (),
     prefill_step_size: int = 2048,
     top_logprobs: int | None = None,
+    watched: Watched | None = None,
 ) -> Iterator[GenerationStep]:
     """Generate token by token. Hooks are attached during forward passes only, never while the caller holds the step.
+
+    Observers (``watched``) are told of a pass before the step that it led to is handed out.
 
     Raises:
         HookError: for an empty prompt, a token outside the vocabulary, or a number out of range; before the first step
             for an intervention that cannot be done, and in place of the last for one that never fired.
+        ObserverError: when an observer failed.
     """
     _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, top_logprobs, sampling)
     reach = Reach.of_generation(len(prompt_tokens), max_tokens)
     interventions = interventions or InterventionPlan([], instrument.architecture.cfg)
     session = interventions.session(instrument.run, reach)
     sampler = Sampler(sampling, instrument.architecture.cfg.d_vocab, top_logprobs)
-    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampler, reach)
-    choice, activations, firings = forward.prefill(prefill_step_size, sample=max_tokens > 0)
-    session.keep(firings)
-    if max_tokens == 0:
-        yield GenerationStep(0, None, "", None, "length", activations, session.close())
-        return
+    watch = _watch(watched, instrument, tokenizer, prompt_tokens, max_tokens, sampling)
+    forward = _Forward(instrument, plan, hooks, session, prompt_tokens, sampler, reach, watch)
     text = _Text(tokenizer, stop)
     end_tokens = set(getattr(tokenizer, "eos_token_ids", None) or ())
+    with _told(watch):
+        yield from _steps(forward, session, text, end_tokens, max_tokens, prefill_step_size)
+
+
+def _steps(
+    forward: "_Forward",
+    session: InterventionSession,
+    text: "_Text",
+    end_tokens: set[int],
+    max_tokens: int,
+    prefill_step_size: int,
+) -> Iterator[GenerationStep]:
+    choice, activations, firings, seen = forward.prefill(prefill_step_size, sample=max_tokens > 0)
+    session.keep(firings)
+    watch = forward.watch
+    if max_tokens == 0:
+        receipts = session.close()
+        if watch is not None:
+            watch.end("length")
+        yield GenerationStep(0, None, "", None, "length", activations, receipts)
+        return
     for index in range(max_tokens):
         last = index == max_tokens - 1
         # Start the next pass before waiting for this token, so that the device never idles.
         ahead = None if last else forward.decode(choice.token, index + 1)
+        if watch is not None and seen is not None:
+            watch.tell(seen)
         token_id = int(scalar(choice.token))
         offset = text.length
         new_text = text.add(token_id, is_end=token_id in end_tokens)
@@ -123,6 +148,10 @@ def generate_steps(
         stopped = stopped or text.stopped
         reason = "stop" if stopped else "length" if last else None
         receipts = session.close() if reason else ()
+        if watch is not None:
+            watch.chosen(token_id)
+            if reason:
+                watch.end(reason)
         yield GenerationStep(
             index,
             token_id,
@@ -136,8 +165,36 @@ def generate_steps(
         )
         if stopped or ahead is None:
             return
-        choice, activations, firings = ahead
+        choice, activations, firings, seen = ahead
         session.keep(firings)
+
+
+def _watch(
+    watched: Watched | None,
+    instrument: Instrument,
+    tokenizer: Any,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+) -> Watch | None:
+    if not watched:
+        return None
+    settings = {"temperature": sampling.temperature, "top_k": sampling.top_k or None, "max_new_tokens": max_tokens}
+    return Watch(watched, instrument, tokenizer, prompt, settings)
+
+
+@contextmanager
+def _told(watch: Watch | None) -> Iterator[None]:
+    """Tell observers when the generation begins, and when it is closed before its end."""
+    if watch is None:
+        yield
+        return
+    watch.begin()
+    try:
+        yield
+    except GeneratorExit:
+        watch.end("closed")
+        raise
 
 
 def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, top_logprobs: int | None, sampling: Sampling) -> None:
@@ -153,11 +210,12 @@ def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, top_logprobs: i
 
 
 class _Pass(NamedTuple):
-    """A chosen token, what was captured, and what interventions did."""
+    """A chosen token, what was captured, what interventions did, and what observers are to be told."""
 
     choice: Choice
     activations: Activations
     firings: list[Firing]
+    seen: SeenPass | None = None
 
 
 class _Forward:
@@ -172,6 +230,7 @@ class _Forward:
         prompt: Sequence[int],
         sampler: Sampler,
         reach: Reach,
+        watch: Watch | None = None,
     ) -> None:
         self.instrument = instrument
         self.model = instrument.architecture.model
@@ -181,11 +240,13 @@ class _Forward:
         self.records: list[CapturedActivation] = []
         self.recorders = plan.hooks(instrument.run, self.records.append, reach)
         self.session = session
-        self.hooks = [*session.hooks, *hooks]
+        self.watch = watch
+        self.hooks = [*session.hooks, *hooks, *(watch.hooks if watch is not None else ())]
         self.due: list[Hook] = []
         self.attached = instrument.plan(self.hooks)
         self.position = 0
         self.hook_ids = plan.hook_ids
+        self.seen: SeenPass | None = None
 
     def prefill(self, chunk: int, *, sample: bool) -> _Pass:
         """Run the prompt; its chunks' records are joined, so each hook has one record per hook point."""
@@ -209,8 +270,9 @@ class _Forward:
     def decode(self, token: mx.array, step: int) -> _Pass:
         """Run one generated token."""
         choice = self.sampler.choose(self._forward(token, "decode", step))
-        mx.async_eval(*choice.arrays(), *self._arrays())
-        return _Pass(choice, self._by_id(self._take()), self.session.take())
+        seen = self.seen
+        mx.async_eval(*choice.arrays(), *self._arrays(), *(seen.arrays if seen is not None else ()))
+        return _Pass(choice, self._by_id(self._take()), self.session.take(), seen)
 
     def _forward(self, tokens: mx.array, phase: str, step: int) -> mx.array:
         """Logits [1, d_vocab] after the last of the tokens."""
@@ -220,8 +282,11 @@ class _Forward:
             self.due, self.attached = due, self.instrument.plan([*self.hooks, *due])
         begins, self.position = self.position, self.position + tokens.size
         self.sampler.read(tokens)
-        with self.instrument.attached(self.attached, phase=phase, step=step, begins=begins):
-            return self.model(tokens[None], cache=self.kv_cache)[:, -1, :]
+        watching = self.watch.following(tokens, begins, phase, step) if self.watch is not None else nullcontext()
+        with watching, self.instrument.attached(self.attached, phase=phase, step=step, begins=begins):
+            logits = self.model(tokens[None], cache=self.kv_cache)
+        self.seen = self.watch.passed(logits) if self.watch is not None else None
+        return logits[:, -1, :]
 
     def _arrays(self) -> list[mx.array]:
         """What is evaluated together with the pass: captures and norms."""

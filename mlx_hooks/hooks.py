@@ -28,7 +28,9 @@ class Hook:
     ``rows`` lets a reading hook ask for some rows of scores and pattern only: it maps the run to rows of the call,
     counted from 0, and only these are computed. ``heads`` says which heads the hook keeps: scores and pattern may come
     with these alone; every other value comes with all of its heads. ``due`` are the absolute positions that it keeps,
-    ascending (None: all); it is left out of a call that has none of them.
+    ascending (None: all); it is left out of a call that has none of them. A reading hook ``in_parts`` may be shown a
+    long pattern some rows after the others, each once: ``run.rows`` says which, and keys after the last of them, which
+    causal attention hides from all of them, may be missing.
     """
 
     point: HookPoint
@@ -37,6 +39,7 @@ class Hook:
     rows: "Callable[[Run], list[int]] | None" = None
     heads: "HeadSelection | None" = None
     due: Sequence[int] | None = None
+    in_parts: bool = False
 
     def is_due(self, start: int, length: int) -> bool:
         """Whether a call of ``length`` tokens that begins at absolute position ``start`` is to meet it."""
@@ -121,6 +124,8 @@ class Run:
     """The KV caches of the call, one by one."""
     hidden: mx.array | None = None
     """While a pattern is shown to edits: the keys that attention does not see, as its scores have them."""
+    rows: range | None = None
+    """While a pattern is shown in parts: the rows of the call, from 0, that this part holds."""
     thread: int = 0
     """The thread that attached the hooks: calls from other threads pass by unseen."""
 

@@ -23,6 +23,8 @@ LARGEST_STEP = 2**30
 SHOWN_NAMES = 3
 """How many of a list of parameters a message tells."""
 
+PYTORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
 
 @dataclass(frozen=True)
 class LoadProgress:
@@ -152,8 +154,19 @@ def _model_folder(name: str) -> str:
         )
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "is a file"
-        raise ModelLoadError(f"{_short(name)} is not a model folder: it {what}.")
+        raise ModelLoadError(f"{_short(name)} is not a model folder: it {what}.{_how_to_bring(path)}")
     return str(path)
+
+
+def _how_to_bring(path: Path) -> str:
+    """What to do with a PyTorch checkpoint, or a folder of them; empty for anything else."""
+    inside = path.iterdir() if path.is_dir() else [path]
+    if not any(file.suffix in PYTORCH_SUFFIXES for file in inside):
+        return ""
+    return (
+        " A PyTorch checkpoint is converted once, to a folder with config.json, model.safetensors and a tokenizer: "
+        "examples/convert_checkpoint.py does it for GPT-2-like models, mlx_lm.convert for Hugging Face's."
+    )
 
 
 def _short(name: str) -> str:

@@ -16,7 +16,7 @@ from . import generation, hook_points, manager
 from .activations import ActivationCache, CapturedActivation, id_list
 from .architectures import Architecture, ModelConfig
 from .capture import CaptureEstimate, CaptureRun, before_stop, check_budget, check_logits, resolve_stop
-from .contributions import HeadPath, HeadPaths
+from .contributions import HeadPath, HeadPaths, MlpBiases
 from .errors import HookError
 from .extraction import ExtractionConfig, extract, extract_all
 from .generation import GenerationResult, GenerationStep
@@ -26,6 +26,7 @@ from .instrument import Instrument, kv_offset, remember_offset
 from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
+from .observers import InferenceHook, Watched
 from .reductions import finish
 from .sampling import Sampling
 from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
@@ -76,6 +77,7 @@ class HookedModel:
         self.model_name = self.cfg.model_type if name is None else name
         """The name or path that it was loaded from, or as given."""
         self._head_paths: HeadPaths | None = None
+        self._mlp_biases: MlpBiases | None = None
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> "HookedModel":
@@ -163,18 +165,22 @@ class HookedModel:
             raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
         return [self.tokenizer.decode([token]) for token in id_list(self.to_tokens(inputs)[0])]
 
-    def unembed(self, residual: mx.array) -> mx.array:
+    def unembed(self, residual: mx.array, *, apply_norm: bool = True) -> mx.array:
         """Logits [..., d_vocab] of values [..., d_model] of the stream that leaves the last block.
 
         The model's own end makes them, whatever it has (last norm, multipliers, unembedding, soft cap): the model runs
         with the stream replaced, and what lies before is never computed.
 
+        Args:
+            residual: in place of the stream; an architecture of several streams has an axis for them.
+            apply_norm: False puts the value behind the last norm.
+
         Raises:
-            HookError: where the logits are made of more than this stream.
+            HookError: where the logits are made of more than this stream, and without the norm where it is no module.
         """
         if more := self.architecture.more_than_last_stream:
             raise HookError(f"Logits are not made of the last stream alone on {self.cfg.model_type}: {more}.")
-        last = self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
+        last = self.last_stream if apply_norm else self._last_normalized()
         if last.axes == hook_points.RESID:
             rows = residual if residual.ndim == 3 else residual.reshape(1, -1, residual.shape[-1])
             shape = rows.shape[:2]
@@ -185,6 +191,18 @@ class HookedModel:
             logits = self.model(mx.zeros(shape, dtype=mx.int32))
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits if last.axes != hook_points.RESID else logits.reshape(*residual.shape[:-1], -1)
+
+    @property
+    def last_stream(self) -> HookPoint:
+        """Where the stream leaves the last block."""
+        return self.hook_points[hook_points.block_point("resid_post", self.cfg.n_layers - 1).name]
+
+    def _last_normalized(self) -> HookPoint:
+        if self.architecture.ln_final is None:
+            raise HookError(
+                f"The last norm of {self.cfg.model_type} is a function, not a module: it cannot be left out."
+            )
+        return self.hook_points[hook_points.outer_point("ln_final").name]
 
     def head_results(self, value: mx.array, layer: int) -> mx.array:
         """What each head of a layer adds to the stream, [..., head, d_model], in float32.
@@ -213,6 +231,13 @@ class HookedModel:
             HookError: where the parts of the heads cannot be told, with the reason.
         """
         return self.head_path(layer).point.name
+
+    def mlp_bias(self, layer: int) -> mx.array | None:
+        """The bias that a layer's MLP adds to the stream whatever it reads, [d_model]; None where it has none, or none
+        that can be told apart from the rest of ``hook_mlp_out``."""
+        if self._mlp_biases is None:
+            self._mlp_biases = MlpBiases(self.instrument)
+        return self._mlp_biases.of(layer)
 
     def head_path(self, layer: int) -> HeadPath:
         """The way from a layer's heads to the stream; found by a short run when it is first asked for."""
@@ -589,6 +614,8 @@ class HookedModel:
         fwd_hooks: ForwardHooks = (),
         interventions: Interventions = (),
         top_logprobs: int | None = None,
+        hooks: Iterable[InferenceHook] = (),
+        hook_errors: str = "raise",
         **sampling: Any,
     ) -> Iterator[GenerationStep]:
         """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
@@ -605,7 +632,6 @@ class HookedModel:
         registered = self.activation_hook_manager.plan()
         asked = registered if capture is None else self._capture_plan(capture)
         plan = asked if asked is registered else asked.joined(registered)
-        hooks = self._forward_hooks(fwd_hooks)
         steps = generation.generate_steps(
             self.instrument,
             self.tokenizer,
@@ -615,8 +641,9 @@ class HookedModel:
             stop=[stop] if isinstance(stop, str) else list(stop),
             plan=plan,
             interventions=self._prepared(interventions),
-            hooks=hooks,
+            hooks=self._forward_hooks(fwd_hooks),
             top_logprobs=top_logprobs,
+            watched=Watched(hooks, self.architecture, hook_errors),
         )
         return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
 
@@ -636,6 +663,8 @@ class HookedModel:
                 :class:`Intervention`.
             top_logprobs: tell with each token how probable the model found it, and this many of the likeliest ones:
                 see :class:`TokenLogprobs`. None computes nothing.
+            hooks: observers, told of each event in turn: see :class:`InferenceHook`.
+            hook_errors: "raise" what an observer raises, or "collect" it in the observer's ``errors``.
             temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed:
                 see :class:`sampling.Sampling`; the default takes the most probable token.
         """
@@ -743,7 +772,7 @@ def _extraction(
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:
-        own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs"]
+        own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs", "hooks", "hook_errors"]
         allowed = [*own, *Sampling.__dataclass_fields__]
         raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
     return Sampling(**options)

@@ -20,6 +20,7 @@ from .exceptions import (
     HAND_WRITTEN,
     MORE_THAN_THE_LAST_STREAM,
     NORM_OF_THE_STREAM,
+    NORMED_BETWEEN_PASSES,
     OTHER_SUMS,
     READERS_OF_MID,
     STREAM_ARGUMENT,
@@ -45,6 +46,7 @@ from .names import (
     D_VOCAB,
     EMBEDDINGS,
     FINAL_NORMS,
+    LOGIT_CAPS,
     MAX_POSITIONS,
     OUTPUTS,
     POSITION_EMBEDDINGS,
@@ -208,6 +210,17 @@ class Architecture:
         """What makes the logits besides the stream that leaves the last block; empty where nothing does."""
         return MORE_THAN_THE_LAST_STREAM.get(form(self.blocks[-1]), "")
 
+    @property
+    def normed_between_passes(self) -> bool:
+        """Whether the stream is normed, and so made anew, between the passes through layers that run several times."""
+        unless = NORMED_BETWEEN_PASSES.get(source(self.blocks[0]))
+        return unless is not None and not getattr(self.trunk, unless, False)
+
+    @property
+    def logit_cap(self) -> float | None:
+        """c of logits that are capped softly, ``c * tanh(logits / c)``, as the configuration has it; None without."""
+        return number(self.args, LOGIT_CAPS, needed=False) or None
+
     def stream_scale(self, layer: int) -> mx.array | None:
         """What the whole stream is multiplied with at the end of a block, or None."""
         return self.blocks[layer].get("layer_scalar")
@@ -245,6 +258,14 @@ class Architecture:
         found = child(attending[0], OUTPUTS)
         return "its heads have no output projection of their own" if found is None else found
 
+    def output_bias(self, layer: int) -> nn.Module | None:
+        """The last projection of a layer's MLP where it has a bias that goes straight to the stream; else None."""
+        mlps = [sublayer for sublayer in self.sublayers[layer] if sublayer.kind == "mlp"]
+        if len(mlps) != 1 or mlps[0].after is not None:
+            return None
+        down = mlp_roles(mlps[0].module).get("down")
+        return down if down is not None and "bias" in down else None
+
     def is_parallel(self, layer: int) -> bool:
         """Whether attention and MLP of a block read the same stream, so that there is no stream between them."""
         block, sublayers = self.blocks[layer], self.sublayers[layer]
@@ -268,6 +289,20 @@ class Architecture:
     def open_ends(self, attn: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """The submodules between which attention happens, where the attention module itself is never called."""
         return ends_of_open(attn)
+
+    @property
+    def streams(self) -> dict[int, str]:
+        """What kind of stream a layer's attention works on, by layer, where the model declares it: ``stream_type``.
+
+        It is an attribute of the attention module or of its block; no architecture of mlx-lm has it.
+        """
+        declared = {}
+        for layer, (block, sublayers) in enumerate(zip(self.blocks, self.sublayers, strict=True)):
+            modules = [*(s.module for s in sublayers if s.kind == "attn"), block]
+            kind = first_of(*(getattr(module, "stream_type", None) for module in modules))
+            if kind is not None:
+                declared[layer] = str(kind)
+        return declared
 
     def values_per_query(self, layer: int, v: mx.array, n_heads: int) -> mx.array:
         """Values [batch, kv_head, ...] as each query head reads them, where they are not simply repeated in groups."""

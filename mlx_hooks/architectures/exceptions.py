@@ -25,6 +25,8 @@ MORE_THAN_THE_LAST_STREAM = {
     "deepseek_v41": "the last block also gives the weights that mix its streams",
     "kimi_k3": "the last norm reads a mixture of it and of the sums of earlier blocks",
 }
+# Models that run their layers several times and norm the stream in between, unless this attribute says not.
+NORMED_BETWEEN_PASSES = {"nanbeige": "skip_loop_final_norm"}
 # The submodule that reads the stream between attention and MLP, where no sum shows it.
 READERS_OF_MID = {
     "gemma3n": "pre_feedforward_layernorm",

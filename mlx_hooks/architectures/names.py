@@ -24,6 +24,7 @@ FINAL_NORMS = (
     "embedding_norm",
     "norm",
 )
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 # Children of a block that move information between positions, and those that do not.
 MIXING = (

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import HookError
-from . import coverage, info, selftest, smalltalk
+from . import coverage, generate, info, selftest, smalltalk
 
-COMMANDS = (info, selftest, coverage, smalltalk)
+COMMANDS = (info, generate, selftest, coverage, smalltalk)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

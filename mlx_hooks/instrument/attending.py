@@ -11,6 +11,7 @@ from ..attention import (
     KeyPositions,
     attention_pattern,
     attention_scores,
+    pattern_in_parts,
     pick_heads,
     show_masked,
     weighted_values,
@@ -18,6 +19,9 @@ from ..attention import (
 from ..errors import HookError
 from .sites import Part, Site
 from .taps import Tap, current, snapshot
+
+ROWS_OF_A_PART = 256
+"""Query rows that are shown at a time to readers of a pattern that take it in parts."""
 
 
 class Attention(Part):
@@ -127,6 +131,9 @@ class Attention(Part):
         where = self.key_positions(k)
         if heads is not None:
             q, k, mask, sinks = pick_heads(heads, q, k, mask, sinks)
+        if self._may_come_in_parts(q, mask, where):
+            self._read_parts(where, q, k, scale=scale, mask=mask, sinks=sinks)
+            return output
         scores = attention_scores(q, k, scale=scale, mask=mask, rows=rows)
         scores, scores_edited = self._show_keys("scores", scores, rows, where, fill=-mx.inf)
         pattern, sink = attention_pattern(scores, sinks, mask=mask)
@@ -135,6 +142,23 @@ class Attention(Part):
             self._show_rows("sink", sink, rows)
         edited = scores_edited or pattern_edited
         return weighted_values(pattern, v).astype(output.dtype) if edited else output
+
+    def _may_come_in_parts(self, q: mx.array, mask: mx.array | str | None, where: KeyPositions) -> bool:
+        """Whether a pattern is long, and all who want it are readers that take it in parts."""
+        if not self.taps.keys() & {"scores", "sink"} and q.shape[-2] > ROWS_OF_A_PART:
+            tap = self.taps["pattern"]
+            known = where.positions is None or not isinstance(mask, str)
+            return known and not tap.edits and all(hook.in_parts for hook in tap.reads)
+        return False
+
+    def _read_parts(self, where: KeyPositions, q: mx.array, k: mx.array, **options: Any) -> None:
+        tap = self.taps["pattern"]
+        tap.at_call(self.nth)
+        try:
+            for self.run.rows, part in pattern_in_parts(q, k, size=ROWS_OF_A_PART, **options):
+                tap.read_value(where.spread(part, 0.0))
+        finally:
+            self.run.rows = None
 
     def _show_keys(
         self, place: str, array: mx.array, rows: list[int] | None, where: KeyPositions, fill: float

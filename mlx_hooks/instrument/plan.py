@@ -19,7 +19,7 @@ from .functions import ATTENDING, Function, observed
 from .mixing import InputWeights, Logits, State, Weights
 from .sites import ModelSite, Site
 from .stream import Additions, as_stream
-from .taps import Tap
+from .taps import Tap, looking_away
 
 _SITE = "_neuroscope_site"
 
@@ -223,6 +223,16 @@ class Instrument:
                 self.run.phase, self.run.step = run.phase, run.step
                 if outer is not None:
                     outer.attach()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside a pass, a block in which the model and MLX's functions are plain: for whoever is told of the pass."""
+        rows, self.run.rows = self.run.rows, None
+        try:
+            with looking_away(), self.attached(self.plan([]), alone=True):
+                yield
+        finally:
+            self.run.rows = rows
 
 
 # An instrument holds its model, so an id cannot be taken by another model while its entry is there.

@@ -1,6 +1,8 @@
 """The hooks of one point at one place: what they are shown, and how what they answer is put back."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -12,6 +14,18 @@ from ..hooks import HeadSelection, Hook, HookFunction, Run
 
 current = threading.local()
 """What runs in this thread: the attention module, block, experts or router that what happens belongs to."""
+
+
+@contextmanager
+def looking_away() -> Iterator[None]:
+    """For a block inside a pass, what this thread computes belongs to nothing that is observed."""
+    held = dict(current.__dict__)
+    current.__dict__.clear()
+    try:
+        yield
+    finally:
+        current.__dict__.clear()
+        current.__dict__.update(held)
 
 
 @dataclass

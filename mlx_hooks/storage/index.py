@@ -79,12 +79,19 @@ class RunIndex:
             if self._rows is None:
                 self._rows = {(row.experiment, row.folder, row.run): row for row in self._stored()}
             known = self._rows
-            found = self._scan(experiment)
-            fresh = {
-                place: self._read(place, stamp)
-                for place, stamp in found.items()
-                if place not in known or known[place].stamp != stamp or known[place].problem
-            }
+            # Nothing is moved while runs are listed and read, so nothing is missed between two folders.
+            with locked(self.base, shared=True):
+                found = dict(self._listed(experiment))
+                fresh = {
+                    place: self._read(place, stamp)
+                    for place, stamp in found.items()
+                    if place not in known or known[place].stamp != stamp or known[place].problem
+                }
+            for place in [
+                place for place, row in fresh.items() if row.problem and not self.base.joinpath(*place).is_dir()
+            ]:
+                # Removed in between.
+                del fresh[place], found[place]
             gone = [place for place in known if place not in found and experiment in (None, place[0])]
             known.update(fresh)
             for place in gone:
@@ -93,12 +100,8 @@ class RunIndex:
                 self._store(fresh.values(), gone)
             return [known[place] for place in found]
 
-    def _scan(self, experiment: str | None) -> dict[_Place, str]:
-        """Each run's stamp. Nothing is moved meanwhile, so nothing is missed between two folders."""
-        with locked(self.base, shared=True):
-            return dict(self._listed(experiment))
-
     def _listed(self, experiment: str | None) -> Iterator[tuple[_Place, str]]:
+        """Each run's stamp."""
         base = os.fspath(self.base)
         for experiment_name in _folders(base) if experiment is None else [experiment]:
             for folder in _folders(f"{base}/{experiment_name}"):

@@ -1,0 +1,110 @@
+"""``neuroscope generate``: text, with what attended to what, and what the MLPs did."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import HookError
+from ..observers import ActivationHook, AttentionExtractionHook, InferenceHook
+
+FORMATS = (".json", ".graphml")
+SHOWN_TOKENS = 10
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="generate text, and show and save who attended to whom",
+        description="Generate text, and show and save who attended to whom.",
+    )
+    parser.add_argument("model", help="name or folder in mlx-lm's layout, or neuroscope-tiny")
+    parser.add_argument("--prompt", required=True, help="the text to go on from")
+    parser.add_argument("--max-tokens", type=int, default=50, help="most tokens to generate (default: 50)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw among so many; 0 for all (default: 50)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--attention-threshold", type=float, default=0.1, help="keep weights above it (default: 0.1)")
+    parser.add_argument("--save-attention", type=Path, metavar="FILE", help="write the attention: .json or .graphml")
+    parser.add_argument("--track-activations", action="store_true", help="show how much each MLP reads and adds")
+    parser.add_argument("--no-hooks", action="store_true", help="the text alone")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from .. import HookedModel, run_generation
+
+    _check(options)
+    attention = None if options.no_hooks else AttentionExtractionHook(options.attention_threshold)
+    activations = ActivationHook() if options.track_activations else None
+    hooks: list[InferenceHook] = [hook for hook in (attention, activations) if hook is not None]
+    model = HookedModel.from_pretrained(options.model)
+    try:
+        _, text = run_generation(
+            model,
+            model.tokenizer,
+            options.prompt,
+            max_new_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            seed=options.seed,
+            hooks=hooks,
+            show_progress=True,
+        )
+        print(text)
+        if attention is not None:
+            _show_attention(attention)
+        if activations is not None:
+            _show_activations(activations)
+        if attention is not None and options.save_attention is not None:
+            _save(attention, options.save_attention)
+    except KeyboardInterrupt:
+        sys.stderr.write("neuroscope: interrupted; nothing was written\n")
+        return 130
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Say before the run what would fail after it."""
+    target = options.save_attention
+    if options.no_hooks and (target is not None or options.track_activations):
+        other = "--save-attention" if target is not None else "--track-activations"
+        raise HookError(f"--no-hooks and {other} exclude each other: what is not observed cannot be told.")
+    if target is None:
+        return
+    if target.suffix not in FORMATS:
+        raise HookError(f"--save-attention writes {' or '.join(FORMATS)}, by the file's name; got {str(target)!r}.")
+    if target.is_dir():
+        raise HookError(f"cannot write {target}: it is a folder; name a file in it")
+    if not target.absolute().parent.is_dir():
+        raise HookError(f"cannot write {target}: there is no folder {target.absolute().parent}")
+
+
+def _show_attention(hook: AttentionExtractionHook) -> None:
+    print(f"\n{hook.n_edges} attention weights above {hook.threshold:g}, in {len(hook.attention_data)} records")
+    print("\nTokens that received the most attention (as key)")
+    for token, total in list(hook.attention_received_as_key("token").items())[:SHOWN_TOKENS]:
+        print(f"  {token!r:20} {total:10.2f}")
+    print("\nEdges by layer and head")
+    for name, stats in hook.layer_head_stats().items():
+        print(
+            f"  {name:8} {stats['edge_count']:6} edges, mean {stats['avg_weight']:.3f}, max {stats['max_weight']:.3f}"
+        )
+
+
+def _show_activations(hook: ActivationHook) -> None:
+    norms = hook.norms()
+    print("\nMLPs: length of what they read and add, mean over positions")
+    for layer in np.unique(norms["layer"]).tolist():
+        own = norms["layer"] == layer
+        print(f"  layer {layer:<4} {norms['input_norm'][own].mean():10.3f} {norms['output_norm'][own].mean():10.3f}")
+
+
+def _save(hook: AttentionExtractionHook, target: Path) -> None:
+    if target.suffix == ".json":
+        hook.save_json(target)
+    else:
+        hook.save_graphml(target)
+    print(f"\nWritten: {target}")

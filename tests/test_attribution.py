@@ -1,0 +1,223 @@
+"""Direct logit attribution: on every architecture the parts add up to the logit; single parts against float64."""
+
+import warnings
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from reference import forward
+from test_architectures import NEED_METAL
+from tiny_models import make_model
+
+from mlx_hooks import HookedModel, HookError, LogitLens, attribution_points, direct_logit_attribution
+from mlx_hooks.analysis.attribution import Attribution
+from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
+from mlx_hooks.coverage.models import tiny_model
+
+TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
+PAIRS = [(11, 3), (20, 7)]
+REFUSED = {
+    "deepseek_v41": "the last block also gives the weights that mix its streams",
+    "gemma3n": "layer 0: the block mixes several streams",
+    "kimi_k3": "the last norm reads a mixture",
+    "muse_spark": "layer 0: branches are normed and weighed",
+    "nanbeige": "its last norm makes the stream anew after each pass through the layers",
+    "nanochat": "its last norm is a function, not a module",
+    "talkie": "its last norm is a function, not a module",
+}
+CAPPED = ("gear", "gear/no_softcap", "gemma2", "gemma4", "gemma4_text", "muse_glimmer", "recurrent_gemma")
+
+
+def attributed(model: HookedModel, tokens: object, positions: object = None, rows: list | None = None) -> Attribution:
+    _, cache = model.run_with_cache(rows or TOKENS, attribution_points(model))
+    return direct_logit_attribution(cache, tokens, model=model, positions=positions)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+def test_contributions_add_up_to_the_models_own_logits(name: str) -> None:
+    if name in NEED_METAL and not mx.metal.is_available():
+        pytest.skip(f"{name} calls a Metal kernel")
+    model = HookedModel(tiny_model(name))
+    if name in REFUSED:
+        with pytest.raises(HookError, match=f"The logits of {name} are no sum of its parts: {REFUSED[name]}"):
+            attribution_points(model)
+        return
+    # mlx-lm's own olmo runs on single tokens only.
+    rows = [row[:1] for row in TOKENS] if name == "olmo" else TOKENS
+    logits = np.array(model(rows), dtype=np.float64)
+    for tokens in (PAIRS, [pair[0] for pair in PAIRS]):
+        found = attributed(model, tokens, rows=rows)
+        largest = max(1.0, *(np.abs(c.values).max() for c in found.contributions))
+        assert found.deviation < 2e-5 * largest
+        np.testing.assert_allclose(found.total, found.logits, atol=1e-4)
+        assert (found.cap is not None) == (name.startswith(CAPPED))
+        if found.cap is None:
+            own = np.stack([logits[i, :, pair[0]] for i, pair in enumerate(PAIRS)])
+            own -= 0 if tokens is not PAIRS else np.stack([logits[i, :, pair[1]] for i, pair in enumerate(PAIRS)])
+            np.testing.assert_allclose(found.total, own, atol=1e-4)
+        elif tokens is not PAIRS:
+            own = np.stack([logits[i, :, pair[0]] for i, pair in enumerate(PAIRS)])
+            np.testing.assert_allclose(found.cap * np.tanh(found.total / found.cap), own, atol=1e-4)
+    assert found.notes.keys() == ({0, 1} if name.startswith("longcat") else set())
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_untied", "qwen2", "gpt2"])
+def test_every_contribution_is_the_formula_in_float64(name: str) -> None:
+    inner = make_model(name)
+    expected = parts_in_float64(name, inner, TOKENS, PAIRS)
+    found = attributed(HookedModel(inner), PAIRS)
+    assert set(found.names()) == set(expected)
+    for part, values in expected.items():
+        np.testing.assert_allclose(found[part], values, rtol=1e-3, atol=1e-4, err_msg=part)
+
+
+def parts_in_float64(
+    name: str, inner: nn.Module, tokens: list[list[int]], pairs: list[tuple[int, int]]
+) -> dict[str, np.ndarray]:
+    """Each part's share of the logit difference, from the formulas."""
+    values = forward(inner, tokens)
+    gpt2, trunk = name == "gpt2", inner.model
+    norm = trunk.ln_f if gpt2 else trunk.norm
+    head = inner.lm_head if "lm_head" in inner else trunk.wte if gpt2 else trunk.embed_tokens
+    unembedding = np.array(head.weight).astype(np.float64)
+    direction = np.stack([unembedding[a] - unembedding[b] for a, b in pairs])[:, None]
+    last = values["ln_final.hook_in"]
+
+    def centred(x: np.ndarray) -> np.ndarray:
+        return x - x.mean(-1, keepdims=True) if gpt2 else x
+
+    size = np.sqrt((centred(last) ** 2).mean(-1, keepdims=True) + 1e-5)
+
+    def share(x: np.ndarray) -> np.ndarray:
+        return (centred(np.broadcast_to(x, last.shape)) / size * np.array(norm.weight) * direction).sum(-1)
+
+    found = {"embed": share(values["hook_embed"])}
+    if gpt2:
+        found["pos_embed"] = share(values["hook_pos_embed"])
+        found["final norm bias"] = np.broadcast_to((np.array(norm.bias) * direction).sum(-1), last.shape[:2])
+    for i in range(3):
+        block = trunk.h[i] if gpt2 else trunk.layers[i]
+        out = block.attn.c_proj if gpt2 else block.self_attn.o_proj
+        z = values[f"blocks.{i}.attn.hook_z"]
+        weight = np.array(out.weight).astype(np.float64).reshape(last.shape[-1], *z.shape[2:])
+        for h in range(z.shape[2]):
+            found[f"L{i}H{h}"] = share(z[:, :, h] @ weight[:, h].T)
+        mlp = values[f"blocks.{i}.hook_mlp_out"]
+        if gpt2:
+            found[f"L{i} attn bias"] = share(np.array(out.bias))
+            found[f"L{i} mlp bias"] = share(np.array(block.mlp.c_proj.bias))
+            mlp = mlp - np.array(block.mlp.c_proj.bias)
+        found[f"L{i} mlp"] = share(mlp)
+    return found
+
+
+def test_an_unembedding_bias_has_its_own_share() -> None:
+    inner = tiny_model("phi")
+    found = attributed(HookedModel(inner), PAIRS)
+    bias = np.array(inner.lm_head.bias)
+    expected = [[bias[a] - bias[b]] * 5 for a, b in PAIRS]
+    np.testing.assert_allclose(found["unembedding bias"], expected, atol=1e-6)
+    assert "final norm bias" in found.names()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_models_add_up(bits: int) -> None:
+    inner = tiny_model("llama")
+    nn.quantize(inner, group_size=32, bits=bits)
+    found = attributed(HookedModel(inner), PAIRS)
+    np.testing.assert_allclose(found.total, found.logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_adds_up_within_its_rounding(dtype: mx.Dtype) -> None:
+    for name in ("llama", "gpt2"):
+        found = attributed(HookedModel(make_model(name, dtype=dtype)), PAIRS)
+        largest = max(np.abs(c.values).max() for c in found.contributions)
+        assert found.deviation < 8 * mx.finfo(dtype).eps * max(1.0, largest)
+
+
+def test_positions_are_absolute_and_may_be_selected_while_capturing() -> None:
+    model = HookedModel(make_model("gpt2"))
+    whole = attributed(model, PAIRS)
+    assert whole.positions == [0, 1, 2, 3, 4]
+    some = attributed(model, PAIRS, positions=[3, -1])
+    assert some.positions == [3, 4]
+    np.testing.assert_allclose(some["L1H2"], whole["L1H2"][:, [3, 4]], atol=1e-6)
+    default = direct_logit_attribution(
+        model.run_with_cache(TOKENS, attribution_points(model), positions=[1, 2])[1], PAIRS, model=model
+    )
+    assert default.positions == [2]
+    np.testing.assert_allclose(default["pos_embed"], whole["pos_embed"][:, [2]], atol=1e-5)
+
+
+def test_the_bundled_model_names_its_heads(tiny: HookedModel) -> None:
+    prompt = "When Mary and John went to the store , John gave a drink to"
+    _, cache = tiny.run_with_cache(prompt, attribution_points(tiny), positions="last")
+    found = LogitLens(tiny).direct_logit_attribution(cache, ("Mary", "John"))
+    assert found.logits.item() > 1
+    np.testing.assert_allclose(found.total, found.logits, atol=1e-4)
+    name, value = found.top(1)[0]
+    assert np.abs(found[name].item()) == abs(value) == max(np.abs(c.values.item()) for c in found.contributions)
+    shown = str(found)
+    assert shown.splitlines()[0] == "logit difference at position 14"
+    assert shown.splitlines()[-1].startswith("sum  ")
+    plain = found.to_dict()
+    assert plain["contributions"][0]["name"] == "embed"
+    assert plain["positions"] == [14]
+    heads = [(c["layer"], c["head"]) for c in plain["contributions"] if c["head"] is not None]
+    assert heads == [(layer, head) for layer in range(4) for head in range(4)]
+
+
+def test_a_run_with_edits_does_not_add_up_silently() -> None:
+    model = HookedModel(make_model("llama"))
+    _, cache = model.run_with_cache(TOKENS, attribution_points(model))
+    _, other = model.run_with_cache([row[::-1] for row in TOKENS], "blocks.1.hook_mlp_out")
+    cache.records["blocks.1.hook_mlp_out"] = other.records["blocks.1.hook_mlp_out"]
+    with pytest.raises(HookError, match=r"do not add up to the logit: they are off by .* allowed is 0.0001 of the lar"):
+        direct_logit_attribution(cache, PAIRS, model=model)
+
+
+def test_a_cap_that_the_configuration_does_not_state_is_found() -> None:
+    inner = make_model("llama_untied")
+    model = HookedModel(inner)
+    _, cache = model.run_with_cache(TOKENS, attribution_points(model))
+
+    class Capped(nn.Linear):
+        def __call__(self, x: mx.array) -> mx.array:
+            return 2 * mx.tanh(super().__call__(x) / 2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inner.lm_head.__class__ = Capped
+        with pytest.raises(HookError, match="The end of llama is no linear map of what the last norm gives"):
+            direct_logit_attribution(cache, PAIRS, model=model)
+
+
+@pytest.mark.parametrize(
+    ("missing", "tokens", "positions", "message"),
+    [
+        ("blocks.1.hook_mlp_out", PAIRS, -1, "The activations lack blocks.1.hook_mlp_out: capture it too"),
+        ("blocks.2.attn.hook_z", PAIRS, -1, "The activations lack blocks.2.attn.hook_z"),
+        ("blocks.0.hook_resid_pre", PAIRS, -1, "The activations lack blocks.0.hook_resid_pre"),
+        ("ln_final.hook_in", PAIRS, -1, "The activations lack ln_final.hook_in"),
+        ("", [1, 2, 3], -1, "one for all: got 3 for 2 rows"),
+        ("", [61], -1, "A token is an id from 0 to 59"),
+        ("", PAIRS, 7, "ln_final.hook_in was not captured at position 7"),
+        ("", PAIRS, -6, "positions is None, a whole number or a list of them, got -6"),
+        ("", PAIRS, "last", "positions is None, a whole number or a list of them, got 'last'"),
+        ("", PAIRS, [], r"positions is None, a whole number or a list of them, got \[\]"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said(missing: str, tokens: list, positions: object, message: str) -> None:
+    model = HookedModel(make_model("llama"))
+    names = [name for name in attribution_points(model) if name != missing]
+    _, cache = model.run_with_cache(TOKENS, names)
+    with pytest.raises(HookError, match=message):
+        direct_logit_attribution(cache, tokens, model=model, positions=positions)  # type: ignore[arg-type]
+
+
+def test_an_unknown_contribution_lists_what_there_is() -> None:
+    found = attributed(HookedModel(make_model("llama")), PAIRS)
+    with pytest.raises(HookError, match="There is no contribution 'L9H0'. There are: embed, L0H0, L0H1"):
+        found["L9H0"]
