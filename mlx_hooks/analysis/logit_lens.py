@@ -159,10 +159,11 @@ class LogitLens:
         array, streams = value.array, self.model.last_stream.axes
         if tuned is not None:
             array = tuned.translate(array, value.point)
-        if norm == "own" and streams != hook_points.RESID and len(streams) != array.ndim:
+        if norm != "final" and streams != hook_points.RESID and array.ndim != (len(streams) if norm == "own" else 3):
+            what = "no stream of" if norm == "own" else "not what the last norm gives on"
             raise HookError(
-                f"{value.key} is no stream of {self.model.cfg.model_type}, which has several ({', '.join(streams)}): "
-                "read resid_pre or resid_post."
+                f"{value.key} is {what} {self.model.cfg.model_type}, which has several streams ({', '.join(streams)}): "
+                "read resid_pre or resid_post with norm='own'."
             )
         if norm == "own":
             return self.logits(array)
