@@ -289,6 +289,19 @@ def test_no_python_object_is_made_per_weight(tiny: HookedModel, monkeypatch: pyt
     assert shapes == [(4, 256, 256), (4, 256, 512), (4, 87, 599)] * 4 + [(4, 1, 600)] * 4 + [(4, 1, 601)] * 4
 
 
+def test_whoever_takes_no_parts_is_shown_the_whole(llama: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attending, "ROWS_OF_A_PART", 3)
+    hook, seen, alone = AttentionExtractionHook(), Everything(), AttentionExtractionHook()
+    llama.generate(LONG, max_tokens=2, hooks=[hook, seen])
+    assert [weights.shape for weights, *_ in seen.attention[1, 2]] == [(1, 10, 10), (1, 1, 11), (1, 1, 12)]
+    llama.generate(LONG, max_tokens=2, hooks=[alone])
+    places = [
+        [[(edge["source_pos"], edge["target_pos"]) for edge in record["edges"]] for record in each.attention_data]
+        for each in (hook, alone)
+    ]
+    assert places[0] == places[1]
+
+
 def test_parts_are_the_whole_with_sinks_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("gpt_oss", "gemma3_text", "deepseek_v2", "gemma2", "mistral3"):
         try:

@@ -440,6 +440,25 @@ def test_while_an_event_runs_the_model_is_plain_and_may_be_used(model: HookedMod
             assert all(np.array_equal(a, b) for a, b in zip(mine, own, strict=True))
 
 
+def test_hooked_runs_inside_an_event_do_not_meet_the_pass_that_they_interrupt() -> None:
+    """What a softmax of four axes belongs to, in an architecture that writes its attention out."""
+    model = HookedModel(tiny_model("gemma2"))
+
+    def look(value: mx.array, point: Any) -> None:
+        mx.eval(mx.softmax(mx.zeros((1, 4, 2, 2)), axis=-1))
+
+    class Runs(Everything):
+        def on_layer_attention(self, *arguments):
+            super().on_layer_attention(*arguments)
+            pattern = ("blocks.0.attn.hook_pattern", lambda value, point: None)
+            model.run_with_hooks([PROMPT], [("blocks.0.hook_resid_post", look), pattern])
+
+    runs, seen = Runs(), Everything()
+    model.generate(PROMPT, max_tokens=2, hooks=[runs])
+    model.generate(PROMPT, max_tokens=2, hooks=[seen])
+    assert runs.events == seen.events
+
+
 def test_hooks_of_an_outer_block_are_set_aside_too(llama: HookedModel) -> None:
     expected = np.array(llama([LONG]))
     edit = ("blocks.1.hook_mlp_out", lambda value, point: value * 0)
