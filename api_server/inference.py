@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from mlx_hooks import CapturedActivation, GenerationStep, HookedModel, SelfTest
-from mlx_hooks.analysis.logit_lens import LogitLens
+from mlx_hooks.analysis import attribution
+from mlx_hooks.analysis.attribution import attribution_points
+from mlx_hooks.analysis.logit_lens import HEADS, LogitLens
 from mlx_hooks.interventions import InterventionPlan, Reach
 from mlx_hooks.manager import CapturePlan
 from neuroscope_bridge import payload
@@ -17,8 +19,8 @@ from neuroscope_bridge.payload import NumberTooLargeError
 from .errors import ApiError
 from .jobs import Progress
 from .logprobs import TokenScore, score
-from .schemas.fields import MAX_TOKENS
-from .schemas.requests import ChatMessage, GenerationRequest
+from .schemas.fields import MAX_PREDICTIONS, MAX_TOKENS
+from .schemas.requests import AttributionRequest, ChatMessage, GenerationRequest, LogitLensRequest
 from .token_text import TokenText
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]
@@ -227,25 +229,88 @@ def text_of(model: HookedModel, tokens: list[int]) -> str:
     return str(_tokenizer(model).decode(check_tokens(model, tokens, "tokens")))
 
 
-def logit_lens(model: HookedModel, source: PromptSource, position: int, top_k: int) -> dict[str, Any]:
-    """What the model would say after each layer at one position of a prompt, which it runs once."""
-    tokens = prompt_tokens(model, source)
+def logit_lens(model: HookedModel, asked: LogitLensRequest) -> Generator[dict[str, Any] | Progress, None, None]:
+    """What the model would say after each layer at positions of a prompt, which it runs once; the reply comes last."""
+    tokens = prompt_tokens(model, asked.source)
     room_for(model, tokens)
-    if not -len(tokens) <= position < len(tokens):
+    one = asked.positions is None
+    positions = _positions(tokens, asked.position if one else asked.positions, "position" if one else "positions")
+    rows_each = sum(max(1, model.cfg.n_heads) if c == HEADS else 1 for c in asked.components) * model.cfg.n_layers
+    if (count := len(positions) * rows_each * asked.top_k) > MAX_PREDICTIONS:
         raise ApiError(
             400,
-            f"There is no position {position}: the prompt has {len(tokens)} tokens, positions 0 to {len(tokens) - 1}.",
-            code="invalid_value",
-            param="position",
+            f"The reply would list {count} tokens; at most {MAX_PREDICTIONS} are allowed: ask for fewer positions, "
+            "components or a smaller top_k.",
+            code="limit_exceeded",
+            param="positions",
         )
-    position %= len(tokens)
-    rows = LogitLens.from_model(model).predictions(tokens, position=position, top_k=top_k)
-    return {
-        "position": position,
-        "token": token_strings(model, tokens[position : position + 1])[0],
+    rows = LogitLens.from_model(model).readings(
+        tokens,
+        components=asked.components,
+        positions=positions,
+        top_k=asked.top_k,
+        norm=asked.norm,
+        apply_norm=asked.apply_norm,
+        apply_softmax=asked.apply_softmax,
+        token_directions=asked.token_directions,
+    )
+    layers: list[dict[str, Any]] = []
+    for row in rows:
+        layers.append(asdict(row))
+        if row.position == positions[-1]:
+            yield Progress(min(1.0, len(layers) / (len(positions) * rows_each)), f"read layer {row.layer}")
+    only = positions[0] if len(positions) == 1 else None
+    strings = token_strings(model, tokens)
+    yield {
+        "position": only,
+        "token": None if only is None else strings[only],
+        "positions": positions,
         "prompt_tokens": tokens,
-        "layers": [asdict(row) for row in rows],
+        "token_strings": strings,
+        "layers": layers,
     }
+
+
+def direct_logit_attribution(model: HookedModel, asked: AttributionRequest) -> dict[str, Any]:
+    """What each part of the model adds to a logit at positions of a prompt, which it runs once."""
+    tokens = prompt_tokens(model, asked.source)
+    room_for(model, tokens)
+    positions = _positions(tokens, -1 if asked.positions is None else asked.positions, "positions")
+    _, cache = model.run_with_cache(tokens, attribution_points(model), logits="none")
+    found = attribution.direct_logit_attribution(cache, asked.token_directions, model=model, positions=positions)
+    plain = found.to_dict()
+    return {
+        "positions": positions,
+        "prompt_tokens": tokens,
+        "token_strings": token_strings(model, tokens),
+        "tokens": plain["tokens"][0],
+        "contributions": [part | {"values": part["values"][0]} for part in plain["contributions"]],
+        "logits": plain["logits"][0],
+        **{name: plain[name] for name in ("deviation", "cap", "notes")},
+    }
+
+
+def _positions(tokens: list[int], asked: Any, param: str) -> list[int]:
+    """Positions of a prompt from 0: an index, which may count from the end, "all", a list, or start and stop.
+
+    Raises:
+        ApiError: for one that the prompt does not have.
+    """
+    n = len(tokens)
+    if isinstance(asked, dict):
+        found = list(range(asked.get("start", 0), min(asked.get("stop", n), n)))
+    else:
+        found = list(range(n)) if asked == "all" else sorted(asked) if isinstance(asked, list) else [asked]
+    outside = next((p for p in found if not -n <= p < n), None)
+    if outside is None and found:
+        return [p % n for p in found]
+    what = f"no position {outside}" if found else "no such position"
+    raise ApiError(
+        400,
+        f"There is {what}: the prompt has {n} tokens, positions 0 to {n - 1}.",
+        code="invalid_value",
+        param=param,
+    )
 
 
 def _chat_tokens(model: HookedModel, messages: list[ChatMessage]) -> list[int]:

@@ -142,7 +142,7 @@ class HeadPath:
         by_head = self.point.component == "z" and value.shape[-2:] == (self.n_heads, self.d_head)
         if not by_head and value.shape[-1:] != (width,):
             shape = f"{self.n_heads}, {self.d_head}" if self.point.component == "z" else str(width)
-            raise HookError(f"What {self.point.name} holds has the shape [..., {shape}], got {value.shape}.")
+            raise HookError(f"What {self.point.name} holds has the shape [..., {shape}], all heads, got {value.shape}.")
         return value.reshape(1, -1, width).astype(mx.float32)
 
     def _project(self, value: mx.array) -> mx.array:

@@ -21,6 +21,8 @@ Messages = Sequence[Mapping[str, Any]]
 Hooks = Sequence[Mapping[str, Any]]
 Interventions = Sequence[Mapping[str, Any]]
 Indices = int | str | slice | Sequence[int]
+ReadPositions = Indices | None
+Token = int | str
 
 
 class LMStudioNeuroScopeClient(Connection):
@@ -471,23 +473,77 @@ class LMStudioNeuroScopeClient(Connection):
         top_k: int = 5,
         position: int = -1,
         model: str | None = None,
+        *,
+        positions: ReadPositions = None,
+        components: Sequence[str] | None = None,
+        norm: str | None = None,
+        apply_norm: bool | None = None,
+        token_directions: Sequence[Token] | Sequence[Sequence[Token]] | None = None,
+        apply_softmax: bool | None = None,
     ) -> Reply:
         """What the model would predict after each layer.
 
             lens = client.logit_lens("The capital of France is")
             [layer["predictions"][0]["token"] for layer in lens["layers"]]
+            lens = client.logit_lens("The capital of France is", positions="all", components=["attn_out", "mlp_out"],
+                                     norm="final", token_directions=[("Paris", "Rome")])
+            [(row["layer"], row["hook_point"], row["position"], row["values"][0]) for row in lens["layers"]]
 
         Args:
             prompt: A text or token ids; or give `messages`.
             top_k: Predictions per layer.
             position: Token to read at; negative counts from the end.
+            positions: In the place of `position`: "all", an index, a list, or a slice without a step.
+            components: What is read of each layer, by default "resid_post"; "heads" is what each head adds.
+            norm: The last norm's statistics: "own", of what it reads, or "final", as they are at the model's end.
+            apply_norm: False reads without the last norm.
+            token_directions: Tokens, ids or texts, whose logits each row has in "values"; of pairs, the differences.
+            apply_softmax: Probabilities in the place of these logits.
 
         Raises:
             ValueError: both or neither of `prompt` and `messages`.
         """
         _require_one(prompt=prompt, messages=messages)
         body = {"prompt": prompt, "messages": messages, "top_k": top_k, "position": position, "model": model}
-        return self._json("POST", "/v1/analysis/logit_lens", body)
+        more = {
+            "positions": _read_positions(positions),
+            "components": None if components is None else list(components),
+            "norm": norm,
+            "apply_norm": apply_norm,
+            "token_directions": _directions(token_directions),
+            "apply_softmax": apply_softmax,
+        }
+        return self._json("POST", "/v1/analysis/logit_lens", body | more)
+
+    def direct_logit_attribution(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        tokens: Token | tuple[Token, Token] | None = None,
+        messages: Messages | None = None,
+        *,
+        positions: ReadPositions = None,
+        model: str | None = None,
+    ) -> Reply:
+        """What embedding, heads, MLPs and biases add to a token's logit, or to the difference of two.
+
+            found = client.direct_logit_attribution("The capital of France is", ("Paris", "Rome"))
+            sorted(found["contributions"], key=lambda part: -abs(part["values"][0]))[:5]
+
+        Args:
+            prompt: A text or token ids; or give `messages`.
+            tokens: A token, id or text, or a pair of them.
+            positions: "all", an index, a list, or a slice without a step; the last position by default.
+
+        Raises:
+            ValueError: both or neither of `prompt` and `messages`, or no `tokens`.
+        """
+        _require_one(prompt=prompt, messages=messages)
+        if tokens is None:
+            raise ValueError("tokens is a token or a pair of tokens")
+        direction = list(tokens) if isinstance(tokens, tuple) else tokens
+        body = {"prompt": prompt, "messages": messages, "positions": _read_positions(positions), "model": model}
+        route = "/v1/analysis/direct_logit_attribution"
+        return self._json("POST", route, body | {"token_directions": _directions([direction])})
 
     # -- jobs ------------------------------------------------------------------------------------
 
@@ -566,6 +622,27 @@ def indices(value: Indices, name: str) -> str:
         return ",".join(map(str, _token_ids(value if isinstance(value, Iterable) else [value])))
     except ValueError:
         raise ValueError(f"{name} is an index, a list of them or a slice without step, got {value!r}.") from None
+
+
+def _read_positions(value: ReadPositions) -> Any:
+    """As a request has them: `slice(2, None)` is `{"start": 2}`."""
+    if isinstance(value, slice):
+        if value.step not in (None, 1):
+            raise ValueError(f"positions is 'all', an index, a list of them or a slice without step, got {value!r}.")
+        ends = {"start": value.start, "stop": value.stop}
+        return {name: operator.index(end) for name, end in ends.items() if end is not None} or "all"
+    return value if value is None or isinstance(value, str | int) else [operator.index(one) for one in value]
+
+
+def _directions(value: Any) -> list[Any] | None:
+    """Tokens and pairs as plain JSON values; NumPy numbers may be among them."""
+    if value is None:
+        return None
+
+    def plain(token: Any) -> Any:
+        return token if isinstance(token, str) else operator.index(token)
+
+    return [[plain(t) for t in one] if isinstance(one, tuple | list) else plain(one) for one in value]
 
 
 def _require_one(**given: Any) -> None:

@@ -187,6 +187,7 @@ def test_every_method_asks_its_route(server, client):
         "DELETE /v1/activations/hooks": (200, {"status": "hooks_cleared"}),
         "DELETE /v1/activations/hooks/a%2Fb%20c": (200, {"status": "hook_deleted"}),
         "POST /v1/analysis/logit_lens": (200, {"layers": []}),
+        "POST /v1/analysis/direct_logit_attribution": (200, {"contributions": []}),
         "GET /v1/jobs": (200, {"object": "list", "data": [{"id": "job-1"}]}),
         "GET /v1/jobs/job-1": (200, {"id": "job-1", "status": "running"}),
         "DELETE /v1/jobs/job-1": (200, {"id": "job-1", "status": "cancelled"}),
@@ -226,6 +227,22 @@ def test_every_method_asks_its_route(server, client):
         client.logit_lens(messages=MESSAGES, top_k=2, position=0),
         "POST /v1/analysis/logit_lens",
         {"messages": MESSAGES, "top_k": 2, "position": 0},
+    )
+    whole = {"prompt": "hi", "top_k": 5, "position": -1}
+    for positions, sent in (("all", "all"), (slice(1, None), {"start": 1}), (slice(None), "all"), ((2, 3), [2, 3])):
+        asks(client.logit_lens("hi", positions=positions), "POST /v1/analysis/logit_lens", whole | {"positions": sent})
+    more = {"components": ["heads"], "norm": "final", "apply_norm": False, "apply_softmax": True}
+    asks(
+        client.logit_lens("hi", token_directions=[(np.int64(1), "b")], **more),
+        "POST /v1/analysis/logit_lens",
+        whole | more | {"token_directions": [[1, "b"]]},
+    )
+    attribution = "POST /v1/analysis/direct_logit_attribution"
+    asks(client.direct_logit_attribution("hi", "a"), attribution, {"prompt": "hi", "token_directions": ["a"]})
+    asks(
+        client.direct_logit_attribution(tokens=("a", 2), messages=MESSAGES, positions=1, model="m"),
+        attribution,
+        {"messages": MESSAGES, "token_directions": [["a", 2]], "positions": 1, "model": "m"},
     )
 
 
@@ -274,6 +291,10 @@ def test_exactly_one_source_of_text(client):
             ask()
         with pytest.raises(ValueError, match="exactly one"):
             ask("a", messages=MESSAGES)
+    with pytest.raises(ValueError, match="tokens is a token or a pair of tokens"):
+        client.direct_logit_attribution("a")
+    with pytest.raises(ValueError, match="a slice without step"):
+        client.logit_lens("a", positions=slice(0, 4, 2))
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(server, monkeypatch, tmp_path):

@@ -110,7 +110,7 @@ def test_behind_a_gate_the_projections_own_input_is_asked_for() -> None:
     _, cache = model.run_with_cache(TOKENS, [name, "blocks.1.attn.hook_z", "blocks.1.hook_attn_out"])
     total = model.head_results(cache[name], 1).sum(axis=-2)
     assert relative_deviation(total, cache["attn_out", 1]) < 2e-6
-    with pytest.raises(HookError, match=r"o_proj.input holds has the shape \[..., 128\], got \(1, 5, 4, 32\)"):
+    with pytest.raises(HookError, match=r"o_proj.input holds has the shape \[..., 128\], all heads, got \(1, 5"):
         model.head_results(cache["z", 1], 1)
 
 
@@ -139,7 +139,7 @@ def test_a_projection_that_is_not_linear_is_refused() -> None:
     [
         (3, (1, 4, 8), "Layers are 0 to 2, got 3"),
         (-4, (1, 4, 8), "Layers are 0 to 2, got -4"),
-        (0, (1, 8, 4), r"hook_z holds has the shape \[..., 4, 8\], got \(1, 8, 4\)"),
+        (0, (1, 8, 4), r"hook_z holds has the shape \[..., 4, 8\], all heads, got \(1, 8, 4\)"),
         (0, (1, 2, 8), r"got \(1, 2, 8\)"),
     ],
 )

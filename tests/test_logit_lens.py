@@ -57,6 +57,15 @@ def test_the_last_layer_is_the_models_own_output_bit_for_bit(name: str) -> None:
     assert relative_deviation(mx.where(finite, read, 0), mx.where(finite, logits, 0)) < 2e-6
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_a_part_of_the_batch_or_of_the_positions_differs_by_rounding_alone(name: str) -> None:
+    """Sums of other shapes round differently: bit equality needs the batch and the positions of the run."""
+    model = HookedModel(make_model(name))
+    logits, cache = model.run_with_cache(TOKENS, "blocks.2.hook_resid_post", positions="last")
+    last = LogitLens(model).compute(cache, "resid_out_2")["logit_lens_resid_out_2"]
+    assert relative_deviation(last, logits[:, -1:]) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_is_exact_too(dtype: mx.Dtype) -> None:
     for name in ("llama", "qwen3", "gpt2"):
@@ -280,8 +289,10 @@ def test_architectures_of_several_streams_are_read_where_they_are_whole() -> Non
     model = HookedModel(tiny_model("gemma3n"))
     _, cache = model.run_with_cache(TOKENS, ["blocks.*.hook_resid_post", "blocks.0.hook_attn_out"])
     assert len(LogitLens(model).compute(cache, "resid_out_{i}")) == model.cfg.n_layers
-    with pytest.raises(HookError, match=r"attn_out_0 is no stream of gemma3n, which has several \(stream, batch"):
+    with pytest.raises(HookError, match=r"attn_out_0 is no stream of gemma3n, which has several streams \(stream, bat"):
         LogitLens(model).compute(cache, "attn_out_0")
+    with pytest.raises(HookError, match="resid_out_0 is not what the last norm gives on gemma3n"):
+        LogitLens(model).compute(cache, "resid_out_0", apply_norm=False)
 
 
 def test_the_norm_cannot_be_left_out_where_it_is_a_function() -> None:

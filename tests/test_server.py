@@ -33,6 +33,7 @@ from server_tools import (
 from api_server import ModelWorker, Server, ServerConfig, create_app
 from api_server.__main__ import main
 from api_server.errors import Busy, Stopping
+from mlx_hooks import LogitLens
 from mlx_hooks.hook_points import COMPONENTS
 from neuroscope_bridge.payload import decode_activation
 
@@ -539,6 +540,76 @@ def test_logit_lens_ends_in_the_model_s_own_prediction(client: FlaskClient) -> N
     assert all(len(row["predictions"]) == 3 for row in reply["layers"])
     said = post(client, "/v1/completions", prompt="w1 w2 w3", max_tokens=1, temperature=0)
     assert reply["layers"][-1]["predictions"][0]["token"] == said["choices"][0]["text"]
+
+
+def test_the_lens_reads_components_heads_and_directions_at_several_positions(client: FlaskClient) -> None:
+    asked = {"prompt": "w1 w2 w3", "top_k": 2, "norm": "final", "token_directions": [["w4", 5], ["w6", "w7"]]}
+    path = "/v1/analysis/logit_lens"
+    reply = post(client, path, **asked, positions="all", components=["attn_out", "heads"])
+    assert (reply["position"], reply["token"], reply["positions"]) == (None, None, [0, 1, 2])
+    assert reply["token_strings"] == ["w1", "w2", "w3"]
+    rows = reply["layers"]
+    assert [(r["layer"], r["head"], r["position"]) for r in rows] == [
+        (layer, head, position) for layer in range(3) for head in (0, 1, 2, 3, None) for position in range(3)
+    ]
+    model = load_tiny("llama")
+    expected = list(LogitLens(model).readings("w1 w2 w3", components=["attn_out"], positions=[1], **LENS))
+    found = [row for row in rows if row["head"] is None and row["position"] == 1]
+    for row, own in zip(found, expected, strict=True):
+        assert row["values"] == pytest.approx(own.values, abs=1e-5)
+        assert [p["token_id"] for p in row["predictions"]] == [p.token_id for p in own.predictions]
+    one = post(client, path, **asked, position=-2)
+    assert (one["position"], one["token"], len(one["layers"])) == (1, "w2", 3)
+    soft = post(client, path, **asked, apply_softmax=True)
+    assert all(abs(value) < 1 for row in soft["layers"] for value in row["values"])
+    bare = post(client, path, prompt="w1 w2 w3", apply_norm=False)
+    assert bare["layers"] != post(client, path, prompt="w1 w2 w3")["layers"]
+
+
+LENS: dict[str, Any] = {"norm": "final", "token_directions": [("w4", 5), ("w6", "w7")], "top_k": 2}
+
+
+def test_direct_logit_attribution_adds_up(client: FlaskClient) -> None:
+    asked = {"prompt": "w1 w2 w3", "token_directions": [["w4", "w5"]]}
+    reply = post(client, "/v1/analysis/direct_logit_attribution", **asked, positions="all")
+    model = load_tiny("llama")
+    a, b = reply["tokens"]
+    assert (reply["positions"], [a, b]) == ([0, 1, 2], [model.to_tokens(text)[0, -1].item() for text in ("w4", "w5")])
+    total = np.sum([part["values"] for part in reply["contributions"]], axis=0)
+    np.testing.assert_allclose(total, reply["logits"], atol=1e-4)
+    logits = np.array(model("w1 w2 w3"))[0]
+    np.testing.assert_allclose(reply["logits"], logits[:, a] - logits[:, b], atol=1e-4)
+    last = post(client, "/v1/analysis/direct_logit_attribution", **asked)
+    assert last["positions"] == [2]
+    names = [part["name"] for part in last["contributions"]]
+    assert names[:6] == ["embed", "L0H0", "L0H1", "L0H2", "L0H3", "L0 mlp"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        ("logit_lens", {"positions": [0, 3]}, "positions", "There is no position 3: the prompt has 3 tokens"),
+        ("logit_lens", {"position": -4}, "position", "There is no position -4"),
+        ("logit_lens", {"positions": {"start": 5}}, "positions", "There is no such position"),
+        ("logit_lens", {"components": ["pattern"]}, "components", "A lens on llama reads resid_pre"),
+        ("logit_lens", {"norm": "mean"}, "norm", "'own' or 'final'"),
+        ("logit_lens", {"token_directions": ["w1 w2"]}, "token_directions", "'w1 w2' is 2 tokens"),
+        ("logit_lens", {"token_directions": [99999]}, "token_directions", "A token is an id from 0 to"),
+        ("logit_lens", {"prompt": [8] * 300, "positions": "all", "top_k": 1000}, "positions", "The reply would list"),
+        ("direct_logit_attribution", {"token_directions": [1, 2]}, "token_directions", "got 2 for 1 row"),
+        ("direct_logit_attribution", {"token_directions": []}, "token_directions", "a list of 1 to 64 tokens"),
+        ("direct_logit_attribution", {}, "token_directions", "is required"),
+        ("direct_logit_attribution", {"token_directions": [1], "positions": 3}, "positions", "There is no position 3"),
+    ],
+)
+def test_what_an_analysis_refuses_is_named(
+    client: FlaskClient, path: str, body: dict[str, Any], param: str, message: str
+) -> None:
+    reply = client.post(f"/v1/analysis/{path}", json={"prompt": "w1 w2 w3"} | body)
+    assert reply.status_code == 400
+    error = reply.get_json()["error"]
+    assert error["param"] == param
+    assert message in error["message"]
 
 
 # Many callers

@@ -622,7 +622,9 @@ LEAST: dict[type[Request], dict[str, Any]] = {
     schemas.RegisterHooksRequest: {"hooks": [HOOK]},
     schemas.TokenizeRequest: {"text": "w1"},
     schemas.DetokenizeRequest: {"tokens": []},
+    schemas.PromptRequest: {"prompt": "w1"},
     schemas.LogitLensRequest: {"prompt": "w1"},
+    schemas.AttributionRequest: {"prompt": "w1", "token_directions": [1]},
 }
 OPTIONAL = [(model, name) for model in LEAST for name in model.model_fields if name not in LEAST[model]]
 
@@ -640,12 +642,17 @@ def test_null_is_the_default(model: type[Request], name: str) -> None:
     jsonschema_rs.validate(schema, LEAST[model] | {name: None})
 
 
+TOKENS_ASKED = [[1], ["a"], [1, "a"], [1] * 65]
+DIRECTIONS = [*TOKENS_ASKED, [[1, "a"]], [], [[1]], [[1, 2, 3]], [1, [2, 3]], [-1], [""], 1, "a", [None]]
 EITHER = [
     (schemas.HookRequest, [{}, HOOK, {"hook_point": "a"}, HOOK | {"hook_point": "a"}, {"layer_name": "1"}]),
     (schemas.HookRequest, [HOOK | {"capture_output": out, "capture_input": in_} for out in (0, 1) for in_ in (0, 1)]),
     (schemas.HookRequest, [{"hook_point": "a", "capture_input": True}, {"hook_point": "a", "layer_name": None}]),
     (schemas.TokenizeRequest, [{}, {"text": "a"}, {"messages": MESSAGES}, {"messages": MESSAGES, "text": "a"}]),
     (schemas.LogitLensRequest, [{"prompt": "a", "messages": None}, {"messages": MESSAGES, "prompt": [1]}, {}]),
+    (schemas.LogitLensRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
+    (schemas.LogitLensRequest, [{"prompt": "a", "positions": p} for p in ("all", "last", 1, -1, [1, 1], {"start": 1})]),
+    (schemas.LogitLensRequest, [{"prompt": "a", "components": c} for c in (["x"], [], "x", ["x"] * 17, [1])]),
     (schemas.CompletionRequest, [{"prompt": "a", "temperature": t} for t in (0, 0.0, 1e-7, 1e-6, 2, 2.1, -1, None)]),
     (schemas.HookRequest, [HOOK | {name: [1, again]} for name in ("heads", "positions") for again in (1, 2)]),
 ]

@@ -24,6 +24,7 @@ MESSAGES = "(Array with: (Dictionary new at: 'role' put: 'user'; at: 'content' p
 HOOKS = "(Array with: (Dictionary new at: 'layer_name' put: '*'; at: 'component' put: 'mlp'; yourself))"
 EDITS = "(Array with: (Dictionary new at: 'hook_point' put: 'blocks.0.hook_mlp_out'; at: 'type' put: 'zero'; yourself))"
 OPTIONS = "(Dictionary new at: 'max_tokens' put: 2; at: 'keep_capture' put: true; yourself)"
+EVERYWHERE = "(Dictionary new at: 'positions' put: 'all'; yourself)"
 PLAIN = "(Dictionary new at: 'max_tokens' put: 2; at: 'seed' put: 1; yourself)"
 KEPT = "(Dictionary new at: 'capture_id' put: 'cap-1'; yourself)"
 
@@ -55,6 +56,8 @@ SENDS = {
     "c createAttentionAnalysisHooks: 2 targetLayers: nil": [],
     "c createCircuitAnalysisHooks: 2": [],
     "c detokenize: #(1 2)": ["detokenize"],
+    "c directLogitAttribution: 'Hi' token: 5": ["direct_logit_attribution"],
+    f"c directLogitAttribution: {MESSAGES} token: #(5 6) options: {EVERYWHERE}": ["direct_logit_attribution"],
     f"c forward: 'Hi' hooks: {HOOKS}": ["complete_with_activations"],
     f"c forward: #(1 2) hooks: nil interventions: {EDITS}": ["complete_with_activations"],
     f"c generateWithActivations: 'Hi' hooks: {HOOKS}": ["chat_with_activations"],
@@ -72,6 +75,8 @@ SENDS = {
     "c logitLens: 'Hi'": ["logit_lens"],
     f"c logitLens: {MESSAGES} options: (Dictionary new at: 'position' put: 0; yourself)": ["logit_lens"],
     "c logitLens: #(1 2) topK: 3": ["logit_lens"],
+    "c logitLens: 'Hi' components: #('attn_out' 'heads')": ["logit_lens"],
+    "c logitLens: 'Hi' tokens: (Array with: #(1 2))": ["logit_lens"],
     "c modelId": [],
     "m modelId": ["list_models"],
     "c modelId: 'org/tiny'": [],

@@ -34,6 +34,10 @@ MAX_TEXT_LOGPROBS = 5
 MAX_BIASES = 1024
 MAX_BIAS = 100
 MAX_CONTENT_PARTS = 1024
+MAX_COMPONENTS = 16
+MAX_DIRECTIONS = 64
+MAX_PREDICTIONS = 200_000
+"""Tokens that a reply of the logit lens lists, of all layers and positions together."""
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
@@ -263,6 +267,40 @@ Source = Annotated[
     Any,
     BeforeValidator(must(_is_source, "an activation record or a list of records")),
     WithJsonSchema({"anyOf": [_RECORD, {"type": "array", "items": _RECORD, "minItems": 1}, _NULL]}),
+]
+
+
+def _is_token(value: Any) -> bool:
+    return _is_index(value) or (isinstance(value, str) and bool(value))
+
+
+def _are_directions(value: Any) -> bool:
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_DIRECTIONS:
+        return False
+    return all(map(_is_token, value)) or all(
+        isinstance(one, list) and len(one) == 2 and all(map(_is_token, one)) for one in value
+    )
+
+
+_DIRECTIONS = f"a list of 1 to {MAX_DIRECTIONS} tokens, or of pairs of tokens, each an id or a text"
+_ALL_POSITIONS = f"'all', {_SELECTION}"
+_TOKEN: dict[str, Any] = {"anyOf": [_INDEX, {"type": "string", "minLength": 1}]}
+_PAIR: dict[str, Any] = {"type": "array", "items": _TOKEN, "minItems": 2, "maxItems": 2}
+
+
+def _list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_DIRECTIONS}
+
+
+Directions = Annotated[
+    Any,
+    BeforeValidator(must(_are_directions, _DIRECTIONS)),
+    WithJsonSchema({"anyOf": [_list_of(_TOKEN), _list_of(_PAIR)], "description": _DIRECTIONS}),
+]
+PromptPositions = Annotated[
+    Any,
+    BeforeValidator(must(lambda value: value == "all" or _is_selection(value), _ALL_POSITIONS)),
+    WithJsonSchema({"anyOf": [{"const": "all"}, _INDEX, _INDICES, _INTERVAL], "description": _ALL_POSITIONS}),
 ]
 
 

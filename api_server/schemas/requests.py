@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from mlx_hooks.analysis.logit_lens import HEADS
+
 from .fields import (
     DEFAULT_MAX_TOKENS,
     MAX_CHOICES,
+    MAX_COMPONENTS,
     MAX_CONTENT_PARTS,
     MAX_HOOKS,
     MAX_ID_LENGTH,
@@ -24,6 +27,7 @@ from .fields import (
     MAX_TOKEN_ID,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
+    Directions,
     Heads,
     HookId,
     LogitBias,
@@ -33,6 +37,7 @@ from .fields import (
     OrNull,
     Positions,
     Prompt,
+    PromptPositions,
     Request,
     Selection,
     Source,
@@ -422,21 +427,17 @@ class DetokenizeRequest(Request):
     model: Name | None = Field(None, description=_MODEL)
 
 
-class LogitLensRequest(Request):
-    """``POST /v1/analysis/logit_lens``: one of ``prompt`` and ``messages``; ``position`` may count from the end."""
+class PromptRequest(Request):
+    """A prompt to analyse: one of ``prompt`` and ``messages``."""
 
     model_config = ConfigDict(json_schema_extra=one_of(("prompt",), ("messages",)))
 
     prompt: Prompt | None = Field(None, description="A text, or token ids.")
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description=_CHAT)
     model: Name | None = Field(None, description=_MODEL)
-    top_k: Annotated[int, OrNull()] = Field(5, ge=1, le=1000, description="How many tokens of each layer.")
-    position: Annotated[int, OrNull()] = Field(
-        -1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID, description="Of the prompt's tokens; negative ones count from the end."
-    )
 
     @model_validator(mode="after")
-    def _one_source(self) -> "LogitLensRequest":
+    def _one_source(self) -> "PromptRequest":
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("one_source", "Exactly one of 'prompt' and 'messages' is required")
         return self
@@ -444,3 +445,40 @@ class LogitLensRequest(Request):
     @property
     def source(self) -> "str | list[int] | list[ChatMessage]":
         return self.prompt if self.prompt is not None else self.messages or []
+
+
+class LogitLensRequest(PromptRequest):
+    """``POST /v1/analysis/logit_lens``: one of ``prompt`` and ``messages``; ``position`` may count from the end."""
+
+    top_k: Annotated[int, OrNull()] = Field(5, ge=1, le=1000, description="How many tokens of each layer.")
+    position: Annotated[int, OrNull()] = Field(
+        -1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID, description="Of the prompt's tokens; negative ones count from the end."
+    )
+    positions: Annotated[PromptPositions, OrNull()] = Field(
+        None, description="Several, or `all`, in the place of `position`."
+    )
+    components: Annotated[list[Name], Field(min_length=1, max_length=MAX_COMPONENTS), OrNull()] = Field(
+        ["resid_post"], description="What is read: `resid_post`, `resid_mid`, `attn_out`, `mlp_out`, `heads` and so on."
+    )
+    norm: Annotated[Literal["own", "final"], OrNull()] = Field(
+        "own", description="The last norm's statistics: of what it reads, or as they are at the model's end."
+    )
+    apply_norm: Annotated[bool, OrNull()] = Field(True, description="false reads without the last norm.")
+    token_directions: Annotated[Directions, OrNull()] = Field(
+        None, description="Tokens, or pairs of them, whose logits, or differences, each row tells in `values`."
+    )
+    apply_softmax: Annotated[bool, OrNull()] = Field(False, description="`values` are of probabilities, not logits.")
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether it takes no longer than reading the prompt once."""
+        return self.positions is None and HEADS not in self.components
+
+
+class AttributionRequest(PromptRequest):
+    """``POST /v1/analysis/direct_logit_attribution``: one of ``prompt`` and ``messages``."""
+
+    token_directions: Directions = Field(description="One token, or one pair of them, in a list.")
+    positions: Annotated[PromptPositions, OrNull()] = Field(
+        None, description="Of the prompt's tokens; the last by default."
+    )

@@ -361,6 +361,7 @@ def _parts(model: HookedModel, held: Held, positions: Sequence[int] | None) -> t
                     notes[layer] = why
                 value = part.rows(name, positions).astype(mx.float32)
                 own = model.mlp_bias(layer) if component == "mlp_out" else None
+                own = own if own is not None and mx.any(own != 0).item() else None
                 parts.append(_Part([label], scaled(value if own is None else value - own), layer))
                 if own is not None:
                     parts.append(_Part([f"{label.removesuffix(suffix)} bias{suffix}"], scaled(value * 0 + own), layer))

@@ -1,7 +1,7 @@
 """What an activation cache, or a mapping of arrays, holds for an analysis: values of stream width, by key."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -36,6 +36,15 @@ class StreamValue:
     head: int | None
     array: mx.array
     positions: Sequence[int] | None
+
+    def chunks(self, length: int) -> "Iterator[StreamValue]":
+        """The value in parts of at most so many positions; whole, where it has an axis of streams."""
+        if self.positions is None or self.array.ndim != 3 or len(self.positions) <= length:
+            yield self
+            return
+        for start in range(0, len(self.positions), length):
+            stop = start + length
+            yield replace(self, array=self.array[:, start:stop], positions=self.positions[start:stop])
 
 
 class Held:

@@ -24,6 +24,8 @@ from .tuned_lens import TunedLens
 
 NORMS = ("own", "final")
 METRICS = ("logit_diff", "accuracy")
+CHUNK = 128
+"""Positions of a prompt that are read at a time: their logits are held together."""
 HEADS = "heads"
 """The name of a component: what each head adds."""
 
@@ -157,10 +159,11 @@ class LogitLens:
         array, streams = value.array, self.model.last_stream.axes
         if tuned is not None:
             array = tuned.translate(array, value.point)
-        if norm == "own" and streams != hook_points.RESID and len(streams) != array.ndim:
+        if norm != "final" and streams != hook_points.RESID and array.ndim != (len(streams) if norm == "own" else 3):
+            what = "no stream of" if norm == "own" else "not what the last norm gives on"
             raise HookError(
-                f"{value.key} is no stream of {self.model.cfg.model_type}, which has several ({', '.join(streams)}): "
-                "read resid_pre or resid_post."
+                f"{value.key} is {what} {self.model.cfg.model_type}, which has several streams ({', '.join(streams)}): "
+                "read resid_pre or resid_post with norm='own'."
             )
         if norm == "own":
             return self.logits(array)
@@ -233,7 +236,7 @@ class LogitLens:
         top_k: int = 5,
         norm: str = "own",
         apply_norm: bool = True,
-        apply_softmax: bool = True,
+        apply_softmax: bool = False,
         token_directions: Any = None,
         tuned: TunedLens | None = None,
     ) -> Iterator[LayerPrediction]:
@@ -249,8 +252,8 @@ class LogitLens:
             components: short names of what has the width of the stream ("resid_post", "attn_out"), and "heads".
             positions: absolute positions: None (all), "last", an int, a list or a slice.
             top_k: how many predictions, from 1; at most the vocabulary is answered.
-            token_directions: a list of tokens or pairs; each row's ``values`` are their probabilities, or differences
-                of them, or, without ``apply_softmax``, logits.
+            token_directions: a list of tokens or of pairs; each row's ``values`` are their logits, or differences.
+            apply_softmax: take probabilities in the place of these logits.
             norm, apply_norm, tuned: as for ``compute``.
 
         Raises:
@@ -292,7 +295,7 @@ class LogitLens:
             final = {n: r for n, r in cache.records.items() if n not in part.records and n.startswith("ln_final")}
             held = Held(self.model, ActivationCache(part.records | final))
             for key in keys:
-                for value in held.stream_values(key):
+                for value in (part for whole in held.stream_values(key) for part in whole.chunks(CHUNK)):
                     logits = self._read(held, value, norm if apply_norm else None, tuned)
                     for row in self._of_positions(value, logits, top_k, apply_softmax, directions):
                         yield replace(row, pass_index=index)

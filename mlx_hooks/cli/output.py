@@ -6,8 +6,8 @@ from ..errors import HookError
 from ..storage import files
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by a text.
+def write_whole(path: Path, text: str | bytes) -> None:
+    """Replace a file by a text, or by bytes.
 
     Raises:
         HookError: when the file cannot be written; an older one is still there.

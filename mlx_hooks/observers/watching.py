@@ -5,6 +5,7 @@ model is set aside meanwhile. A generated token's pass is told when it is due, s
 that it reads was known: its arrays join the evaluation of the pass and are handed out afterwards.
 """
 
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class Watched:
         self.architecture = architecture
         self.collecting = errors == "collect"
         self.observers = [observer for observer in _checked(observers) if observer.enabled]
-        self.streams = architecture.streams
+        self.streams = architecture.streams if self.observers else {}
         self.attention: dict[int, list[tuple[InferenceHook, Wanted]]] = {}
         self.ffn: dict[int, list[tuple[InferenceHook, Wanted]]] = {}
         for observer in self.observers:
@@ -78,11 +79,10 @@ class Watched:
                 self.architecture.check_supported(name)
         shown = [layer for layer in asked if all(name in points for name in names[layer])]
         missing = [layer for layer in wanted.layers or () if layer not in shown]
-        if missing or (not shown and asked):
-            where = f"layer {missing[0]} of {self.architecture.cfg.model_type}" if missing else "it"
+        if missing or not shown:
+            where = f"layer {missing[0]} of " if missing else ""
             raise HookError(
-                f"{observer!r} would see nothing: {where} has no {what} to show"
-                + ("." if missing else f" in any layer; the model is {self.architecture.cfg.model_type}.")
+                f"{observer!r} would see nothing: {where}{self.architecture.cfg.model_type} has no {what} to show."
             )
         for layer in shown:
             by_layer.setdefault(layer, []).append((observer, wanted))
@@ -139,6 +139,7 @@ class Watch:
         self.run = instrument.run
         self.tokenizer = tokenizer
         self.ids = list(prompt)
+        self._text_of: dict[int, str] = {}
         self.texts = self._texts(self.ids)
         self.prompt_length = len(self.ids)
         self.state: State = state | {"prompt_length": self.prompt_length, "streams": dict(watched.streams)}
@@ -153,9 +154,13 @@ class Watch:
         self._so_far: dict[tuple[str, int, int], mx.array] = {}
         self._warned: set[int] = set()
         self._ended = False
+        # Who was told last of a generation is told of no older one: events of two would mix.
+        self._generation = object()
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
+        for i in set(ids) - self._text_of.keys():
+            self._text_of[i] = str(i) if self.tokenizer is None else self.tokenizer.decode([i])
+        return [self._text_of[i] for i in ids]
 
     # What is captured
 
@@ -249,6 +254,7 @@ class Watch:
         self.state |= {"token_ids": list(self.ids), "tokens": list(self.texts)}
         for observer in self.watched.observers:
             observer.errors = []
+            observer._generation = self._generation
         self._call("on_generation_begin", list(self.texts), self.state)
 
     @contextmanager
@@ -330,6 +336,10 @@ class Watch:
     def _call_one(self, observer: InferenceHook, event: str, *arguments: Any) -> None:
         if not observer.enabled:
             return
+        if observer._generation is not self._generation:
+            if event == "on_generation_end":
+                return
+            raise HookError(f"{observer!r} observes a later generation by now: give each one that runs its own hook.")
         try:
             getattr(observer, event)(*arguments)
         except Exception as error:
@@ -343,6 +353,8 @@ class Watch:
             if not self.watched.collecting:
                 raise problem from error
             problem.__cause__ = error
+            # The frames of a traceback would hold the arrays of every pass.
+            traceback.clear_frames(error.__traceback__)
             observer.errors.append(problem)
             if id(observer) not in self._warned:
                 self._warned.add(id(observer))

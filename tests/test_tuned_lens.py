@@ -1,0 +1,170 @@
+"""The tuned lens: it comes closer to the model's output on texts that it has not seen, and belongs to one model."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from neuroscope_tiny.corpus import indirect_object_samples
+from tiny_models import make_model
+
+from mlx_hooks import HookedModel, HookError, LogitLens, TunedLens
+from mlx_hooks.coverage.models import tiny_model
+
+TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8]]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return [f"{sample.prompt} {sample.answer}" for sample in indirect_object_samples(48)]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: HookedModel, texts: list[str]) -> TunedLens:
+    return TunedLens.train(tiny, texts[:32], steps=60, progress=False)
+
+
+def test_training_brings_unseen_texts_closer_to_the_models_output(
+    tiny: HookedModel, trained: TunedLens, texts: list[str]
+) -> None:
+    report = trained.report
+    assert report is not None
+    assert len(report.before) == len(report.after) == 3
+    assert all(after < 0.7 * before for before, after in zip(report.before, report.after, strict=True))
+    unseen = texts[32:]
+    plain, tuned = TunedLens.identity(tiny).divergence(unseen), trained.divergence(unseen)
+    assert all(after < 0.8 * before for before, after in zip(plain, tuned, strict=True))
+    assert str(report).splitlines()[1] == f"  layer 0: {report.before[0]:.4f} -> {report.after[0]:.4f}"
+
+
+def test_divergences_are_the_formula_over_all_positions() -> None:
+    model = HookedModel(make_model("gpt2"))
+    lens = LogitLens(model)
+    divergences = np.zeros(2)
+    for row in TOKENS:
+        logits, cache = model.run_with_cache(row, "blocks.*.hook_resid_post")
+        own = log_softmax(logits)
+        for layer in range(2):
+            read = log_softmax(lens.compute(cache, f"resid_out_{layer}")[f"logit_lens_resid_out_{layer}"])
+            divergences[layer] += (np.exp(own) * (own - read)).sum()
+    found = TunedLens.identity(model).divergence(TOKENS)
+    np.testing.assert_allclose(found, divergences / 9, rtol=1e-4)
+
+
+def log_softmax(logits: mx.array) -> np.ndarray:
+    x = np.array(logits).astype(np.float64)[0]
+    return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+
+
+def test_rows_of_a_batch_are_weighed_by_their_tokens_alone() -> None:
+    model = HookedModel(make_model("llama"))
+    lens = TunedLens.identity(model)
+    parameters = {"weight": lens.weight, "bias": lens.bias}
+    together = np.array(lens._loss(parameters, *lens._batch(TOKENS)))
+    np.testing.assert_allclose(together, lens.divergence(TOKENS), rtol=1e-5)
+
+
+def test_the_identity_reads_as_the_plain_lens_bit_for_bit() -> None:
+    for dtype in (mx.float32, mx.bfloat16):
+        model = HookedModel(make_model("llama", dtype=dtype))
+        _, cache = model.run_with_cache(TOKENS[0], "blocks.*.hook_resid_post")
+        lens, tuned = LogitLens(model), TunedLens.identity(model)
+        plain, same = (lens.compute(cache, "resid_out_{i}", tuned=one) for one in (None, tuned))
+        assert all(mx.array_equal(plain[key], same[key]) for key in plain)
+
+
+def test_a_translator_is_applied_before_the_norm() -> None:
+    model = HookedModel(make_model("llama"))
+    mx.random.seed(1)
+    tuned = TunedLens(model, 0.1 * mx.random.normal((2, 32, 32)), mx.random.normal((2, 32)))
+    logits, cache = model.run_with_cache(TOKENS[0], "blocks.*.hook_resid_post")
+    found = LogitLens(model).compute(cache, "resid_out_{i}", tuned=tuned)
+    x = cache["resid_post", 1]
+    expected = model.unembed(x + x @ tuned.weight[1] + tuned.bias[1])
+    np.testing.assert_allclose(found["logit_lens_resid_out_1"], expected, rtol=1e-5, atol=1e-5)
+    assert mx.array_equal(found["logit_lens_resid_out_2"], logits)
+    _, cache = model.run_with_cache(TOKENS[0], "blocks.0.hook_attn_out")
+    with pytest.raises(HookError, match="A tuned lens reads blocks.*resid_post .*, not blocks.0.hook_attn_out"):
+        LogitLens(model).compute(cache, "attn_out_0", tuned=tuned)
+
+
+def test_the_same_seed_trains_the_same_lens() -> None:
+    model = HookedModel(make_model("llama"))
+    options = {"steps": 4, "batch_size": 1, "progress": False}
+    one, same, other = (TunedLens.train(model, TOKENS, seed=seed, **options) for seed in (3, 3, 4))
+    assert mx.array_equal(one.weight, same.weight)
+    assert not mx.array_equal(one.weight, other.weight)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = HookedModel(make_model("llama"))
+    before = model(TOKENS[0])
+    TunedLens.train(model, TOKENS, steps=2, progress=False)
+    assert mx.array_equal(model(TOKENS[0]), before)
+
+
+def test_a_saved_lens_is_read_back_bit_for_bit(tiny: HookedModel, trained: TunedLens, tmp_path: Path) -> None:
+    path = trained.save(tmp_path / "lens")
+    assert path == tmp_path / "lens.safetensors"
+    read = TunedLens.load(path, tiny)
+    assert mx.array_equal(read.weight, trained.weight)
+    assert mx.array_equal(read.bias, trained.bias)
+    assert read.report == trained.report
+    assert [file.name for file in tmp_path.iterdir()] == ["lens.safetensors"]
+    assert TunedLens.identity(tiny).save(path) == path
+    assert TunedLens.load(path, tiny).report is None
+
+
+def test_a_lens_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = HookedModel(make_model("llama"))
+    path = TunedLens.identity(model).save(tmp_path / "lens.safetensors")
+    assert TunedLens.load(path, HookedModel(make_model("llama"))).report is None
+    for other, why in (
+        (make_model("gpt2"), "this is model_type=gpt2, n_layers=3, d_model=32, d_vocab=60"),
+        (make_model("llama", seed=1), "another model: its weights differ"),
+        (make_model("llama", dtype=mx.float16), "another model: its weights differ"),
+    ):
+        with pytest.raises(HookError, match=why):
+            TunedLens.load(path, HookedModel(other))
+
+
+def test_what_is_no_tuned_lens_is_refused(tmp_path: Path) -> None:
+    model = HookedModel(make_model("llama"))
+    whole = TunedLens.identity(model).save(tmp_path / "whole.safetensors").read_bytes()
+    files = {"half": whole[: len(whole) // 2], "text": b"hello", "empty": b""}
+    for name, content in files.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.zeros(1)})
+    later = {"tuned_lens": json.dumps({"format": "neuroscope.tuned_lens/9"})}
+    mx.save_safetensors(str(tmp_path / "later.safetensors"), {"weight": mx.zeros(1), "bias": mx.zeros(1)}, later)
+    for name in ("half", "text", "empty", "other", "missing"):
+        with pytest.raises(HookError, match=f"{name}.safetensors is no tuned lens that can be read"):
+            TunedLens.load(tmp_path / f"{name}.safetensors", model)
+    with pytest.raises(HookError, match="is of the format 'neuroscope.tuned_lens/9': this version reads"):
+        TunedLens.load(tmp_path / "later.safetensors", model)
+    with pytest.raises(HookError, match="cannot be written to"):
+        TunedLens.identity(model).save(tmp_path / "no" / "folder" / "lens")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"texts": []}, "texts is a list of texts or of rows of token ids"),
+        ({"texts": "hello"}, "texts is a list of texts"),
+        ({"texts": ["hello"]}, "This model has no tokenizer"),
+        ({"steps": 0}, "steps is a number above 0, got 0"),
+        ({"batch_size": -1}, "batch_size is a number above 0, got -1"),
+        ({"learning_rate": float("nan")}, "learning_rate is a number above 0, got nan"),
+    ],
+)
+def test_what_cannot_be_trained_is_an_error(options: dict, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        TunedLens.train(HookedModel(make_model("llama")), **({"texts": TOKENS, "progress": False} | options))
+
+
+def test_models_of_several_streams_have_none() -> None:
+    with pytest.raises(HookError, match="needs one stream that makes the logits, unlike gemma3n"):
+        TunedLens.identity(HookedModel(tiny_model("gemma3n")))
+    with pytest.raises(HookError, match=r"translators \(2, 32, 32\) and \(2, 32\), got"):
+        TunedLens(HookedModel(make_model("llama")), mx.zeros((3, 32, 32)), mx.zeros((3, 32)))
