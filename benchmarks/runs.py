@@ -109,10 +109,10 @@ def main() -> None:
         "Queries over saved runs",
         f"`python benchmarks/runs.py --runs {count}`\n\n"
         f"{environment('mlx', 'mlx-lm')}\n"
-        f"{count:,} runs in {EXPERIMENTS} experiments, of one small array each; {load}. Times are the processor's, those\n"
-        f"in the system included. Saving one takes {1000 * each:.1f} ms without waiting for the disk. The first query of\n"
-        f"all, which reads every metadata.json, takes {first:.1f} s; the first one of another process, which finds the\n"
-        f"index, {1000 * again:.0f} ms. Later ones:\n\n"
+        f"{count:,} runs in {EXPERIMENTS} experiments, of one small array each; {load}. Times are the processor's,\n"
+        f"those in the system included. Saving one takes {1000 * each:.1f} ms without waiting for the disk. The first\n"
+        f"query of all, which reads every metadata.json, takes {first:.1f} s; the first one of another process, which\n"
+        f"finds the index, {1000 * again:.0f} ms. Later ones:\n\n"
         f"| milliseconds | median of {asked.rounds} | slowest |\n| --- | --- | --- |\n{table}\n\n"
         "Every query lists the folders and asks when each metadata.json was written, so it sees what other processes\n"
         "did.",
