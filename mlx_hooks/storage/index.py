@@ -92,7 +92,7 @@ class RunIndex:
             ]:
                 # Removed in between.
                 del fresh[place], found[place]
-            gone = [place for place in known if place not in found and experiment in (None, place[0])]
+            gone = [place for place in known.keys() - found.keys() if experiment in (None, place[0])]
             known.update(fresh)
             for place in gone:
                 del known[place]

@@ -17,29 +17,31 @@ from .files import move_folder, remove_folder, write_whole
 from .index import ACTIVATIONS, METADATA, Row, read_metadata
 
 
-@dataclass
+@dataclass(slots=True)
 class SavedRun:
     """One run that a query found.
 
     Args:
-        path: its folder.
+        base_dir: the folder of all experiments.
+        experiment_name: the experiment to which it belongs.
+        folder: that of its model.
+        run_id: the name of its own folder, which begins with the time when it was saved.
         model_name, tag, save_time: of its metadata.
     """
 
-    path: Path
+    # Ten thousand of these are made within a query: a Path each would take longer than all else.
+    base_dir: Path
+    experiment_name: str
+    folder: str
+    run_id: str
     model_name: str
     tag: str | None
     save_time: str
 
     @property
-    def run_id(self) -> str:
-        """The name of its folder, which begins with the time when it was saved."""
-        return self.path.name
-
-    @property
-    def experiment_name(self) -> str:
-        """The experiment to which it belongs."""
-        return self.path.parent.parent.name
+    def path(self) -> Path:
+        """Its folder."""
+        return self.base_dir / self.experiment_name / self.folder / self.run_id
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class QueryResult:
         at = self._at(which)
         run = self.results[at]
         try:
-            remove_folder(run.path, drafts=run.path.parents[2])
+            remove_folder(run.path, drafts=run.base_dir)
         except OSError as error:
             raise _cannot(run, "removed", error) from error
         del self.results[at]
@@ -142,16 +144,15 @@ class QueryResult:
         """
         new = about.check_name("new_experiment_name", new_experiment_name)
         run = self.results[self._at(which)]
-        base = run.path.parents[2]
-        target = base / new / run.path.parent.name / run.path.name
-        if target == run.path:
+        if new == run.experiment_name:
             return
+        target = run.base_dir / new / run.folder / run.run_id
         try:
             # The folder says to which experiment it belongs, so it is at one or at the other at any time.
-            move_folder(run.path, target, below=base)
+            move_folder(run.path, target, below=run.base_dir)
         except OSError as error:
             raise _cannot(run, "moved", error) from error
-        run.path = target
+        run.experiment_name = new
         if not rewrite_experiment(target):
             warn_of([run], f"keeps its old experiment name in {METADATA}, which cannot be rewritten")
 

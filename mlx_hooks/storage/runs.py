@@ -7,6 +7,7 @@ at once; two processes may save in the same place.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +270,11 @@ class ActivationLoader:
         if unreadable := [row for row in rows if row.problem]:
             warn_of(unreadable, "are passed over, since they cannot be read")
         found = [row for row in rows if not row.problem and all(accept(row) for accept in accepts)]
-        found.sort(key=lambda row: (row.time, row.run))
-        return QueryResult([SavedRun(_path(self.base_dir, r), r.model_name, r.tag, r.save_time) for r in found])
+        found.sort(key=attrgetter("time", "run"))
+        base = self.base_dir
+        return QueryResult(
+            [SavedRun(base, r.experiment, r.folder, r.run, r.model_name, r.tag, r.save_time) for r in found]
+        )
 
 
 def _base(base_dir: Any) -> Path:
