@@ -83,6 +83,15 @@ def test_a_norm_after_the_projection_keeps_the_statistics_of_all_heads() -> None
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
 
 
+def test_the_bias_of_a_norm_after_the_projection_is_added_once() -> None:
+    inner = tiny_model("gemma2")
+    norm = inner.model.layers[0].post_attention_layernorm = nn.LayerNorm(inner.args.hidden_size)
+    norm.bias = mx.random.normal(norm.bias.shape)
+    results, bias, added = parts(HookedModel(inner), 0)
+    assert relative_deviation(results.sum(axis=-2) + bias, added) < 2e-6
+    np.testing.assert_allclose(bias[0, 0], norm.bias, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_adds_up_within_its_rounding(dtype: mx.Dtype) -> None:
     for name in ("llama", "gpt2"):

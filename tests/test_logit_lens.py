@@ -324,6 +324,15 @@ def test_readings_are_those_of_compute_at_every_position(model: HookedModel, cac
         np.testing.assert_allclose([p.probability for p in row.predictions], np.array(probabilities[position])[best])
 
 
+def test_long_prompts_are_read_in_parts(model: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    lens, asked = LogitLens(model), {"positions": None, "norm": "final", "token_directions": [3], "top_k": 1}
+    whole = list(lens.readings(TOKENS[0], **asked))
+    monkeypatch.setattr("mlx_hooks.analysis.logit_lens.CHUNK", 2)
+    parts = list(lens.readings(TOKENS[0], **asked))
+    assert [(row.layer, row.position) for row in parts] == [(i, p) for i in range(3) for p in range(5)]
+    np.testing.assert_allclose([row.values for row in parts], [row.values for row in whole], rtol=1e-4, atol=1e-4)
+
+
 def test_readings_answer_directions(model: HookedModel, cache: ActivationCache) -> None:
     lens = LogitLens(model)
     asked = {"token_directions": [(3, 1), (9, 0)], "positions": [1, -1], "apply_softmax": False, "norm": "final"}
