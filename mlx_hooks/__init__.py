@@ -17,6 +17,7 @@ from .errors import (
     ObserverError,
     ObserverWarning,
     UnknownHookError,
+    UnreadableRunWarning,
     UnsupportedModelError,
     UntrustedHookWarning,
 )
@@ -37,6 +38,8 @@ from .observers import (
 )
 from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
+from .storage.query import QueryResult, SavedRun
+from .storage.runs import ActivationLoader, ActivationSaver
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,8 @@ __all__ = [
     "ActivationCache",
     "ActivationHook",
     "ActivationHookManager",
+    "ActivationLoader",
+    "ActivationSaver",
     "AttentionExtractionHook",
     "Attribution",
     "CaptureEstimate",
@@ -65,11 +70,14 @@ __all__ = [
     "ModelLoadError",
     "ObserverError",
     "ObserverWarning",
+    "QueryResult",
+    "SavedRun",
     "SelfTest",
     "SymbolicStreamHook",
     "TokenLogprobs",
     "TunedLens",
     "UnknownHookError",
+    "UnreadableRunWarning",
     "UnsupportedModelError",
     "UntrustedHookWarning",
     "attribution_points",

@@ -72,7 +72,11 @@ class CapturedActivation:
         group = self.hook_point.group
         held = self.heads
         if held is None:
-            return range(self.value.shape[self.hook_point.axes.index("head")] * group) if self._has_heads else range(0)
+            # A value may lie in a file: its size is known without it.
+            size = self.hook_point.size("head") or (
+                self.value.shape[self.hook_point.axes.index("head")] if self._has_heads else 0
+            )
+            return range(size * group)
         return [head * group + i for head in held for i in range(group)]
 
     @property
@@ -128,7 +132,7 @@ def join(records: Sequence[CapturedActivation], n_keys: int = 0) -> CapturedActi
             f"cache.of_pass({passes[-1]})."
         )
     has_keys = first.hook_point.axes[-1:] == ("key",)
-    if len(records) == 1 and not (has_keys and first.value.shape[-1] < n_keys):
+    if len(records) == 1 and not (n_keys and has_keys and first.value.shape[-1] < n_keys):
         return first
     if any(record.reduce != first.reduce for record in records):
         raise HookError(f"Records of {first.hook_point.name} differ in reduce: read cache.records[name].")

@@ -47,6 +47,10 @@ class ModelLoadError(HookError):
     """A model path or name that could not be loaded."""
 
 
+class UnreadableRunWarning(UserWarning):
+    """Saved runs that a query passed over because they cannot be read; the message names them."""
+
+
 class UntrustedHookWarning(UserWarning):
     """An identity that captures must satisfy does not hold on this model; the message names the hook points."""
 

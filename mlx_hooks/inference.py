@@ -1,13 +1,12 @@
 """``run_generation``: a model, a prompt and observers in one call."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
 from tqdm import tqdm
 
 from .errors import HookError
@@ -93,7 +92,7 @@ def _on(device: Any) -> Iterator[None]:
         yield
         return
     name = str(device).partition(":")[0].lower()
-    found = device if isinstance(device, mx.Device) else _DEVICES.get(name)
+    found = device if isinstance(device, mx.Device | mx.DeviceType) else _DEVICES.get(name)
     if found is None:
         raise HookError(f"device is None, {', '.join(map(repr, _DEVICES))} or an MLX device, got {device!r}.")
     if not mx.is_available(found):
@@ -113,8 +112,6 @@ def _usable(tokenizer: Any) -> Any:
 class _Adapted:
     """A tokenizer with ``encode`` and ``decode`` and what mlx-lm's have besides."""
 
-    clean_up_tokenization_spaces = False
-
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         end = getattr(tokenizer, "eos_token_id", None)
@@ -124,6 +121,30 @@ class _Adapted:
         return getattr(self._tokenizer, name)
 
     @property
-    def detokenizer(self) -> NaiveStreamingDetokenizer:
+    def detokenizer(self) -> "_Detokenizer":
         """A new one for each generation."""
-        return NaiveStreamingDetokenizer(self)
+        return _Detokenizer(self._tokenizer.decode)
+
+
+class _Detokenizer:
+    """Text that became certain, token by token: what ends in a part of a character waits for the rest of it."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._said = 0
+        self._final = False
+
+    def add_token(self, token: int) -> None:
+        self._ids.append(token)
+
+    def finalize(self) -> None:
+        self._final = True
+
+    @property
+    def last_segment(self) -> str:
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") and not self._final:
+            return ""
+        segment, self._said = text[self._said :], len(text)
+        return segment

@@ -224,6 +224,11 @@ class KnownInduction:
             }
         return values | {"hook_logits": UNEMBED * self.gain(squares)[:, None] * output}
 
+    def lens(self, value: np.ndarray) -> np.ndarray:
+        """Logits [pos, d_vocab] of a value [pos, d_model] with mean 0, through the last norm and the unembedding."""
+        scale = BALLAST * np.sqrt(2 / self.d_model) / np.sqrt((value**2).mean(-1, keepdims=True) + EPSILON)
+        return UNEMBED * scale * (value @ self.read("output").T)
+
     def continuations(self, tokens: Sequence[int]) -> dict[int, list[int]]:
         """Which earlier positions the induction head reads, by query position: those whose token before is the query's.
 

@@ -1,9 +1,12 @@
 """The demo and the examples, run as a user runs them."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import networkx
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,10 +59,49 @@ def test_the_five_integration_examples_run(tmp_path: Path) -> None:
     assert len(re.findall(r"layer [12]: the last token looks most at", shown)) == 2
 
 
+def test_the_example_of_inference_hooks_writes_the_graph(tmp_path: Path) -> None:
+    shown = run(str(ROOT / "examples/inference_hooks.py"), "--output", "graphs/attention", cwd=tmp_path)
+    assert re.search(r"^Generated +When Mary and John .* gave a drink to Mary \.$", shown, re.MULTILINE)
+    sure = re.search(r"Sure of the answer +([\d.]+)%", shown)
+    assert sure is not None
+    assert float(sure[1]) > 90
+    assert re.search(r"^ +0 <bos> +\d", shown, re.MULTILINE)
+    last = re.search(r"position 14\) attends to\n((?:  \w+ +0\.\d\d  layer \d, head \d\n){5})", shown)
+    assert last is not None
+    assert {"John", "Mary"} <= set(last[1].split())
+    folder = tmp_path / "graphs" / "attention"
+    saved = json.loads((folder / "attention.json").read_text())
+    graph = networkx.read_graphml(folder / "attention.graphml")
+    count = sum(len(record["edges"]) for record in saved["full_data"])
+    assert f"{saved['attention_records']} records, {count} edges" in shown
+    assert graph.number_of_edges() == count
+    assert [data["token"] for _, data in sorted(graph.nodes(data=True), key=lambda n: n[1]["position"])][:3] == [
+        "<bos>",
+        "When",
+        "Mary",
+    ]
+
+
+def test_the_workflow_of_saved_runs_finds_what_it_saved(tmp_path: Path) -> None:
+    command = [str(ROOT / "examples/activation_workflow.py"), "--base-dir", "runs"]
+    for count in (4, 8):  # a second time beside the first
+        shown = run(*command, cwd=tmp_path)
+        assert f"Found {count} matching runs" in shown
+        assert "batch_1, the same numbers as computed anew" in shown
+        assert "resid_out_3 is (3, 1, 128)" in shown
+        assert re.search(r"resid_out_0  .*\n.*\n.*\n  resid_out_3  Paris +Mary +Rome +$", shown, re.MULTILINE)
+        folders = list((tmp_path / "runs/documentation_example/neuroscope-tiny").iterdir())
+        assert len(folders) == count
+        for folder in folders:
+            assert sorted(path.name for path in folder.iterdir()) == ["activations.safetensors", "metadata.json"]
+
+
 def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for arguments, message in [
         (["examples/demo.py", "--output", str(tmp_path / "file" / "x")], "demo: .*Not a directory"),
+        (["examples/inference_hooks.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
+        (["examples/activation_workflow.py", "--base-dir", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/neuroscope_integration_example.py", "--url", "http://127.0.0.1:9"], "No NeuroScope server answers"),
         (["examples/neuroscope_integration_example.py", "--url", "garbage"], "example: .*garbage"),
     ]:

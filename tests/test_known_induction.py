@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 from known_models import START, UNEMBED, KnownInduction
 
-from mlx_hooks import HookedModel, LogitLens
+from mlx_hooks import (
+    AttentionExtractionHook,
+    HookedModel,
+    LogitLens,
+    attribution_points,
+    direct_logit_attribution,
+)
 from mlx_hooks.analysis import heads
 
 KNOWN = KnownInduction()
+OUTPUT = KNOWN.read("output").T
 SHAPES = [KNOWN, KnownInduction(vocabulary=40, length=24, n_heads=4, previous_head=3, induction_head=2)]
 LOOKS_BACK, FINDS = "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"
 # A score of 24, as float32 has it, is off by up to 1e-6, and so is a weight beside its equals, relatively.
@@ -127,3 +134,131 @@ def test_the_lens_sees_the_answer_after_the_induction_head_and_not_before(model:
     expected = np.exp(expected - expected.max()) / np.exp(expected - expected.max()).sum()
     found = [p.probability for p in sorted(after.predictions, key=lambda p: p.token_id)]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+LENS_KEYS = {
+    "resid_in_{i}": "hook_resid_pre",
+    "resid_mid_{i}": "hook_resid_mid",
+    "resid_out_{i}": "hook_resid_post",
+    "attn_out_{i}": "hook_attn_out",
+    "mlp_out_{i}": "hook_mlp_out",
+}
+
+
+@pytest.mark.parametrize("norm", ["own", "final"])
+def test_the_lens_reads_every_layer_and_part_as_the_construction_says(model: HookedModel, norm: str) -> None:
+    batch = [said_twice(1), random_tokens(2)[:21]]
+    forms = [KNOWN.closed_form(tokens) for tokens in batch]
+    _, cache = model.run_with_cache(batch)
+    lens = LogitLens.from_model(model)
+    for key, point in LENS_KEYS.items():
+        read = lens.compute(cache, key, norm=norm)
+        assert list(read) == [f"logit_lens_{key.format(i=layer)}" for layer in (0, 1)]
+        for layer, logits in enumerate(read.values()):
+            for row, form in enumerate(forms):
+                value = form[f"blocks.{layer}.{point}"]
+                # Frozen statistics are those of the last stream: what has all of the output reads as the logits.
+                writes = np.any(value @ OUTPUT, axis=-1)[:, None]
+                expected = KNOWN.lens(value) if norm == "own" else writes * form["hook_logits"]
+                tolerance = 2e-4 * np.abs(expected).max() + 2e-5
+                np.testing.assert_allclose(np.array(logits[row]), expected, rtol=2e-4, atol=tolerance)
+                assert writes.any() == (layer == 1 and point in ("hook_resid_mid", "hook_resid_post", "hook_attn_out"))
+                if not writes.any():
+                    assert np.abs(np.array(logits[row])).max() < 1e-4, f"{point} of layer {layer} has a preference"
+    last = lens.compute(cache, "resid_out_1")["logit_lens_resid_out_1"]
+    np.testing.assert_array_equal(np.array(last), cache.numpy("hook_logits"))
+
+
+def test_the_lens_on_single_heads_tells_the_induction_head_from_the_others(model: HookedModel) -> None:
+    tokens = said_twice(11)
+    _, cache = model.run_with_cache(tokens, ["blocks.*.attn.hook_z", "ln_final.hook_in"])
+    read = LogitLens.from_model(model).compute(cache, "head_out_L{i}H{j}", norm="final")
+    assert list(read) == [f"logit_lens_head_out_L{layer}H{head}" for layer in (0, 1) for head in (0, 1)]
+    induction = np.array(read.pop(f"logit_lens_head_out_L1H{KNOWN.induction_head}"))[0]
+    np.testing.assert_allclose(induction, KNOWN.closed_form(tokens)["hook_logits"], **LOGITS_CLOSE)
+    for name, logits in read.items():
+        assert np.abs(np.array(logits)).max() < 1e-4, name
+
+
+def test_directions_show_when_the_answer_is_preferred(model: HookedModel) -> None:
+    batch = [said_twice(seed)[:14] for seed in (12, 13, 14)]
+    answers = [tokens[4] for tokens in batch]
+    others = [tokens[7] for tokens in batch]
+    pairs = list(zip(answers, others, strict=True))
+    _, cache = model.run_with_cache(batch)
+    lens = LogitLens.from_model(model)
+    differences = list(lens.compute(cache, "resid_out_{i}", token_directions=pairs).values())
+    expected = [[form["hook_logits"][-1, a] - form["hook_logits"][-1, b]] for form, (a, b) in
+                zip(map(KNOWN.closed_form, batch), pairs, strict=True)]  # fmt: skip
+    assert np.abs(np.array(differences[0])).max() < 1e-4
+    np.testing.assert_allclose(np.array(differences[1])[:, -1:], expected, rtol=1e-5)
+    accuracy = list(lens.compute(cache, "resid_out_{i}", token_directions=pairs, metric="accuracy").values())
+    assert np.array(accuracy[1])[-1] == 1
+
+
+@pytest.mark.parametrize("tokens", [said_twice(15), random_tokens(16)], ids=["said twice", "random"])
+def test_the_induction_head_is_all_of_the_logit_and_the_others_are_nothing(
+    model: HookedModel, tokens: list[int]
+) -> None:
+    _, cache = model.run_with_cache(tokens, attribution_points(model))
+    logits = KNOWN.closed_form(tokens)["hook_logits"]
+    own = np.array(model(tokens))[0]
+    for token in range(KNOWN.vocabulary):
+        found = direct_logit_attribution(cache, token, model=model, positions=None)
+        for contribution in found.contributions:
+            expected = logits[:, token] if contribution.name == f"L1H{KNOWN.induction_head}" else 0
+            np.testing.assert_allclose(contribution.values[0], np.broadcast_to(expected, len(tokens)), atol=1e-4)
+        np.testing.assert_allclose(found.total[0], own[:, token], atol=1e-4)
+    names = found.names()
+    assert {"embed", "pos_embed", "L0H0", "L0H1", "L1H0", "L1H1", "L0 mlp", "L1 mlp"} <= set(names)
+
+
+def expected_edges(tokens: list[int], threshold: float) -> dict[tuple[int, int, int, int], float]:
+    """(layer, head, source, target) -> weight of every edge above the threshold, by the construction."""
+    form = KNOWN.closed_form(tokens)
+    patterns = np.stack([form[LOOKS_BACK], form[FINDS]])
+    # No weight may lie so close to the threshold that rounding decides.
+    assert np.abs(patterns - threshold).min() > 1e-3
+    found = np.argwhere(patterns > threshold).tolist()
+    return {(layer, head, key, query): patterns[layer, head, query, key] for layer, head, query, key in found}
+
+
+@pytest.mark.parametrize("threshold", [0.12, 0.6])
+@pytest.mark.parametrize("tokens", [said_twice(7)[:13], random_tokens(8)[:30]], ids=["said twice", "random"])
+def test_the_edges_of_a_generation_are_those_of_the_construction(
+    model: HookedModel, tokens: list[int], threshold: float
+) -> None:
+    hook = AttentionExtractionHook(threshold=threshold)
+    result = model.generate(tokens, max_tokens=12, temperature=0, hooks=[hook])
+    read = [*tokens, *result.tokens][:-1]  # the last token is not read any more
+    expected = expected_edges(read, threshold)
+    found = hook.edge_arrays()
+    ends = list(zip(*(found[name].tolist() for name in ("layer", "head", "source", "target")), strict=True))
+    assert len(set(ends)) == len(ends)
+    assert set(ends) == set(expected)
+    np.testing.assert_allclose(found["weight"], [expected[edge] for edge in ends], **CLOSE)
+    for head in [(0, KNOWN.previous_head), (1, KNOWN.induction_head)]:
+        shown = hook.get_edges_for_layer_head(*head)
+        own = {edge[2:]: weight for edge, weight in expected.items() if edge[:2] == head}
+        assert {(edge["source_pos"], edge["target_pos"]) for edge in shown} == set(own)
+        assert [edge["weight"] for edge in shown] == sorted((edge["weight"] for edge in shown), reverse=True)
+        assert all(edge["source_token"] == str(read[edge["source_pos"]]) for edge in shown)
+
+
+def test_the_edges_of_the_two_heads_are_the_rule_that_they_follow(model: HookedModel) -> None:
+    tokens = said_twice(9)
+    hook = AttentionExtractionHook(threshold=0.9)
+    model.generate(tokens, max_tokens=1, hooks=[hook])
+    ends = {
+        (layer, head): {(edge["source_pos"], edge["target_pos"]) for edge in hook.get_edges_for_layer_head(layer, head)}
+        for layer, head in [(0, KNOWN.previous_head), (1, KNOWN.induction_head)]
+    }
+    n = len(tokens)
+    assert ends[0, KNOWN.previous_head] == {(0, 0)} | {(q - 1, q) for q in range(1, n)}
+    # Said for the first time it rests on position 0; said again it reads what followed ten positions before.
+    again = {(q - 9, q) for q in range(11, n)}
+    assert ends[1, KNOWN.induction_head] == {(0, q) for q in range(11)} | again
+    # Each of the ten words is read once by the induction head, as key; each of its second copies reads, as query.
+    summary = hook.get_token_attention_summary(position=11)
+    assert [edge["from_position"] for edge in summary["received_attention"] if edge["layer"] == 1] == [20]
+    assert [edge["to_position"] for edge in summary["given_attention"] if edge["layer"] == 1] == [2]

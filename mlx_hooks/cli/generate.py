@@ -39,8 +39,10 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     attention = None if options.no_hooks else AttentionExtractionHook(options.attention_threshold)
     activations = ActivationHook() if options.track_activations else None
-    hooks: list[InferenceHook] = [hook for hook in (attention, activations) if hook is not None]
     model = HookedModel.from_pretrained(options.model)
+    if options.save_attention is None and not any(p.component == "pattern" for p in model.hook_points.values()):
+        attention = None
+    hooks: list[InferenceHook] = [hook for hook in (attention, activations) if hook is not None]
     try:
         _, text = run_generation(
             model,
@@ -89,9 +91,8 @@ def _show_attention(hook: AttentionExtractionHook) -> None:
         print(f"  {token!r:20} {total:10.2f}")
     print("\nEdges by layer and head")
     for name, stats in hook.layer_head_stats().items():
-        print(
-            f"  {name:8} {stats['edge_count']:6} edges, mean {stats['avg_weight']:.3f}, max {stats['max_weight']:.3f}"
-        )
+        count, mean, most = (stats[key] for key in ("edge_count", "avg_weight", "max_weight"))
+        print(f"  {name:8} {count:6} edges, mean {mean:.3f}, max {most:.3f}")
 
 
 def _show_activations(hook: ActivationHook) -> None:

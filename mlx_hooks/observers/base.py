@@ -134,6 +134,7 @@ class InferenceHook:
         """What it raised in the latest generation, with ``hook_errors="collect"``."""
         self.data: list[Any] = []
         """For what a subclass gathers."""
+        self._generation: object = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, enabled={self.enabled})"

@@ -94,7 +94,7 @@ class AttentionExtractionHook(InferenceHook):
     ) -> None:
         """Keep a layer's edges."""
         self.tokens = tokens
-        weights = np.array(attention.weights[0], copy=False)
+        weights = np.asarray(attention.weights[0])
         found = strongest(weights, self.threshold, self.top_k)
         self._edges.append(layer_idx, attention.pass_index, position, attention.positions, attention.heads, found)
         if self.store_values:

@@ -92,7 +92,7 @@ def save_json(hook: "AttentionExtractionHook", path: str | Path) -> None:
 
     def write(draft: Path) -> None:
         with draft.open("w", encoding="utf-8") as file:
-            json.dump(made, file, allow_nan=False, ensure_ascii=False)
+            json.dump(made, file, allow_nan=False)
 
     _write(path, write)
 

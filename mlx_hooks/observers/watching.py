@@ -5,6 +5,7 @@ model is set aside meanwhile. A generated token's pass is told when it is due, s
 that it reads was known: its arrays join the evaluation of the pass and are handed out afterwards.
 """
 
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class Watched:
         self.architecture = architecture
         self.collecting = errors == "collect"
         self.observers = [observer for observer in _checked(observers) if observer.enabled]
-        self.streams = architecture.streams
+        self.streams = architecture.streams if self.observers else {}
         self.attention: dict[int, list[tuple[InferenceHook, Wanted]]] = {}
         self.ffn: dict[int, list[tuple[InferenceHook, Wanted]]] = {}
         for observer in self.observers:
@@ -78,11 +79,10 @@ class Watched:
                 self.architecture.check_supported(name)
         shown = [layer for layer in asked if all(name in points for name in names[layer])]
         missing = [layer for layer in wanted.layers or () if layer not in shown]
-        if missing or (not shown and asked):
-            where = f"layer {missing[0]} of {self.architecture.cfg.model_type}" if missing else "it"
+        if missing or not shown:
+            where = f"layer {missing[0]} of " if missing else ""
             raise HookError(
-                f"{observer!r} would see nothing: {where} has no {what} to show"
-                + ("." if missing else f" in any layer; the model is {self.architecture.cfg.model_type}.")
+                f"{observer!r} would see nothing: {where}{self.architecture.cfg.model_type} has no {what} to show."
             )
         for layer in shown:
             by_layer.setdefault(layer, []).append((observer, wanted))
@@ -115,9 +115,26 @@ def _checked(observers: Iterable[InferenceHook]) -> list[InferenceHook]:
             raise HookError(f"hooks is a list of InferenceHook objects, got {what} in it.")
         if not hasattr(observer, "errors"):
             raise HookError(f"{type(observer).__name__}.__init__ has to call super().__init__(name) first.")
+        _check_that_heads_are_told(observer)
         if any(observer is other for other in found[:i]):
             raise HookError(f"{observer!r} is listed twice.")
     return found
+
+
+def _check_that_heads_are_told(observer: InferenceHook) -> None:
+    """Refuse ``on_attention_computed`` below a class whose ``on_layer_attention`` does not call it."""
+    owners = [
+        next((i for i, cls in enumerate(type(observer).__mro__) if event in vars(cls)), None)
+        for event in ("on_attention_computed", "on_layer_attention")
+    ]
+    by_head, by_layer = owners
+    if by_head is not None and by_layer is not None and by_head < by_layer:
+        above = type(observer).__mro__[by_layer]
+        if above is not InferenceHook:
+            raise HookError(
+                f"{type(observer).__name__} overrides on_attention_computed, but {above.__name__} takes all heads at "
+                "once: override on_layer_attention, or inherit from InferenceHook."
+            )
 
 
 class Watch:
@@ -139,6 +156,7 @@ class Watch:
         self.run = instrument.run
         self.tokenizer = tokenizer
         self.ids = list(prompt)
+        self._text_of: dict[int, str] = {}
         self.texts = self._texts(self.ids)
         self.prompt_length = len(self.ids)
         self.state: State = state | {"prompt_length": self.prompt_length, "streams": dict(watched.streams)}
@@ -153,9 +171,13 @@ class Watch:
         self._so_far: dict[tuple[str, int, int], mx.array] = {}
         self._warned: set[int] = set()
         self._ended = False
+        # Who was told last of a generation is told of no older one: events of two would mix.
+        self._generation = object()
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [str(i) if self.tokenizer is None else self.tokenizer.decode([i]) for i in ids]
+        for i in set(ids) - self._text_of.keys():
+            self._text_of[i] = str(i) if self.tokenizer is None else self.tokenizer.decode([i])
+        return [self._text_of[i] for i in ids]
 
     # What is captured
 
@@ -237,8 +259,7 @@ class Watch:
         mx.eval(arrays)
         going, self._pass = self._pass, None
         try:
-            with self.instrument.set_aside():
-                self._tell_layer(going, event, layer, shown)
+            self._tell_layer(going, event, layer, shown)
         finally:
             self._pass = going
 
@@ -249,6 +270,7 @@ class Watch:
         self.state |= {"token_ids": list(self.ids), "tokens": list(self.texts)}
         for observer in self.watched.observers:
             observer.errors = []
+            observer._generation = self._generation
         self._call("on_generation_begin", list(self.texts), self.state)
 
     @contextmanager
@@ -267,7 +289,7 @@ class Watch:
 
     def passed(self, logits: mx.array) -> "SeenPass | None":
         """The pass gave these logits [batch, pos, d_vocab]; answers what ``tell`` is given later, if anything."""
-        going = self._latest
+        going, self._latest = self._latest, None
         assert going is not None
         going.logits = logits if self._keeps_logits else None
         if not self._told_now:
@@ -330,8 +352,13 @@ class Watch:
     def _call_one(self, observer: InferenceHook, event: str, *arguments: Any) -> None:
         if not observer.enabled:
             return
+        if observer._generation is not self._generation:
+            if event == "on_generation_end":
+                return
+            raise HookError(f"{observer!r} observes a later generation by now: give each one that runs its own hook.")
         try:
-            getattr(observer, event)(*arguments)
+            with self.instrument.set_aside():
+                getattr(observer, event)(*arguments)
         except Exception as error:
             if event == ATTENTION_EVENT and not observer.overrides(event):
                 event = "on_attention_computed"
@@ -343,6 +370,8 @@ class Watch:
             if not self.watched.collecting:
                 raise problem from error
             problem.__cause__ = error
+            # The frames of a traceback would hold the arrays of every pass.
+            traceback.clear_frames(error.__traceback__)
             observer.errors.append(problem)
             if id(observer) not in self._warned:
                 self._warned.add(id(observer))

@@ -53,15 +53,21 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
 
 
 @contextmanager
-def whole_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A new folder beside ``path`` to fill; when the block ends well, it gets the name, with all that is in it.
+def whole_folder(path: Path, *, drafts: Path | None = None, durable: bool = True) -> Iterator[Path]:
+    """A new folder to fill; when the block ends well, it gets the name ``path``, with all that is in it.
 
     It is locked while the block runs, so that :func:`clear_left` knows it from one whose writer was killed.
+
+    Args:
+        drafts: where it lies until then, on the same disk; by default beside ``path``. Folders between the two are made
+            when they are needed, so they may come and go meanwhile.
+        durable: it survives a crash of the machine too, at the price of waiting for the disk.
 
     Raises:
         OSError: it cannot be written, or there is something at ``path`` already, which stays as it is.
     """
-    draft = _beside(path)
+    drafts = path.parent if drafts is None else drafts
+    draft = _beside(drafts / path.name)
     draft.mkdir()
     lock = os.open(draft, os.O_RDONLY)
     try:
@@ -70,23 +76,67 @@ def whole_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             for inside in [*draft.rglob("*"), draft]:
                 sync(inside)
-        draft.rename(path)
+        move_folder(draft, path, below=drafts, durable=durable)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a folder's lock for a block: alone, or together with others who share it.
+
+    The system drops it with the process. On a disk that knows no locks the block runs as it is.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def move_folder(source: Path, target: Path, *, below: Path, durable: bool = True) -> None:
+    """Move a folder at once: a reader sees it at one place or at the other.
+
+    Who lists several folders and must not miss what is moved between them shares the lock of ``below`` meanwhile.
+
+    Args:
+        below: a folder above both; those between it and ``target`` are made.
+
+    Raises:
+        OSError: it cannot be moved, or there is something at ``target`` already.
+    """
+    for last_try in (False, False, True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(below):
+                source.rename(target)
+            break
+        except FileNotFoundError:
+            # Another process may have moved or removed an empty folder above the target.
+            if last_try or not source.exists():
+                raise
     if durable:
-        sync(path.parent)
+        for folder in [target.parent, *target.parent.parents]:
+            sync(folder)
+            if folder == below:
+                break
 
 
-def remove_folder(path: Path) -> None:
+def remove_folder(path: Path, *, drafts: Path | None = None) -> None:
     """Remove a folder and all that is in it: it is gone for every reader at once, before the first file is deleted.
+
+    Args:
+        drafts: where it lies until all is deleted, on the same disk; by default beside ``path``.
 
     Raises:
         OSError: it cannot be removed. What cannot be deleted once it is gone for readers is :func:`clear_left`'s.
     """
-    aside = _beside(path)
+    aside = _beside((path.parent if drafts is None else drafts) / path.name)
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
     sync(path.parent)

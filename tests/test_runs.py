@@ -1,0 +1,860 @@
+"""Saved runs: what is loaded is what was saved, queries find it, and nothing is lost whatever happens meanwhile."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors
+from tiny_models import make_model
+
+import mlx_hooks.storage.metadata as about
+from mlx_hooks import (
+    ActivationCache,
+    ActivationLoader,
+    ActivationSaver,
+    ExtractionConfig,
+    HookedModel,
+    HookError,
+    Intervention,
+    UnreadableRunWarning,
+)
+from mlx_hooks.activations import CapturedActivation, labels
+from mlx_hooks.storage.files import is_temporary
+from mlx_hooks.storage.tensors import TensorFile
+
+ROOT = Path(__file__).parent.parent
+TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+RESID = ExtractionConfig(extract_resid_out=True)
+BOTH = ExtractionConfig(extract_resid_out=True, extract_attn_pattern=True)
+
+
+@pytest.fixture(scope="module")
+def llama() -> HookedModel:
+    return HookedModel(make_model("llama", dtype=mx.bfloat16), name="tests/llama-16")
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> ActivationSaver:
+    return ActivationSaver(tmp_path / "saved", "first")
+
+
+@pytest.fixture
+def loader(saver: ActivationSaver) -> ActivationLoader:
+    return ActivationLoader.from_saver(saver)
+
+
+def save(saver: ActivationSaver, value: Any = None, model: Any = "tests/llama-16", **more: Any) -> Path:
+    """A small run."""
+    given: dict[str, Any] = {"target_token_positions": ["last"], "interventions": None, "extraction_config": RESID}
+    return saver.save(mx.array([1.0, 2.0]) if value is None else value, model, **given | more)
+
+
+def check_equal(loaded: ActivationCache, saved: ActivationCache) -> None:
+    """Record by record, label by label and bit by bit."""
+    assert list(loaded) == list(saved)
+    for name, records in saved.records.items():
+        assert len(loaded.records[name]) == len(records)
+        for a, b in zip(loaded.records[name], records, strict=True):
+            ours, theirs = labels(a), labels(b)
+            assert list(ours.pop("position_ids")) == list(theirs.pop("position_ids"))
+            assert ours == theirs
+            assert (a.hook_point.sizes, a.hook_point.group) == (b.hook_point.sizes, b.hook_point.group)
+            assert a.value.dtype == b.value.dtype
+            assert a.value.shape == b.value.shape
+            assert bool(mx.all(a.value == b.value))
+            assert a.nbytes == b.nbytes
+    assert loaded.interventions == saved.interventions
+    assert loaded.mapping_index == saved.mapping_index
+    assert loaded.token_positions == saved.token_positions
+    assert loaded.row_lengths == saved.row_lengths
+
+
+# What is loaded
+
+
+def test_the_workflow_of_the_guide(tiny: HookedModel, tmp_path: Path) -> None:
+    tokenizer = tiny.get_tokenizer()
+    dataset = [tokenizer(text, return_tensors="np") for text in ("Example text 1", "Example text 2", "Example text 3")]
+    saver = ActivationSaver(base_dir=tmp_path / "saved_activations", experiment_name="documentation_example")
+    caches = []
+    for i, inputs in enumerate(dataset):
+        cache = tiny.forward(inputs, target_token_positions=["last"], extraction_config=BOTH)
+        caches.append(cache)
+        saver.save(
+            activations=cache,
+            model=tiny,
+            target_token_positions=["last"],
+            interventions=None,
+            extraction_config=BOTH,
+            other_metadata={"batch_id": i},
+            tag=f"batch_{i}",
+        )
+    loader = ActivationLoader.from_saver(saver)
+    activations, metadata = loader.query(tag="batch_0").load(-1)
+    check_equal(activations, caches[0])
+    activations, metadata = loader.query(custom_keys={"batch_id": 1}).load(-1)
+    check_equal(activations, caches[1])
+    assert (metadata["tag"], metadata["batch_id"]) == ("batch_1", 1)
+    patterns = ExtractionConfig(extract_attn_pattern=True)
+    found = loader.query(model_name="neuroscope-tiny", extraction_config=patterns)
+    assert [run.tag for run in found.results] == ["batch_0", "batch_1", "batch_2"]
+    assert not loader.query(extraction_config=ExtractionConfig(extract_mlp_out=True)).results
+
+
+def test_a_loaded_cache_is_the_saved_one(llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader) -> None:
+    edit = {"hook_point": "blocks.0.attn.hook_z", "type": "scale", "factor": 0.5, "positions": {"start": 2}}
+    config = ExtractionConfig(
+        extract_resid_out=True,
+        extract_attn_pattern=True,
+        extract_head_values=True,
+        extract_head_out=True,
+        attn_heads=[{"layer": 1, "head": 3}, {"layer": 2, "head": 0}],
+        save_input_ids=True,
+    )
+    wanted = ["last", (0, 2), -3, slice(1, None, 2), "inputs-partition-1"]
+    cache = llama.forward(TOKENS, wanted, config, pivot_positions=[5], interventions=[edit])
+    assert cache["resid_out_0"].dtype == mx.bfloat16
+    path = saver.save(cache, llama, wanted, [edit], config, pivot_positions=[5])
+    loaded, metadata = loader.query().load()
+    check_equal(loaded, cache)
+    assert [receipt.fired for receipt in loaded.interventions] == [1]
+    assert bool(mx.all(loaded["pattern_L1H3"] == cache["pattern_L1H3"]))
+    assert "pattern_L1H2" not in loaded
+    assert metadata == json.loads((path / "metadata.json").read_text())
+    assert metadata["model_name"] == "tests/llama-16"
+    assert path.parts[-4:-1] == ("saved", "first", "tests_llama-16")
+    assert metadata["run_id"] == path.name
+    assert metadata["model"]["d_model"] == 32
+    assert set(metadata["versions"]) == {"mlx", "mlx-lm", "neuroscope-mlx"}
+    assert metadata["keys"]["blocks.1.attn.hook_pattern"] == {
+        "axes": ["batch", "head", "query", "key"],
+        "dtype": "float32",
+        "shapes": [[1, 1, len(cache.token_positions[0]), 8]],
+    }
+    # What was loaded says how it was made.
+    saver.save_cache(loaded, tag="again")
+    again, told = loader.query(
+        tag="again", interventions=[edit], pivot_positions=[5], target_token_positions=wanted
+    ).load()
+    check_equal(again, cache)
+    assert {key: told[key] for key in ("extraction_config", "model")} == {
+        key: metadata[key] for key in ("extraction_config", "model")
+    }
+
+
+def test_records_of_a_generation_keep_their_places(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    result = llama.generate(TOKENS, max_tokens=3, capture=["blocks.*.attn.hook_pattern", "blocks.*.attn.hook_k"])
+    assert len(result.cache.records["blocks.0.attn.hook_k"]) == 3
+    save(saver, result.cache, llama)
+    loaded, _ = loader.query().load()
+    check_equal(loaded, result.cache)
+    assert bool(mx.all(loaded["pattern", 1] == result.cache["pattern", 1]))
+
+
+def test_passes_and_reductions_are_kept(saver: ActivationSaver, loader: ActivationLoader, llama: HookedModel) -> None:
+    point = llama.hook_points["blocks.1.hook_resid_post"]
+    cache = ActivationCache()
+    for i in range(2):
+        cache.add(
+            CapturedActivation(point, mx.ones((1, 2, 32)) * i, (4, 6), "decode", 7, "hook-1", "1", "residual", True, i)
+        )
+    cache.add(
+        CapturedActivation(llama.hook_points["hook_embed"], mx.ones((1, 32)), range(3), "prefill", 0, reduce="mean")
+    )
+    save(saver, cache)
+    loaded, _ = loader.query().load()
+    check_equal(loaded, cache)
+    assert bool(mx.all(loaded.of_pass(1)["resid_post", 1] == 1))
+
+
+def test_what_was_spilled_is_saved_and_a_dataset_too(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, tmp_path: Path
+) -> None:
+    _, cache = llama.run_with_cache(TOKENS, "blocks.*.hook_resid_post", spill_to=tmp_path / "spilled")
+    save(saver, cache, llama)
+    loaded, _ = loader.query().load()
+    check_equal(loaded, cache)
+    dataset = llama.extract_cache([TOKENS, TOKENS[:5]], ["last"], BOTH, progress=False)
+    saver.save_cache(dataset, {"labels": [0, 1]}, tag="dataset_run")
+    loaded, metadata = loader.query(tag="dataset_run", extraction_config=BOTH).load()
+    check_equal(loaded, dataset)
+    assert metadata["labels"] == [0, 1]
+    with pytest.raises(HookError, match="does not say its model_name, .* use save"):
+        saver.save_cache(cache)
+
+
+TYPES = ["bool_", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64",
+         "float16", "bfloat16", "float32", "complex64"]  # fmt: skip
+
+
+def test_arrays_of_every_type_come_back_bit_for_bit(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    arrays: dict[str, Any] = {name: mx.array([[0, 1, 1]]).astype(getattr(mx, name)) for name in TYPES}
+    arrays |= {
+        "odd": mx.array([mx.nan, -mx.inf, -0.0]),
+        "transposed": mx.arange(6).reshape(2, 3).T,
+        "scalar": mx.array(2.5, mx.bfloat16),
+        "empty": mx.zeros((0, 3)),
+        "f64": np.array([1 / 3, np.pi]),
+        "big_endian": np.array([1, 2], dtype=">i4"),
+        "strided": np.arange(6)[::2],
+    }
+    path = save(saver, arrays)
+    loaded, metadata = loader.query().load()
+    assert list(loaded) == list(arrays)
+    for name, array in arrays.items():
+        assert type(loaded[name]) is type(array) or isinstance(loaded[name], np.ndarray)
+        assert loaded[name].shape == array.shape
+        if isinstance(array, mx.array):
+            assert loaded[name].dtype == array.dtype
+            bits = [np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a) for a in (loaded[name], array)]
+        else:
+            assert loaded[name].dtype == array.dtype.newbyteorder("=")
+            bits = [loaded[name], array]
+        np.testing.assert_array_equal(*bits)
+    assert metadata["keys"]["f64"] == {"shape": [2], "dtype": "float64"}
+    with safetensors.safe_open(path / "activations.safetensors", "numpy") as others:
+        assert others.get_tensor("f64").tolist() == [1 / 3, np.pi]
+        assert others.get_tensor("transposed").tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_mlx_reads_the_same_file(llama: HookedModel, saver: ActivationSaver) -> None:
+    cache = llama.forward(TOKENS, ["all"], BOTH)
+    loaded = mx.load(str(saver.save_cache(cache) / "activations.safetensors"))
+    assert sorted(loaded) == sorted(cache)
+    assert all(loaded[name].dtype == cache[name].dtype and bool(mx.all(loaded[name] == cache[name])) for name in cache)
+
+
+def test_one_array_is_saved_as_one(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    save(saver, mx.array([1.5], mx.bfloat16))
+    value, _ = loader.query().load()
+    assert value.dtype == mx.bfloat16
+    assert value.item() == 1.5
+    save(saver, np.array([[1, 2]]))
+    value, _ = loader.query().load()
+    assert isinstance(value, np.ndarray)
+    assert value.tolist() == [[1, 2]]
+
+
+def test_one_key_is_read_without_the_others(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = llama.forward(TOKENS, ["all"], BOTH)
+    save(saver, cache, llama)
+    read: list[str] = []
+    real = TensorFile.numpy
+    monkeypatch.setattr(TensorFile, "numpy", lambda self, name: (read.append(name), real(self, name))[1])
+    loaded, _ = loader.query().load()
+    assert "pattern_L1H2" in loaded
+    assert loaded.nbytes == cache.nbytes
+    assert [key for key, _ in loaded.expand("pattern_L1H{j}")][-1] == "pattern_L1H3"
+    assert read == []
+    _ = loaded["resid_out_1"]
+    assert read == ["blocks.1.hook_resid_post"]
+
+
+def test_a_large_file_is_mapped_not_read(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver, {"a": mx.array([1.0]), "z": mx.array([2.0])}) / "activations.safetensors"
+    # A hole of 64 GB between the two: whoever reads the file whole does not come back.
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    hole = 2**36
+    header["hole"] = {"dtype": "U8", "shape": [hole], "data_offsets": [4, 4 + hole]}
+    header["z"]["data_offsets"] = [4 + hole, 8 + hole]
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + data[8 + length : 12 + length])
+        file.seek(8 + len(text) + 4 + hole)
+        file.write(data[12 + length :])
+    loaded, _ = loader.query().load()
+    assert (loaded["a"].item(), loaded["z"].item()) == (1.0, 2.0)
+
+
+def test_what_is_loaded_outlives_the_run(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    save(saver, {"a": mx.array([1.0]), "b": mx.array([2.0])})
+    found = loader.query()
+    loaded, _ = found.load()
+    found.remove(-1)
+    assert loaded["b"].item() == 2.0
+
+
+# Saving
+
+
+def test_runs_of_the_same_second_are_all_kept(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    paths = [save(saver, tag=f"batch_{i}") for i in range(20)]
+    assert len(set(paths)) == 20
+    assert [run.tag for run in loader.query()] == [f"batch_{i}" for i in range(20)]
+
+
+def test_a_clock_that_stands_still_keeps_the_order(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = about.now()
+
+    class Clock:
+        @staticmethod
+        def now() -> Any:
+            return still.replace(tzinfo=None)
+
+    monkeypatch.setattr(about, "datetime", Clock)
+    for i in range(10):
+        save(saver, tag=str(i))
+    assert [run.tag for run in loader.query()] == [str(i) for i in range(10)]
+
+
+SAVER = """
+import sys
+import mlx.core as mx
+from mlx_hooks import ActivationSaver
+for i in range(int(sys.argv[2])):
+    ActivationSaver(sys.argv[1], "first").save(mx.full((4,), i), sys.argv[3], ["last"], None, None, {"i": i})
+"""
+
+
+def test_two_processes_save_at_once(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    command = [sys.executable, "-c", SAVER, str(saver.base_dir), "25"]
+    writers = [subprocess.Popen([*command, name], cwd=ROOT) for name in ("model/a", "model_a")]
+    while any(writer.poll() is None for writer in writers):
+        if saver.base_dir.exists():
+            for run in loader.query():
+                assert run.load()[0].shape == (4,)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    found = loader.query()
+    assert sorted((run.model_name, run.load()[1]["i"]) for run in found) == sorted(
+        (name, i) for name in ("model/a", "model_a") for i in range(25)
+    )
+    assert [path.name for path in saver.base_dir.iterdir() if is_temporary(path.name)] == []
+
+
+SLOW = """
+import sys
+import mlx.core as mx
+from mlx_hooks import ActivationSaver
+import mlx_hooks.storage.content as content
+class Slow(dict):
+    def items(self):
+        for i, item in enumerate(super().items()):
+            if i:
+                print("writing", flush=True)
+                sys.stdin.read()
+            yield item
+real = content.write_arrays
+def write(path, arrays, notes):
+    path.write_bytes(b"half")
+    print("writing", flush=True)
+    sys.stdin.read()
+content.write_arrays = write
+ActivationSaver(sys.argv[1], "first").save(mx.zeros(4), "m", ["last"], None, None)
+"""
+
+
+def test_a_killed_saver_leaves_no_run(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    save(saver, tag="before")
+    command = [sys.executable, "-c", SLOW, str(saver.base_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        (left,) = (path for path in saver.base_dir.iterdir() if is_temporary(path.name))
+        assert [run.tag for run in loader.query("*")] == ["before"]
+        # Another saver comes while it is being written, and when its writer is dead.
+        os.utime(left, (0, 0))
+        save(ActivationSaver(saver.base_dir, "second"))
+        assert left.exists()
+        writer.send_signal(signal.SIGKILL)
+    assert [run.tag for run in loader.query("*")] == ["before", None]
+    os.utime(left, (0, 0))
+    save(ActivationSaver(saver.base_dir, "second"))
+    assert not left.exists()
+
+
+def test_a_full_disk_leaves_nothing(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(saver, tag="before")
+
+    def full(path: Path, *rest: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_hooks.storage.content.write_arrays", full)
+        with pytest.raises(
+            HookError, match=r"could not be saved in .*saved: No space left on device. Nothing of it is left"
+        ):
+            save(saver)
+    assert [run.tag for run in loader.query()] == ["before"]
+    assert sorted(path.name for path in saver.base_dir.iterdir()) == [".index.sqlite", "first"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with pytest.raises(HookError, match="could not be saved in .*: Permission denied"):
+            save(ActivationSaver(tmp_path / "saved"))
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+def test_a_base_directory_that_is_a_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HookError, match="could not be saved in .*file: File exists"):
+        save(ActivationSaver(tmp_path / "file"))
+    with pytest.raises(HookError, match="could not be saved in .*file/deeper: Not a directory"):
+        save(ActivationSaver(tmp_path / "file" / "deeper"))
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(HookError, match="could not be saved in /proc/saved: "):
+        save(ActivationSaver("/proc/saved"))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", ".", "a/b", "../x", "a\\b", "a\0b", ".hidden", "*", " x", "x ", "x.", "a\n", 3, None, "a" * 101]
+)
+def test_an_experiment_is_named_as_one_folder(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(HookError, match="experiment_name"):
+        ActivationSaver(tmp_path, name)
+    saver = ActivationSaver(tmp_path, "first")
+    save(saver)
+    with pytest.raises(HookError, match="new_experiment_name"):
+        saver.rename_experiment(name)
+    with pytest.raises(HookError, match="new_experiment_name"):
+        ActivationLoader.from_saver(saver).query().update_run_experiment(0, name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".index.sqlite", "first"]
+
+
+@pytest.mark.parametrize("tag", ["", " ", "..", "a/b", "a\\b", "a\0b", "a\nb", 3, True])
+def test_a_tag_is_a_text_without_path_characters(saver: ActivationSaver, tag: Any) -> None:
+    with pytest.raises(HookError, match="A tag is a text without / and"):
+        save(saver, tag=tag)
+    assert not saver.base_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"other_metadata": {"tag": "x"}}, "reserved key 'tag'. Reserved are format, run_id"),
+        ({"other_metadata": {"x": mx.zeros(1)}}, r"other_metadata\['x'\] is array .* which JSON does not have"),
+        ({"other_metadata": {"x": [1, {"y": {1}}]}}, r"other_metadata\['x'\]\[1\]\['y'\] is set"),
+        ({"other_metadata": {"x": float("nan")}}, "is float nan"),
+        ({"other_metadata": {1: "x"}}, "has the key 1; keys are texts"),
+        ({"other_metadata": "x"}, "other_metadata is a mapping, got str"),
+        ({"value": [1, 2]}, "What can be saved is an activation cache, an array or arrays by name; got list"),
+        ({"value": {"a": {"b": mx.zeros(1)}}}, "got dict as 'a'"),
+        ({"value": {3: mx.zeros(1)}}, "by name, a text other than '__metadata__'; got 3"),
+        ({"value": np.array(["text"])}, "value holds str128; what can be saved is bool, uint8"),
+        ({"model": 3}, "model is a HookedModel or its name, got 3"),
+        ({"model": " "}, "model is a HookedModel or its name"),
+        ({"target_token_positions": [{1}]}, r"target_token_positions is set"),
+        ({"extraction_config": {"extract": True}}, "Unknown flag 'extract'"),
+        ({"extraction_config": 3}, "An extraction_config is"),
+        ({"interventions": {"type": "zero"}}, "interventions is a list"),
+        ({"interventions": [{"type": "zero", "hook": 1}]}, "Unknown key 'hook' in an intervention"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(
+    saver: ActivationSaver, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(HookError, match=message):
+        save(saver, **given)
+    assert not saver.base_dir.exists()
+
+
+def test_the_environment_names_the_base_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTIVATION_BASE_DIR", str(tmp_path))
+    save(ActivationSaver.from_env("mine"))
+    assert len(ActivationLoader.from_env("mine").query()) == 1
+    for empty in (
+        lambda: monkeypatch.setenv("ACTIVATION_BASE_DIR", ""),
+        lambda: monkeypatch.delenv("ACTIVATION_BASE_DIR"),
+    ):
+        empty()
+        for kind in (ActivationSaver, ActivationLoader):
+            with pytest.raises(HookError, match="ACTIVATION_BASE_DIR is not set"):
+                kind.from_env()
+    for base in ("", "a\0b", 3):
+        with pytest.raises(HookError, match="base_dir is the path of a folder"):
+            ActivationSaver(base)  # type: ignore[arg-type]
+
+
+# Queries
+
+
+@pytest.fixture
+def many(saver: ActivationSaver) -> ActivationLoader:
+    edit = {"hook_point": "blocks.0.attn.hook_z", "type": "add", "vector": [1.0, 2.0]}
+    large = Intervention("hook_embed", "add", vector=np.arange(100.0))
+    heads = ExtractionConfig(extract_head_out=True, attn_heads=[{"layer": 0, "head": 1}, {"layer": 2, "head": 3}])
+    save(saver, model="openai-community/gpt2", tag="a", other_metadata={"seed": 1, "nested": {"x": [1, 2]}, "y": None})
+    save(
+        saver,
+        model="gpt2",
+        tag="b",
+        extraction_config=BOTH,
+        target_token_positions=[-1, (2, 5)],
+        other_metadata={"seed": 2},
+    )
+    save(saver, model="mistral/gpt2-xl", tag="c", interventions=[edit], pivot_positions=[3], extraction_config=heads)
+    save(saver, model="/models/gpt2/", tag="d", interventions=[large, edit], extraction_config=None)
+    save(ActivationSaver(saver.base_dir, "second"), model="gpt2", tag="e")
+    return ActivationLoader.from_saver(saver)
+
+
+@pytest.mark.parametrize(
+    ("criteria", "tags"),
+    [
+        ({}, "abcd"),
+        ({"experiment_name": "second"}, "e"),
+        ({"experiment_name": "*"}, "abcde"),
+        ({"experiment_name": "third"}, ""),
+        ({"model_name": "gpt2"}, "abd"),
+        ({"model_name": "openai-community/gpt2"}, "a"),
+        ({"model_name": "/models/gpt2"}, "d"),
+        ({"model_name": "gpt"}, ""),
+        ({"tag": "b"}, "b"),
+        ({"target_token_positions": ["last"]}, "acd"),
+        ({"target_token_positions": "last"}, "acd"),
+        ({"target_token_positions": [-1, (2, 5)]}, "b"),
+        ({"pivot_positions": [3]}, "c"),
+        ({"custom_keys": {"seed": 1}}, "a"),
+        ({"custom_keys": {"nested": {"x": (1, 2)}}}, "a"),
+        ({"custom_keys": {"y": None}}, "a"),
+        ({"custom_keys": {"seed": 1, "y": 3}}, ""),
+        ({"custom_keys": {}}, "abcd"),
+        ({"extraction_config": RESID}, "ab"),
+        ({"extraction_config": ExtractionConfig(extract_attn_pattern=True)}, "b"),
+        ({"extraction_config": ExtractionConfig(save_logits=False)}, ""),
+        ({"extraction_config": {"extract_attn_pattern": False}}, "ac"),
+        ({"extraction_config": ExtractionConfig()}, "abc"),
+        ({"extraction_config": ExtractionConfig(attn_heads=[{"layer": 2, "head": 3}])}, "abc"),
+        ({"extraction_config": ExtractionConfig(attn_heads=[{"layer": 2, "head": 1}])}, "ab"),
+        ({"interventions": []}, "ab"),
+        ({"interventions": [Intervention("blocks.0.attn.hook_z", "add", vector=mx.array([1.0, 2.0]))]}, "c"),
+        ({"interventions": [{"hook_point": "hook_embed", "type": "add", "vector": list(range(100))},
+                            {"hook_point": "blocks.0.attn.hook_z", "type": "add", "vector": [1, 2]}]}, "d"),
+        ({"interventions": [{"hook_point": "blocks.0.attn.hook_z", "type": "add", "vector": [1, 3]}]}, ""),
+        ({"experiment_name": "*", "model_name": "gpt2", "extraction_config": RESID, "interventions": []}, "abe"),
+    ],
+)  # fmt: skip
+def test_a_query_finds_what_meets_all_criteria(many: ActivationLoader, criteria: dict[str, Any], tags: str) -> None:
+    assert [run.tag for run in many.query(**criteria)] == list(tags)
+
+
+def test_a_time_is_found_by_its_beginning(many: ActivationLoader) -> None:
+    first = many.query()[0]
+    stamp = first.metadata["save_time"]
+    second = first.run_id[:19]
+    for written in (
+        stamp,
+        first.run_id,
+        stamp[:19],
+        second,
+        stamp[:19].replace("T", " "),
+        stamp[:10],
+        stamp[:4],
+        second[:16],
+    ):
+        assert "a" in [run.tag for run in many.query(save_time=written)]
+    assert [run.tag for run in many.query(save_time=stamp)] == ["a"]
+    assert not many.query(save_time="2023-04-15")
+    for wrong in ("yesterday", "2023-4-15", "20230415", "", 5):
+        with pytest.raises(HookError, match="A time is written '2023-04-15_14-30-25'"):
+            many.query(save_time=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("criteria", "message"),
+    [
+        ({"experiment_name": "../x"}, "experiment_name is a text"),
+        ({"tag": "a/b"}, "A tag is a text"),
+        ({"model_name": 3}, "model_name is a text, got 3"),
+        ({"custom_keys": {"tag": "b"}}, "reserved key 'tag'"),
+        ({"custom_keys": 3}, "is a mapping"),
+        ({"extraction_config": {"resid": True}}, "Unknown flag"),
+        ({"interventions": "zero"}, "interventions is a list"),
+    ],
+)
+def test_criteria_that_no_run_could_meet_are_refused(
+    many: ActivationLoader, criteria: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(HookError, match=message):
+        many.query(**criteria)
+
+
+def test_without_a_folder_there_is_nothing_to_query(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="There is no folder .*nowhere: nothing was saved there"):
+        ActivationLoader(tmp_path / "nowhere").query()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_is_printed_at_an_index_is_what_it_means(many: ActivationLoader) -> None:
+    found = many.query()
+    lines = str(found).splitlines()
+    assert lines[1] == f"1 - {found[1].run_id}: experiment first, model gpt2, tag b"
+    assert found.get_paths()[1] == found[1].path
+    assert [found.load(i)[1]["tag"] for i in (0, 1, -1, np.int64(-2))] == ["a", "b", "d", "c"]
+    assert found.load()[1]["tag"] == "d"
+    assert found.load(found[2].run_id)[1]["tag"] == "c"
+    assert [run.tag for run in found[1:3]] == ["b", "c"]
+    assert str(many.query(tag="zzz")) == "No runs."
+    assert found[0].load()[1]["run_id"] == found[0].run_id
+
+
+def test_a_run_that_is_not_there_is_named(many: ActivationLoader) -> None:
+    found = many.query()
+    second = found[0].run_id[:15]
+    with pytest.raises(HookError, match=rf"4 runs begin with '{second}': .*Give more of the name, or an index"):
+        found.load(second)
+    with pytest.raises(HookError, match="No run found begins with '2023-04-15_14-30-25'. There are: 20"):
+        found.load("2023-04-15_14-30-25")
+    for index in (4, -5):
+        with pytest.raises(HookError, match=f"There is no run {index}: there are 4, 0 to 3, -1 is the newest"):
+            found.load(index)
+    for wrong in (True, 1.5, None, [0]):
+        with pytest.raises(HookError, match="A run is named by an index or by its folder's name"):
+            found.load(wrong)  # type: ignore[arg-type]
+    with pytest.raises(HookError, match="found no runs"):
+        many.query(tag="zzz").load(-1)
+
+
+def test_removing_removes_what_was_listed(many: ActivationLoader) -> None:
+    found = many.query()
+    (found[1].path / "notes.txt").write_text("of this run")
+    gone = found[1].path
+    found.remove(1)
+    assert [run.tag for run in found] == ["a", "c", "d"]
+    found.remove(-1)
+    assert [run.tag for run in found] == ["a", "c"]
+    assert not gone.exists()
+    assert [run.tag for run in many.query("*")] == ["a", "c", "e"]
+    stale = many.query()
+    stale.remove(stale[0].run_id)
+    with pytest.raises(HookError, match="is not at .* any more: query again"):
+        found.remove(0)
+    with pytest.raises(HookError, match="is not at .* any more: query again"):
+        found.load(0)
+    assert [run.tag for run in many.query("*")] == ["c", "e"]
+
+
+def test_a_run_changes_its_experiment(many: ActivationLoader) -> None:
+    found = many.query()
+    found.update_run_experiment(0, "third")
+    found.update_run_experiment("2" if len(found) == 1 else found[1].run_id, "second")
+    assert [run.experiment_name for run in found] == ["third", "second", "first", "first"]
+    assert [run.tag for run in many.query()] == ["c", "d"]
+    assert [run.tag for run in many.query("second")] == ["b", "e"]
+    value, metadata = many.query("third").load()
+    assert value.tolist() == [1.0, 2.0]
+    assert metadata["experiment_name"] == "third"
+    assert json.loads((found[0].path / "metadata.json").read_text())["experiment_name"] == "third"
+    found.update_run_experiment(0, "third")
+    assert [run.tag for run in many.query("*")] == list("abcde")
+
+
+def test_an_experiment_is_renamed(many: ActivationLoader, saver: ActivationSaver) -> None:
+    saver.rename_experiment("renamed")
+    assert [run.tag for run in many.query("renamed")] == list("abcd")
+    assert len(many.query()) == 0
+    assert {
+        json.loads((p / "metadata.json").read_text())["experiment_name"] for p in many.query("renamed").get_paths()
+    } == {"renamed"}
+    save(saver, tag="later")
+    assert many.query("renamed")[-1].tag == "later"
+    with pytest.raises(HookError, match="There is an experiment 'second' already"):
+        saver.rename_experiment("second")
+    with pytest.raises(HookError, match="There is no experiment 'first' in .*There are: renamed, second"):
+        ActivationSaver(saver.base_dir, "first").rename_experiment("fourth")
+    assert len(many.query("*")) == 6
+
+
+MOVER = """
+import sys
+from mlx_hooks import ActivationLoader
+loader = ActivationLoader(sys.argv[1], "first")
+for _ in range(150):
+    loader.query("*").update_run_experiment(0, "a" if loader.query("a") else "z")
+    loader.query("*").update_run_experiment(0, "z" if loader.query("a") else "a")
+"""
+
+
+def test_a_run_that_is_moved_is_at_one_place_or_the_other(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    save(saver)
+    seen = set()
+    with subprocess.Popen([sys.executable, "-c", MOVER, str(saver.base_dir)], cwd=ROOT) as mover:
+        while mover.poll() is None:
+            (run,) = loader.query("*")
+            seen.add(run.experiment_name)
+    assert mover.returncode == 0
+    assert len(seen) > 1
+
+
+# What cannot be read
+
+
+def damage_nothing(run: Path) -> None:
+    (run / "metadata.json").unlink()
+
+
+def damage_json(run: Path) -> None:
+    (run / "metadata.json").write_text('{"save_time": "20')
+
+
+def damage_list(run: Path) -> None:
+    (run / "metadata.json").write_text("[]")
+
+
+def damage_time(run: Path) -> None:
+    (run / "metadata.json").write_text('{"save_time": "now", "model_name": "m"}')
+
+
+def damage_name(run: Path) -> None:
+    (run / "metadata.json").write_text('{"save_time": "2023-04-15T14:30:25"}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_nothing, "it has no metadata.json"),
+        (damage_json, "its metadata.json is no JSON"),
+        (damage_list, "its metadata.json is no object"),
+        (damage_time, "Invalid isoformat string"),
+        (damage_name, "its metadata.json has no model_name"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_found(
+    many: ActivationLoader, damage: Any, reason: str
+) -> None:
+    before = many.query()
+    damage(before[1].path)
+    for _ in range(2):
+        with pytest.warns(UnreadableRunWarning, match=rf"passed over, .*first/gpt2/{before[1].run_id} \({reason}"):
+            assert [run.tag for run in many.query()] == ["a", "c", "d"]
+    with pytest.raises(HookError, match=rf"{before[1].run_id}.*(cannot be read|query again)"):
+        before.load(1)
+    # It is mended, and found again.
+    good = before[0].path
+    for name in ("metadata.json", "activations.safetensors"):
+        shutil.copy(good / name, before[1].path / name)
+    assert [run.tag for run in many.query()] == ["a", "a", "c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-1], "bytes where its header tells of"),
+        (lambda data: data + b"x", "bytes where its header tells of"),
+        (lambda data: data[:4], "too short"),
+        (lambda data: b"\xff" * 8 + data[8:], "header is longer than the file"),
+        (lambda data: data[:8] + b"x" + data[9:], "header is damaged"),
+        (lambda data: data.replace(b'"F32"', b'"F99"'), "header is damaged"),
+        (lambda data: data.replace(b'"shape": [2]', b'"shape": [3]'), "header is damaged"),
+        (lambda data: data.replace(b'"content"', b'"context"'), "content"),
+    ],
+)
+def test_a_damaged_file_is_an_error_when_it_is_loaded(
+    saver: ActivationSaver, loader: ActivationLoader, damage: Any, reason: str
+) -> None:
+    path = save(saver) / "activations.safetensors"
+    changed = damage(path.read_bytes())
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+    with pytest.raises(HookError, match=f"The activations of the run at .* cannot be read: .*{reason}"):
+        loader.query().load()
+
+
+# The index
+
+
+def test_what_other_processes_do_is_noticed(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver, tag="a")
+    assert [run.tag for run in loader.query()] == ["a"]
+    save(ActivationSaver(saver.base_dir, "first"), tag="b")
+    assert [run.tag for run in loader.query()] == ["a", "b"]
+    described = json.loads((path / "metadata.json").read_text())
+    (path / "metadata.json").write_text(json.dumps(described | {"tag": "edited by hand"}))
+    assert [run.tag for run in loader.query()] == ["edited by hand", "b"]
+    shutil.rmtree(path)
+    assert [run.tag for run in loader.query()] == ["b"]
+
+
+def test_the_index_is_made_again_from_the_files(many: ActivationLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = many.base_dir / ".index.sqlite"
+    many.query("*")
+    read: list[Any] = []
+    real = about.canonical
+    monkeypatch.setattr("mlx_hooks.storage.index.canonical", lambda value: (read.append(value), real(value))[1])
+
+    def tags() -> str:
+        return "".join(str(run.tag) for run in ActivationLoader(many.base_dir).query("*"))
+
+    assert (tags(), len(read)) == ("abcde", 0)
+    for damaged in (None, b"", b"not a database", database.read_bytes()[:1000]):
+        database.unlink() if damaged is None else database.write_bytes(damaged)
+        assert tags() == "abcde"
+        assert read
+        read.clear()
+        assert (tags(), len(read)) == ("abcde", 0)
+    # A database that says something else than the files is not believed.
+    found = many.query()
+    described = json.loads((found[0].path / "metadata.json").read_text())
+    (found[0].path / "metadata.json").write_text(json.dumps(described | {"tag": "x"}))
+    assert tags() == "xbcde"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_can_be_queried(many: ActivationLoader) -> None:
+    many.base_dir.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        assert [run.tag for run in ActivationLoader(many.base_dir).query("*")] == list("abcde")
+        assert not (many.base_dir / ".index.sqlite").exists()
+    finally:
+        many.base_dir.chmod(stat.S_IRWXU)
+
+
+def test_an_index_that_cannot_be_written_is_done_without(
+    many: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (many.base_dir / ".index.sqlite").unlink(missing_ok=True)
+    (many.base_dir / ".index.sqlite").mkdir()
+    for _ in range(2):
+        assert [run.tag for run in ActivationLoader(many.base_dir).query("*")] == list("abcde")
+
+
+def test_a_run_without_values_is_an_error_when_it_is_loaded(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    (save(saver) / "activations.safetensors").unlink()
+    with pytest.raises(HookError, match="The activations of the run at .* cannot be read: .*No such file"):
+        loader.query().load()
+
+
+def test_thousands_of_runs_are_queried_at_once(saver: ActivationSaver) -> None:
+    path = save(saver, tag="batch_0", other_metadata={"batch_id": 0}, extraction_config=BOTH)
+    described = json.loads((path / "metadata.json").read_text())
+    for i in range(1, 3000):
+        run = path.with_name(f"2023-04-15_14-30-25-{i:06d}-00000000")
+        run.mkdir()
+        changed = {"save_time": f"2023-04-15T14:30:25.{i:06d}+00:00", "tag": f"batch_{i}", "batch_id": i}
+        (run / "metadata.json").write_text(json.dumps(described | changed))
+        os.link(path / "activations.safetensors", run / "activations.safetensors")
+    loader = ActivationLoader.from_saver(saver)
+    loader.query()
+    # The fastest of several: others may be at work on this machine.
+    spans = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        found = loader.query(custom_keys={"batch_id": 17}, model_name="llama-16", extraction_config=RESID)
+        spans.append(time.perf_counter() - begin)
+        assert [run.tag for run in found] == ["batch_17"]
+    assert min(spans) < 0.1
+    assert len(loader.query()) == 3000
