@@ -4,13 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from every_architecture import on_every_architecture
 from reference import forward
-from test_architectures import NEED_METAL
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, LogitLens, attribution_points, direct_logit_attribution
 from mlx_hooks.analysis.attribution import Attribution
-from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
@@ -32,10 +31,8 @@ def attributed(model: HookedModel, tokens: object, positions: object = None, row
     return direct_logit_attribution(cache, tokens, model=model, positions=positions)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+@on_every_architecture
 def test_contributions_add_up_to_the_models_own_logits(name: str) -> None:
-    if name in NEED_METAL and not mx.metal.is_available():
-        pytest.skip(f"{name} calls a Metal kernel")
     model = HookedModel(tiny_model(name))
     if name in REFUSED:
         with pytest.raises(HookError, match=f"The logits of {name} are no sum of its parts: {REFUSED[name]}"):

@@ -4,13 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from every_architecture import on_every_architecture
 from reference import forward
-from test_architectures import NEED_METAL
 from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import ActivationCache, HookedModel, HookError, LogitLens, ModelLoadError, UnknownHookError
 from mlx_hooks.contributions import relative_deviation
-from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
@@ -25,10 +24,8 @@ def resid(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
-@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+@on_every_architecture
 def test_the_last_layer_is_the_models_own_output_bit_for_bit(name: str) -> None:
-    if name in NEED_METAL and not mx.metal.is_available():
-        pytest.skip(f"{name} calls a Metal kernel")
     model = HookedModel(tiny_model(name))
     lens = LogitLens.from_model(model)
     # mlx-lm's own olmo runs on single tokens only.
