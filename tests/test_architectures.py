@@ -1,15 +1,12 @@
 """Every mlx-lm architecture passes the self-test, and the table of what can be hooked says what is so."""
 
-import re
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from packaging.version import Version
+from every_architecture import DOCUMENT, IS_OLDER, NEED_METAL, OLDER
 
 from mlx_hooks import CapturedActivation, HookedModel, HookError, UntrustedHookWarning
 from mlx_hooks.attention import KeyPositions
@@ -19,19 +16,8 @@ from mlx_hooks.coverage.table import ATTENTION, REST, STREAM, document, note_row
 from mlx_hooks.generation import Sampling, generate_steps
 from mlx_hooks.instrument.taps import Tap
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "architectures.md"
-NEED_METAL = ("bitnet", "muse_spark")
-
-
-def written_for() -> Version:
-    """The mlx-lm that the table was written with."""
-    stated = re.search(r"with mlx-lm ([0-9.]+[0-9])", DOCUMENT.read_text())
-    assert stated is not None
-    return Version(stated[1])
-
-
-if Version(version("mlx-lm")) < written_for():
-    pytest.skip("the table is that of a newer mlx-lm than is installed", allow_module_level=True)
+if IS_OLDER:
+    pytest.skip(OLDER, allow_module_level=True)
 
 
 def test_every_architecture_of_mlx_lm_has_a_tiny_configuration() -> None:

@@ -961,3 +961,20 @@ def test_single_query_rows_are_those_of_the_whole(name: str, quantised: bool, po
     assert shown[1].arrays
     for key, array in shown[1].arrays.items():
         close(array, shown[0][key][:, :, rows], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["iquestloopcoder", "llama", "deepseek_v3", "gemma2"])
+def test_what_breaks_off_inside_attention_is_not_seen_by_other_models(name: str) -> None:
+    model, other = hooked(name), hooked("qwen3")
+    own = other([5, 9, 2])
+
+    def breaks(value: mx.array, point: Any) -> None:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        model.run_with_hooks([5, 9, 2], [("blocks.0.attn.hook_pattern", breaks)])
+    seen: list[str] = []
+    # The kernel of the layers before is met by nobody of this model.
+    watch = [("blocks.1.attn.hook_z", lambda value, point: seen.append(point.name))]
+    assert mx.array_equal(other.run_with_hooks([5, 9, 2], watch), own)
+    assert seen == ["blocks.1.attn.hook_z"]

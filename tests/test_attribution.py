@@ -1,18 +1,15 @@
 """Direct logit attribution: on every architecture the parts add up to the logit; single parts against float64."""
 
-import warnings
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from every_architecture import on_every_architecture
 from reference import forward
-from test_architectures import NEED_METAL
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, LogitLens, attribution_points, direct_logit_attribution
 from mlx_hooks.analysis.attribution import Attribution
-from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
@@ -34,10 +31,8 @@ def attributed(model: HookedModel, tokens: object, positions: object = None, row
     return direct_logit_attribution(cache, tokens, model=model, positions=positions)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+@on_every_architecture
 def test_contributions_add_up_to_the_models_own_logits(name: str) -> None:
-    if name in NEED_METAL and not mx.metal.is_available():
-        pytest.skip(f"{name} calls a Metal kernel")
     model = HookedModel(tiny_model(name))
     if name in REFUSED:
         with pytest.raises(HookError, match=f"The logits of {name} are no sum of its parts: {REFUSED[name]}"):
@@ -178,20 +173,33 @@ def test_a_run_with_edits_does_not_add_up_silently() -> None:
         direct_logit_attribution(cache, PAIRS, model=model)
 
 
+class Capped(nn.Linear):
+    """An unembedding whose logits are capped softly at 2."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return 2 * mx.tanh(super().__call__(x) / 2)
+
+
 def test_a_cap_that_the_configuration_does_not_state_is_found() -> None:
     inner = make_model("llama_untied")
+    inner.lm_head.__class__ = Capped
     model = HookedModel(inner)
     _, cache = model.run_with_cache(TOKENS, attribution_points(model))
+    with pytest.raises(HookError, match="The end of llama is no linear map of what the last norm gives"):
+        direct_logit_attribution(cache, PAIRS, model=model)
 
-    class Capped(nn.Linear):
-        def __call__(self, x: mx.array) -> mx.array:
-            return 2 * mx.tanh(super().__call__(x) / 2)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        inner.lm_head.__class__ = Capped
-        with pytest.raises(HookError, match="The end of llama is no linear map of what the last norm gives"):
-            direct_logit_attribution(cache, PAIRS, model=model)
+def test_a_bias_before_a_cap_has_its_own_share() -> None:
+    inner = make_model("llama_untied")
+    # So small that the caps are not so near that rounding counts.
+    inner.lm_head.weight = 0.1 * inner.lm_head.weight
+    inner.lm_head.bias = mx.linspace(-1, 1, 60)
+    inner.lm_head.__class__ = Capped
+    inner.args.final_logit_softcapping = 2.0
+    found = attributed(HookedModel(inner), PAIRS)
+    bias = np.linspace(-1, 1, 60)
+    np.testing.assert_allclose(found["unembedding bias"], [[bias[a] - bias[b]] * 5 for a, b in PAIRS], atol=1e-5)
+    np.testing.assert_allclose(found.total, found.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from every_architecture import on_every_architecture
 from mlx_lm.tuner.lora import LoRALinear
 from reference import forward
-from test_architectures import NEED_METAL
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.contributions import LinearNorm, relative_deviation
-from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [1, 5, 9, 3, 7]
@@ -33,10 +32,8 @@ def parts(model: HookedModel, layer: int, tokens: list[int] = TOKENS) -> tuple[m
     return results, bias, cache.records[f"blocks.{layer}.hook_attn_out"][0].value
 
 
-@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+@on_every_architecture
 def test_the_heads_add_up_to_what_attention_adds(name: str) -> None:
-    if name in NEED_METAL and not mx.metal.is_available():
-        pytest.skip(f"{name} calls a Metal kernel")
     model = HookedModel(tiny_model(name))
     attending = [layer for layer in range(model.cfg.n_layers) if f"blocks.{layer}.attn.hook_z" in model.hook_points]
     reason = REFUSED.get(name.partition("/")[0])
@@ -81,6 +78,15 @@ def test_a_norm_after_the_projection_keeps_the_statistics_of_all_heads() -> None
     expected = by_head / rms * (1 + np.array(block.post_attention_layernorm.weight).astype(np.float64))
     got = model.head_results(cache["z", 0], 0)
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_the_bias_of_a_norm_after_the_projection_is_added_once() -> None:
+    inner = tiny_model("gemma2")
+    norm = inner.model.layers[0].post_attention_layernorm = nn.LayerNorm(inner.args.hidden_size)
+    norm.bias = mx.random.normal(norm.bias.shape)
+    results, bias, added = parts(HookedModel(inner), 0)
+    assert relative_deviation(results.sum(axis=-2) + bias, added) < 2e-6
+    np.testing.assert_allclose(bias[0, 0], norm.bias, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

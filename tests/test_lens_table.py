@@ -51,7 +51,7 @@ def test_the_text_fits_the_terminal_and_shows_every_layer(table: LensTable, widt
     assert f"Paris {table.cells[-1][-1][0].probability:.0%}" in last[-1]
 
 
-ODD = ["<b>&\"'", " a", "\n\t", "\x1b[31m", "語" * 20, "$x$", "long" * 9]
+ODD = ["<b>&\"'", " a", "\n\t", "\x1b[31m", "語" * 20, "$\\frac$", "long" * 9]
 
 
 def odd_table() -> LensTable:
@@ -108,7 +108,7 @@ def test_the_last_layer_is_on_top_of_the_page(table: LensTable) -> None:
 
 def test_the_picture_is_a_png_of_the_tables_size() -> None:
     small, large = (
-        LensTable("t", ODD[:n], ["0", "1"], [[[Prediction(0, "$a$", 0.7)]] * n] * 2).png() for n in (2, len(ODD))
+        LensTable("t", ODD[:n], ["0", "1"], [[[Prediction(0, "$\\frac$", 0.7)]] * n] * 2).png() for n in (2, len(ODD))
     )
     assert small[:8] == large[:8] == b"\x89PNG\r\n\x1a\n"
     widths = [struct.unpack(">I", picture[16:20])[0] for picture in (small, large)]

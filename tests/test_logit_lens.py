@@ -4,13 +4,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from every_architecture import on_every_architecture
 from reference import forward
-from test_architectures import NEED_METAL
 from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import ActivationCache, HookedModel, HookError, LogitLens, ModelLoadError, UnknownHookError
 from mlx_hooks.contributions import relative_deviation
-from mlx_hooks.coverage.configurations import CONFIGURATIONS, VARIANTS
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
@@ -25,10 +24,8 @@ def resid(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
-@pytest.mark.parametrize("name", sorted([*CONFIGURATIONS, *VARIANTS]))
+@on_every_architecture
 def test_the_last_layer_is_the_models_own_output_bit_for_bit(name: str) -> None:
-    if name in NEED_METAL and not mx.metal.is_available():
-        pytest.skip(f"{name} calls a Metal kernel")
     model = HookedModel(tiny_model(name))
     lens = LogitLens.from_model(model)
     # mlx-lm's own olmo runs on single tokens only.
@@ -322,6 +319,15 @@ def test_readings_are_those_of_compute_at_every_position(model: HookedModel, cac
         best = np.argsort(-np.array(probabilities[position]))[:2]
         assert [p.token_id for p in row.predictions] == best.tolist()
         np.testing.assert_allclose([p.probability for p in row.predictions], np.array(probabilities[position])[best])
+
+
+def test_long_prompts_are_read_in_parts(model: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    lens, asked = LogitLens(model), {"positions": None, "norm": "final", "token_directions": [3], "top_k": 1}
+    whole = list(lens.readings(TOKENS[0], **asked))
+    monkeypatch.setattr("mlx_hooks.analysis.logit_lens.CHUNK", 2)
+    parts = list(lens.readings(TOKENS[0], **asked))
+    assert [(row.layer, row.position) for row in parts] == [(i, p) for i in range(3) for p in range(5)]
+    np.testing.assert_allclose([row.values for row in parts], [row.values for row in whole], rtol=1e-4, atol=1e-4)
 
 
 def test_readings_answer_directions(model: HookedModel, cache: ActivationCache) -> None:

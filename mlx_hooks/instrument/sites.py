@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..errors import HookError
 from ..hooks import Run
-from .taps import Tap
+from .taps import Tap, current
 
 _forward_numbers = itertools.count()
 # State-space caches do not say how many positions they cover: it is noted on them, where a copy keeps it.
@@ -160,7 +160,7 @@ class ModelSite(Site):
     def call(self, original: Callable, module: nn.Module, args: tuple, kwargs: dict) -> Any:
         tokens = args[0] if args else kwargs["inputs"]
         cache = kwargs.get("cache") if "cache" in kwargs else next((a for a in args[1:] if isinstance(a, list)), None)
-        outer = replace(self.run)
+        outer, attention = replace(self.run), getattr(current, "attention", None)
         # A pass that a hook runs in between begins elsewhere.
         begins, self.run.begins = self.run.begins, None
         self.run.start = kv_offset(cache) if begins is None else begins
@@ -172,6 +172,8 @@ class ModelSite(Site):
             output = super().call(original, module, args, kwargs)
             remember_offset(cache, self.run.start + tokens.shape[1])
         finally:
+            # What broke off inside attention that is no call of its own would look on at every later one.
+            current.attention = attention
             # A hook may run the model itself: the pass that it interrupted goes on where it stood.
             for name in ("start", "length", "batch", "forward", "caches"):
                 setattr(self.run, name, getattr(outer, name))
