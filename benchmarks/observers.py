@@ -2,8 +2,8 @@
 
     python benchmarks/observers.py              # --tokens 2048 --rounds 9; about ten minutes on two cores
 
-Every kind of observer is timed next to a plain generation, in turn, and who goes first changes from round to round, so
-that a slow moment of the machine falls on both. The table shows medians of these ratios, and the middle half of them.
+Each plain generation is timed between two observed ones, whose order changes from round to round, so that a slow moment
+of the machine falls on all of them. The table shows medians of these ratios, and the middle half of them.
 The figures go to docs/benchmarks.md.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,7 @@ from capture_overhead import cell, seconds
 from page import PAGE, busy, environment, write_section
 from tqdm import tqdm
 
-from mlx_hooks import ActivationHook, AttentionExtractionHook, HookedModel, InferenceHook
+from mlx_hooks import AttentionExtractionHook, HookedModel, InferenceHook
 
 PROMPT = "When Mary and John went to the store , John gave a drink to"
 END_TOKEN = {3: -1e9}
@@ -40,9 +41,7 @@ class Strongest(InferenceHook):
 
 KINDS: dict[str, Callable[[], InferenceHook]] = {
     "attention, threshold 0.1": lambda: AttentionExtractionHook(0.1),
-    "attention, threshold 0.1, the strongest two": lambda: AttentionExtractionHook(0.1, top_k=2),
     "attention, threshold 0.1, with values": lambda: AttentionExtractionHook(0.1, store_values=True),
-    "norms of MLPs": ActivationHook,
     "a hook without attention events": lambda: Passes("passes"),
     "a hook of one's own, head by head": lambda: Strongest("strongest"),
 }
@@ -76,14 +75,14 @@ def main() -> None:
     for run in columns.values():
         run([kept])
     for number in tqdm(range(options.rounds), file=sys.stderr):
-        for kind, make in KINDS.items():
+        kinds = list(KINDS) if number % 2 else list(reversed(KINDS))
+        for pair in zip(kinds[::2], kinds[1::2], strict=True):
             for way, run in columns.items():
-                hooks = [make()]
-                if number % 2:
-                    observed, base = seconds(lambda: run(hooks)), seconds(lambda: run([]))  # noqa: B023
-                else:
-                    base, observed = seconds(lambda: run([])), seconds(lambda: run(hooks))  # noqa: B023
-                ratios[kind, way].append(observed / base)
+                before, base, after = (
+                    seconds(partial(run, made)) for made in ([KINDS[pair[0]]()], [], [KINDS[pair[1]]()])
+                )
+                ratios[pair[0], way].append(before / base)
+                ratios[pair[1], way].append(after / base)
                 plain[way].append(base)
     rows = [[kind, *(cell(ratios[kind, way]) for way in columns)] for kind in KINDS]
     rows.append(["plain, seconds", *(f"{statistics.median(plain[way]):.2f}" for way in columns)])

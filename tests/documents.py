@@ -62,6 +62,7 @@ def _run_shell(text: str, folder: Path) -> str:
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "COLUMNS": "80",
     }
     done = subprocess.run(["sh", "-ec", text], cwd=folder, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr

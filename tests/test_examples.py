@@ -82,11 +82,26 @@ def test_the_example_of_inference_hooks_writes_the_graph(tmp_path: Path) -> None
     ]
 
 
+def test_the_workflow_of_saved_runs_finds_what_it_saved(tmp_path: Path) -> None:
+    command = [str(ROOT / "examples/activation_workflow.py"), "--base-dir", "runs"]
+    for count in (4, 8):  # a second time beside the first
+        shown = run(*command, cwd=tmp_path)
+        assert f"Found {count} matching runs" in shown
+        assert "batch_1, the same numbers as computed anew" in shown
+        assert "resid_out_3 is (3, 1, 128)" in shown
+        assert re.search(r"resid_out_0  .*\n.*\n.*\n  resid_out_3  Paris +Mary +Rome +$", shown, re.MULTILINE)
+        folders = list((tmp_path / "runs/documentation_example/neuroscope-tiny").iterdir())
+        assert len(folders) == count
+        for folder in folders:
+            assert sorted(path.name for path in folder.iterdir()) == ["activations.safetensors", "metadata.json"]
+
+
 def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for arguments, message in [
         (["examples/demo.py", "--output", str(tmp_path / "file" / "x")], "demo: .*Not a directory"),
         (["examples/inference_hooks.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
+        (["examples/activation_workflow.py", "--base-dir", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/neuroscope_integration_example.py", "--url", "http://127.0.0.1:9"], "No NeuroScope server answers"),
         (["examples/neuroscope_integration_example.py", "--url", "garbage"], "example: .*garbage"),
     ]:

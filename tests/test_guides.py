@@ -11,7 +11,7 @@ import checkpoints
 import pytest
 from documents import ROOT, fenced, run_document
 
-GUIDES = {"docs/inference_hooks.md": 13}
+GUIDES = {"docs/inference_hooks.md": 13, "docs/interpretability.md": 13}
 """Each guide and how many blocks it runs at least."""
 
 
@@ -37,13 +37,14 @@ def test_a_guide_shows_what_its_blocks_show(guide: str, tmp_path: Path, monkeypa
 @pytest.mark.parametrize("guide", GUIDES)
 def test_what_a_guide_points_to_is_there(guide: str) -> None:
     text = (ROOT / guide).read_text()
-    headings = {
-        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.M)
-    }
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = [
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", prose, re.M)
+    ]
+    assert len(set(headings)) == len(headings)
     links = re.findall(r"\]\(#([^)]*)\)", prose)
     assert links
-    assert set(links) <= headings
+    assert set(links) <= set(headings)
     paths = re.findall(r"`((?:docs|examples|tests|benchmarks)/[\w./]+)`", prose)
     assert paths
     assert [path for path in paths if not (ROOT / path).exists()] == []

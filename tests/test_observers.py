@@ -297,6 +297,26 @@ def test_what_cannot_be_observed_is_said_before_the_run(llama: HookedModel, hook
         llama.generate_steps(PROMPT, hooks=hooks)
 
 
+def test_an_event_that_would_never_come_is_refused(llama: HookedModel) -> None:
+    class Mine(AttentionExtractionHook):
+        def on_attention_computed(self, *_):
+            pass
+
+    message = "Mine overrides on_attention_computed, but AttentionExtractionHook takes all heads at once"
+    with pytest.raises(HookError, match=message):
+        llama.generate_steps(PROMPT, hooks=[Mine()])
+
+    class Further(AttentionExtractionHook):
+        def on_layer_attention(self, layer_idx, attention, *rest):
+            super().on_layer_attention(layer_idx, attention, *rest)
+            self.data.append(layer_idx)
+
+    hook, plain = Further(), AttentionExtractionHook()
+    llama.generate(PROMPT, max_tokens=2, hooks=[hook, plain])
+    assert hook.data == [0, 1, 2] * 3
+    assert list(hook.attention_data) == list(plain.attention_data)
+
+
 def test_a_hook_is_made_and_listed_once(llama: HookedModel) -> None:
     class Bare(InferenceHook):
         def __init__(self) -> None:
@@ -418,6 +438,27 @@ def test_while_an_event_runs_the_model_is_plain_and_may_be_used(model: HookedMod
     for place, passes in seen.attention.items():
         for mine, own in zip(runs.attention[place], passes, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(mine, own, strict=True))
+
+
+def test_hooks_of_an_outer_block_are_set_aside_too(llama: HookedModel) -> None:
+    expected = np.array(llama([LONG]))
+    edit = ("blocks.1.hook_mlp_out", lambda value, point: value * 0)
+    events: list[str] = []
+    hook = InferenceHook("runs")
+    for name in EVENTS:
+        if name != "on_layer_attention":
+
+            def event(*_: object, name: str = name) -> None:
+                events.append(name)
+                assert np.array_equal(np.array(llama([LONG])), expected)
+
+            setattr(hook, name, event)
+    with llama.hooks([edit]):
+        edited = np.array(llama([LONG]))
+        llama.generate(PROMPT, max_tokens=2, hooks=[hook])
+        assert np.array_equal(np.array(llama([LONG])), edited)
+    assert not np.array_equal(edited, expected)
+    assert set(events) == set(EVENTS) - {"on_layer_attention"}
 
 
 def test_generations_that_take_turns_tell_their_own_observers(llama: HookedModel) -> None:

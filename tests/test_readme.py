@@ -47,6 +47,22 @@ def test_the_memory_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert list((tmp_path / "captured").iterdir())
 
 
+def test_the_block_of_observers_lens_and_runs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in blocks("python") if "ActivationSaver" in block)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    received = names["hook"].attention_received_as_key(by="token")
+    first = ", ".join(f"{text!r}: {weight:.1f}" for text, weight in list(received.items())[:3])
+    assert f"{{{first}, ...}}" in block
+    assert (tmp_path / "attention.graphml").read_text().startswith("<?xml")
+    assert capsys.readouterr().out.startswith("logit difference at position 5")
+    assert names["activations"]["resid_out_3"].shape == (2, 1, 128)
+    assert names["metadata"]["tag"] == "first"
+
+
 def test_the_clients_block_runs(live_server: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
     block = next(block for block in blocks("python") if "LMStudioNeuroScopeClient" in block)
     assert DEFAULT in block

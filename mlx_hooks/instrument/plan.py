@@ -226,7 +226,10 @@ class Instrument:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Inside a pass, a block in which the model and MLX's functions are plain: for whoever is told of the pass."""
+        """A block in which the model and MLX's functions are plain, inside a pass too: for whoever is told of it."""
+        if self._attached is None or not self._attached.hooks:
+            yield
+            return
         rows, self.run.rows = self.run.rows, None
         try:
             with looking_away(), self.attached(self.plan([]), alone=True):

@@ -115,9 +115,26 @@ def _checked(observers: Iterable[InferenceHook]) -> list[InferenceHook]:
             raise HookError(f"hooks is a list of InferenceHook objects, got {what} in it.")
         if not hasattr(observer, "errors"):
             raise HookError(f"{type(observer).__name__}.__init__ has to call super().__init__(name) first.")
+        _check_that_heads_are_told(observer)
         if any(observer is other for other in found[:i]):
             raise HookError(f"{observer!r} is listed twice.")
     return found
+
+
+def _check_that_heads_are_told(observer: InferenceHook) -> None:
+    """Refuse ``on_attention_computed`` below a class whose ``on_layer_attention`` does not call it."""
+    owners = [
+        next((i for i, cls in enumerate(type(observer).__mro__) if event in vars(cls)), None)
+        for event in ("on_attention_computed", "on_layer_attention")
+    ]
+    by_head, by_layer = owners
+    if by_head is not None and by_layer is not None and by_head < by_layer:
+        above = type(observer).__mro__[by_layer]
+        if above is not InferenceHook:
+            raise HookError(
+                f"{type(observer).__name__} overrides on_attention_computed, but {above.__name__} takes all heads at "
+                "once: override on_layer_attention, or inherit from InferenceHook."
+            )
 
 
 class Watch:
@@ -242,8 +259,7 @@ class Watch:
         mx.eval(arrays)
         going, self._pass = self._pass, None
         try:
-            with self.instrument.set_aside():
-                self._tell_layer(going, event, layer, shown)
+            self._tell_layer(going, event, layer, shown)
         finally:
             self._pass = going
 
@@ -273,7 +289,7 @@ class Watch:
 
     def passed(self, logits: mx.array) -> "SeenPass | None":
         """The pass gave these logits [batch, pos, d_vocab]; answers what ``tell`` is given later, if anything."""
-        going = self._latest
+        going, self._latest = self._latest, None
         assert going is not None
         going.logits = logits if self._keeps_logits else None
         if not self._told_now:
@@ -341,7 +357,8 @@ class Watch:
                 return
             raise HookError(f"{observer!r} observes a later generation by now: give each one that runs its own hook.")
         try:
-            getattr(observer, event)(*arguments)
+            with self.instrument.set_aside():
+                getattr(observer, event)(*arguments)
         except Exception as error:
             if event == ATTENTION_EVENT and not observer.overrides(event):
                 event = "on_attention_computed"
