@@ -802,6 +802,13 @@ def test_what_other_processes_do_is_noticed(saver: ActivationSaver, loader: Acti
     assert [run.tag for run in loader.query()] == ["b"]
 
 
+def test_a_time_that_was_written_by_hand_is_found(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver) / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"save_time": "2023-04-15 14:30:25+00:00"}))
+    assert len(loader.query(save_time="2023-04-15_14-30-25")) == len(loader.query(save_time="2023")) == 1
+    assert not loader.query(save_time="2023-04-15_14-30-26")
+
+
 def test_the_index_is_made_again_from_the_files(many: ActivationLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     database = many.base_dir / ".index.sqlite"
     many.query("*")
