@@ -357,7 +357,7 @@ def _rows(model: "HookedModel", inputs: Any) -> list[list[int]]:
             raise HookError(f"Inputs as a mapping have input_ids, got {', '.join(map(str, inputs)) or 'nothing'}.")
         if foreign := [key for key in _CHANGE_THE_RUN if inputs.get(key) is not None]:
             raise HookError(f"{foreign[0]} is not read: give input_ids and attention_mask.")
-        mask, inputs = inputs.get("attention_mask"), inputs["input_ids"]
+        mask, inputs = (_known_array(inputs.get(key)) for key in ("attention_mask", "input_ids"))
     if isinstance(inputs, str):
         rows = [id_list(model.to_tokens(inputs)[0])]
     elif isinstance(inputs, list | tuple) and inputs and all(isinstance(row, str) for row in inputs):
@@ -367,7 +367,7 @@ def _rows(model: "HookedModel", inputs: Any) -> list[list[int]]:
     else:
         rows = model.to_tokens(inputs).tolist()  # type: ignore[assignment]
     if mask is not None:
-        kept = [_numbers(row) for row in (mask if _is_row(mask[0]) else [mask])]
+        kept = [_numbers(row) for row in (mask if len(mask) and _is_row(mask[0]) else [mask])]
         if [len(row) for row in kept] != [len(row) for row in rows]:
             raise HookError("attention_mask has the shape of input_ids.")
         if any(entry not in (0, 1) for row in kept for entry in row):
@@ -378,6 +378,11 @@ def _rows(model: "HookedModel", inputs: Any) -> list[list[int]]:
             raise HookError(f"Row {i} of the inputs has no tokens.")
         model.to_tokens(row)
     return rows
+
+
+def _known_array(given: Any) -> Any:
+    """Another library's array (PyTorch's) as NumPy's; anything else as it is."""
+    return np.asarray(given) if hasattr(given, "__array__") and not isinstance(given, mx.array) else given
 
 
 def _is_row(row: Any) -> bool:

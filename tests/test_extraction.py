@@ -396,3 +396,21 @@ def test_behind_a_gate_heads_are_read_where_the_projection_reads() -> None:
         assert cache.positions(f"head_out_L{layer}H0") == [4, 1]
     with pytest.raises(HookError, match="lies a gate"):
         model.forward([1, 2, 3], ["last"], ExtractionConfig(extract_head_values_projected=True))
+
+
+class Foreign:
+    """An array of a library that is not known here."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.array(self.rows, dtype)
+
+
+def test_arrays_of_other_libraries_are_inputs(llama: HookedModel) -> None:
+    inputs = {"input_ids": Foreign([TOKENS, TOKENS]), "attention_mask": Foreign([[1] * 8, [0] * 3 + [1] * 5])}
+    expected = llama.forward([TOKENS, TOKENS[3:]], ["last"])
+    assert equal(llama.forward(inputs, ["last"]).logits, expected.logits)
+    with pytest.raises(HookError, match="attention_mask has the shape of input_ids"):
+        llama.forward({"input_ids": TOKENS, "attention_mask": []}, ["last"])

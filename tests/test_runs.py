@@ -494,6 +494,16 @@ def test_the_environment_names_the_base_directory(tmp_path: Path, monkeypatch: p
 
 @pytest.fixture
 def many(saver: ActivationSaver) -> ActivationLoader:
+    return fill(saver)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> ActivationLoader:
+    """The same, for tests that only ask."""
+    return fill(ActivationSaver(tmp_path_factory.mktemp("filled"), "first"))
+
+
+def fill(saver: ActivationSaver) -> ActivationLoader:
     edit = {"hook_point": "blocks.0.attn.hook_z", "type": "add", "vector": [1.0, 2.0]}
     large = Intervention("hook_embed", "add", vector=np.arange(100.0))
     heads = ExtractionConfig(extract_head_out=True, attn_heads=[{"layer": 0, "head": 1}, {"layer": 2, "head": 3}])
@@ -548,12 +558,12 @@ def many(saver: ActivationSaver) -> ActivationLoader:
         ({"experiment_name": "*", "model_name": "gpt2", "extraction_config": RESID, "interventions": []}, "abe"),
     ],
 )  # fmt: skip
-def test_a_query_finds_what_meets_all_criteria(many: ActivationLoader, criteria: dict[str, Any], tags: str) -> None:
-    assert [run.tag for run in many.query(**criteria)] == list(tags)
+def test_a_query_finds_what_meets_all_criteria(filled: ActivationLoader, criteria: dict[str, Any], tags: str) -> None:
+    assert [run.tag for run in filled.query(**criteria)] == list(tags)
 
 
-def test_a_time_is_found_by_its_beginning(many: ActivationLoader) -> None:
-    first = many.query()[0]
+def test_a_time_is_found_by_its_beginning(filled: ActivationLoader) -> None:
+    first = filled.query()[0]
     stamp = first.metadata["save_time"]
     second = first.run_id[:19]
     for written in (
@@ -566,12 +576,12 @@ def test_a_time_is_found_by_its_beginning(many: ActivationLoader) -> None:
         stamp[:4],
         second[:16],
     ):
-        assert "a" in [run.tag for run in many.query(save_time=written)]
-    assert [run.tag for run in many.query(save_time=stamp)] == ["a"]
-    assert not many.query(save_time="2023-04-15")
+        assert "a" in [run.tag for run in filled.query(save_time=written)]
+    assert [run.tag for run in filled.query(save_time=stamp)] == ["a"]
+    assert not filled.query(save_time="2023-04-15")
     for wrong in ("yesterday", "2023-4-15", "20230415", "", 5):
         with pytest.raises(HookError, match="A time is written '2023-04-15_14-30-25'"):
-            many.query(save_time=wrong)  # type: ignore[arg-type]
+            filled.query(save_time=wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -587,10 +597,10 @@ def test_a_time_is_found_by_its_beginning(many: ActivationLoader) -> None:
     ],
 )
 def test_criteria_that_no_run_could_meet_are_refused(
-    many: ActivationLoader, criteria: dict[str, Any], message: str
+    filled: ActivationLoader, criteria: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(HookError, match=message):
-        many.query(**criteria)
+        filled.query(**criteria)
 
 
 def test_without_a_folder_there_is_nothing_to_query(tmp_path: Path) -> None:
@@ -599,8 +609,8 @@ def test_without_a_folder_there_is_nothing_to_query(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_is_printed_at_an_index_is_what_it_means(many: ActivationLoader) -> None:
-    found = many.query()
+def test_what_is_printed_at_an_index_is_what_it_means(filled: ActivationLoader) -> None:
+    found = filled.query()
     lines = str(found).splitlines()
     assert lines[1] == f"1 - {found[1].run_id}: experiment first, model gpt2, tag b"
     assert found.get_paths()[1] == found[1].path
@@ -608,12 +618,12 @@ def test_what_is_printed_at_an_index_is_what_it_means(many: ActivationLoader) ->
     assert found.load()[1]["tag"] == "d"
     assert found.load(found[2].run_id)[1]["tag"] == "c"
     assert [run.tag for run in found[1:3]] == ["b", "c"]
-    assert str(many.query(tag="zzz")) == "No runs."
+    assert str(filled.query(tag="zzz")) == "No runs."
     assert found[0].load()[1]["run_id"] == found[0].run_id
 
 
-def test_a_run_that_is_not_there_is_named(many: ActivationLoader) -> None:
-    found = many.query()
+def test_a_run_that_is_not_there_is_named(filled: ActivationLoader) -> None:
+    found = filled.query()
     second = found[0].run_id[:15]
     with pytest.raises(HookError, match=rf"4 runs begin with '{second}': .*Give more of the name, or an index"):
         found.load(second)
@@ -626,7 +636,7 @@ def test_a_run_that_is_not_there_is_named(many: ActivationLoader) -> None:
         with pytest.raises(HookError, match="A run is named by an index or by its folder's name"):
             found.load(wrong)  # type: ignore[arg-type]
     with pytest.raises(HookError, match="found no runs"):
-        many.query(tag="zzz").load(-1)
+        filled.query(tag="zzz").load(-1)
 
 
 def test_removing_removes_what_was_listed(many: ActivationLoader) -> None:
@@ -785,8 +795,18 @@ def test_what_other_processes_do_is_noticed(saver: ActivationSaver, loader: Acti
     described = json.loads((path / "metadata.json").read_text())
     (path / "metadata.json").write_text(json.dumps(described | {"tag": "edited by hand"}))
     assert [run.tag for run in loader.query()] == ["edited by hand", "b"]
+    # As long as before, in the same file.
+    (path / "metadata.json").write_text(json.dumps(described | {"tag": "edited by head"}))
+    assert [run.tag for run in loader.query()] == ["edited by head", "b"]
     shutil.rmtree(path)
     assert [run.tag for run in loader.query()] == ["b"]
+
+
+def test_a_time_that_was_written_by_hand_is_found(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver) / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"save_time": "2023-04-15 14:30:25+00:00"}))
+    assert len(loader.query(save_time="2023-04-15_14-30-25")) == len(loader.query(save_time="2023")) == 1
+    assert not loader.query(save_time="2023-04-15_14-30-26")
 
 
 def test_the_index_is_made_again_from_the_files(many: ActivationLoader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """What a run holds: an activation cache, an array or arrays by name, in one file, restored as it was given."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -128,7 +128,7 @@ class Content:
             "kind": "cache",
             "records": described,
             "mapping_index": [[label, entries] for label, entries in cache.mapping_index.items()],
-            "token_positions": cache.token_positions,
+            "token_positions": [_plain_ids(row) for row in cache.token_positions],
             "row_lengths": cache.row_lengths,
             "receipts": [receipt.to_dict() for receipt in cache.interventions],
         }
@@ -155,11 +155,19 @@ def _plain_labels(record: CapturedActivation) -> dict[str, Any]:
     point = record.hook_point
     described = labels(record)
     described["hook_point"] = {f.name: getattr(point, f.name) for f in fields(HookPoint)}
-    ids = record.position_ids
-    described["position_ids"] = (
-        [ids.start, ids.stop] if isinstance(ids, range) and ids.step == 1 else {"ids": list(ids)}
-    )
+    described["position_ids"] = _plain_ids(record.position_ids)
     return described
+
+
+def _plain_ids(ids: Sequence[int]) -> Any:
+    """Positions as JSON: an interval by its ends, so that the header of a long text's activations stays short."""
+    if len(ids) > 2 and list(ids) == list(range(ids[0], ids[-1] + 1)):
+        return {"start": ids[0], "stop": ids[-1] + 1}
+    return list(ids)
+
+
+def _ids(plain: Any) -> Sequence[int]:
+    return range(plain["start"], plain["stop"]) if isinstance(plain, dict) else plain
 
 
 def read_content(path: Path, metadata: Mapping[str, Any]) -> Any:
@@ -181,17 +189,17 @@ def read_content(path: Path, metadata: Mapping[str, Any]) -> Any:
         file.nbytes(key)
         cache.add(SavedActivation(_labels(described), file, key))
     cache.mapping_index = {tuple(w) if isinstance(w, list) else w: entries for w, entries in content["mapping_index"]}
-    cache.token_positions, cache.row_lengths = content["token_positions"], content["row_lengths"]
+    cache.token_positions = [list(_ids(row)) for row in content["token_positions"]]
+    cache.row_lengths = content["row_lengths"]
     cache.interventions = tuple(InterventionReceipt(**_with_tuples(receipt)) for receipt in content["receipts"])
     cache.metadata = {key: metadata.get(key) for key in _MADE_WITH}
     return cache
 
 
 def _labels(described: dict[str, Any]) -> dict[str, Any]:
-    ids = described["position_ids"]
     return described | {
         "hook_point": HookPoint(**_with_tuples(described["hook_point"])),
-        "position_ids": ids["ids"] if isinstance(ids, dict) else range(*ids),
+        "position_ids": _ids(described["position_ids"]),
         "heads": None if described["heads"] is None else tuple(described["heads"]),
     }
 

@@ -32,7 +32,7 @@ class Row:
 
     Args:
         experiment, folder, run: its folder below the base directory.
-        stamp: when its metadata was written, its size and its inode, in one text; empty where there is no such file.
+        written, size, inode: of its metadata's file, as the file system tells; 0 where there is none.
         problem: why it cannot be read, or nothing.
         time: seconds since 1970 in UTC, to sort by.
     """
@@ -40,7 +40,9 @@ class Row:
     experiment: str
     folder: str
     run: str
-    stamp: str
+    written: int
+    size: int
+    inode: int
     problem: str = ""
     time: float = 0.0
     save_time: str = ""
@@ -53,7 +55,6 @@ class Row:
     custom: str = "{}"
 
 
-_Place = tuple[str, str, str]
 _COLUMNS = [field.name for field in fields(Row)]
 
 
@@ -66,7 +67,8 @@ class RunIndex:
 
     def __init__(self, base: Path) -> None:
         self.base = base
-        self._rows: dict[_Place, Row] | None = None
+        self._known: dict[tuple[str, str], dict[str, Row]] | None = None
+        """What was read, by experiment and model, and by run."""
         self._lock = threading.Lock()
 
     def rows(self, experiment: str | None = None) -> list[Row]:
@@ -76,54 +78,64 @@ class RunIndex:
             OSError: the base directory cannot be listed.
         """
         with self._lock:
-            if self._rows is None:
-                self._rows = {(row.experiment, row.folder, row.run): row for row in self._stored()}
-            known = self._rows
+            if self._known is None:
+                self._known = {}
+                for row in self._stored():
+                    self._known.setdefault((row.experiment, row.folder), {})[row.run] = row
+            known, seen = self._known, set()
+            fresh: list[Row] = []
+            gone: list[tuple[str, str, str]] = []
             # Nothing is moved while runs are listed and read, so nothing is missed between two folders.
             with locked(self.base, shared=True):
-                found = dict(self._listed(experiment))
-                fresh = {
-                    place: self._read(place, stamp)
-                    for place, stamp in found.items()
-                    if place not in known or known[place].stamp != stamp or known[place].problem
-                }
-            for place in [
-                place for place, row in fresh.items() if row.problem and not self.base.joinpath(*place).is_dir()
-            ]:
-                # Removed in between.
-                del fresh[place], found[place]
-            gone = [place for place in known.keys() - found.keys() if experiment in (None, place[0])]
-            known.update(fresh)
-            for place in gone:
-                del known[place]
+                for place in self._places(experiment):
+                    seen.add(place)
+                    before = known.get(place, {})
+                    known[place] = self._listed(place, before, fresh)
+                    gone += [(*place, run) for run in before.keys() - known[place].keys()]
+            for place in [place for place in known if place not in seen and experiment in (None, place[0])]:
+                gone += [(*place, run) for run in known.pop(place)]
             if fresh or gone:
-                self._store(fresh.values(), gone)
-            return [known[place] for place in found]
+                self._store(fresh, gone)
+            return [row for place in known if experiment in (None, place[0]) for row in known[place].values()]
 
-    def _listed(self, experiment: str | None) -> Iterator[tuple[_Place, str]]:
-        """Each run's stamp."""
-        base = os.fspath(self.base)
-        for experiment_name in _folders(base) if experiment is None else [experiment]:
-            for folder in _folders(f"{base}/{experiment_name}"):
-                above = f"{base}/{experiment_name}/{folder}"
-                for run in _folders(above):
-                    try:
-                        # A Path per run would take longer than the call.
-                        state = os.stat(f"{above}/{run}/{METADATA}")  # noqa: PTH116
-                        stamp = f"{state.st_mtime_ns} {state.st_size} {state.st_ino}"
-                    except OSError:
-                        if not Path(above, run).is_dir():
-                            continue
-                        stamp = ""
-                    yield (experiment_name, folder, run), stamp
+    def _places(self, experiment: str | None) -> Iterator[tuple[str, str]]:
+        """Experiments and their models' folders."""
+        for name in experiments(self.base) if experiment is None else [experiment]:
+            for folder in _folders(f"{self.base}/{name}"):
+                yield name, folder
 
-    def _read(self, place: _Place, stamp: str) -> Row:
-        path = self.base.joinpath(*place)
+    def _listed(self, place: tuple[str, str], before: dict[str, Row], fresh: list[Row]) -> dict[str, Row]:
+        """A folder's runs. Those that ``before`` does not have as they are now are read, and noted in ``fresh``."""
+        above = f"{self.base}/{place[0]}/{place[1]}"
+        now = {}
+        for run in _folders(above):
+            row = before.get(run)
+            try:
+                # Ten thousand times in a query: a Path would take longer than the call.
+                state = os.stat(f"{above}/{run}/{METADATA}")  # noqa: PTH116
+                written, size, inode = state.st_mtime_ns, state.st_size, state.st_ino
+            except OSError:
+                written, size, inode = 0, 0, 0
+            if row is None or row.problem or row.written != written or row.size != size or row.inode != inode:
+                row = self._read(*place, run, written, size, inode)
+                if row.problem and not Path(above, run).is_dir():
+                    # Removed in between.
+                    continue
+                fresh.append(row)
+            now[run] = row
+        return now
+
+    def _read(self, experiment: str, folder: str, run: str, written: int, size: int, inode: int) -> Row:
+        """A run's row, of its folder's names and what the file system tells of its metadata's file."""
         try:
-            found = read_metadata(path)
+            found = read_metadata(self.base / experiment / folder / run)
             return Row(
-                *place,
-                stamp,
+                experiment,
+                folder,
+                run,
+                written,
+                size,
+                inode,
                 time=datetime.fromisoformat(found["save_time"]).timestamp(),
                 save_time=found["save_time"],
                 model_name=found["model_name"],
@@ -135,7 +147,7 @@ class RunIndex:
                 custom=canonical({key: value for key, value in found.items() if key not in RESERVED}),
             )
         except (OSError, ValueError) as error:
-            return Row(*place, stamp, problem=_reason(error))
+            return Row(experiment, folder, run, written, size, inode, problem=_reason(error))
 
     def _stored(self) -> list[Row]:
         """The rows that another process, or an earlier one, has read."""
@@ -151,7 +163,7 @@ class RunIndex:
             # Damaged, locked or another version's: the files say the same.
             return []
 
-    def _store(self, fresh: Iterable[Row], gone: Iterable[_Place]) -> None:
+    def _store(self, fresh: Iterable[Row], gone: Iterable[tuple[str, str, str]]) -> None:
         path = self.base / _DATABASE
         try:
             self._write(path, fresh, gone)
@@ -162,11 +174,12 @@ class RunIndex:
             # Damaged: made anew, with all that this process knows.
             path.unlink(missing_ok=True)
             try:
-                self._write(path, (self._rows or {}).values(), ())
+                rows = [row for runs in (self._known or {}).values() for row in runs.values()]
+                self._write(path, rows, ())
             except sqlite3.Error:
                 return
 
-    def _write(self, path: Path, fresh: Iterable[Row], gone: Iterable[_Place]) -> None:
+    def _write(self, path: Path, fresh: Iterable[Row], gone: Iterable[tuple[str, str, str]]) -> None:
         with closing(sqlite3.connect(path, timeout=2)) as database:
             # After a crash of the machine it is made anew.
             database.execute("PRAGMA synchronous=OFF")

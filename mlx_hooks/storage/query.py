@@ -204,7 +204,8 @@ def criteria(
         accepts.append(lambda row: row.tag == tag)
     if save_time is not None:
         time = about.digits(save_time)
-        accepts.append(lambda row: about.digits(row.save_time).startswith(time))
+        # Whatever may have been written there by hand: up to the microsecond, and without the zone.
+        accepts.append(lambda row: "".join(filter(str.isdigit, row.save_time[:26])).startswith(time))
     if target_token_positions is not None:
         positions = about.canonical(about.plain_positions(target_token_positions))
         accepts.append(lambda row: row.positions == positions)
