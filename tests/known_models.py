@@ -17,7 +17,8 @@ The last dimension of each of the first four is minus the sum of its others, so 
 
 **LayerNorm** is then a scaling alone. Its weight is B sqrt(2 / d_model), 0 on the ballast, its bias 0. So it multiplies
 all but the ballast by ``g = 1 / sqrt(1 + (s + d_model eps) / (2 B^2))``, where s is the sum of squares of all but the
-ballast. g is 1 within 2e-6 whatever is written, so no part of the model feels another one through the norm.
+ballast. g is 1 within 2e-6 whatever is written, so no part of the model feels another one through the norm. The last
+norm's weight is FINAL = 4 times that of the others.
 
 **Attention** divides by sqrt(d_head); the query's weights multiply by it. So the scores are these, times the g of each
 side's position:
@@ -35,8 +36,8 @@ that followed earlier occurrences of its own token, equally; where there are non
 nothing. Sequences begin with token 0, which does not come again: position 0 is its own "token before". The only edge
 between heads of the two layers is from ``previous_head`` to the keys of ``induction_head``.
 
-**MLPs** have weights and biases 0. **The unembedding** is UNEMBED = 16 times the `output` part: where the induction
-head has nothing to say, all logits are 0.
+**MLPs** have weights and biases 0. **The unembedding** is UNEMBED = 4 times the `output` part, so a logit is 16 times
+what was written there: where the induction head has nothing to say, all logits are 0.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,8 @@ EPSILON = 1e-5
 PREVIOUS = 17 * np.log(2)
 MATCH = 34 * np.log(2)
 REST = 17 * np.log(2)
-UNEMBED = 16.0
+FINAL = 4.0
+UNEMBED = 4.0
 START = 0
 """The token that sequences begin with, and that has no value in the induction head."""
 
@@ -121,7 +123,7 @@ class KnownInduction:
         weights = {
             "transformer.wte.weight": self.one_hots("token"),
             "transformer.wpe.weight": self.one_hots("position") + self.ballast,
-            "transformer.ln_f.weight": norm,
+            "transformer.ln_f.weight": FINAL * norm,
             "transformer.ln_f.bias": np.zeros(self.d_model),
             "lm_head.weight": UNEMBED * self.read("output"),
         }
@@ -222,12 +224,12 @@ class KnownInduction:
                 f"blocks.{layer}.hook_mlp_out": np.zeros_like(embed),
                 f"blocks.{layer}.hook_resid_post": stream[layer + 1],
             }
-        return values | {"hook_logits": UNEMBED * self.gain(squares)[:, None] * output}
+        return values | {"hook_logits": UNEMBED * FINAL * self.gain(squares)[:, None] * output}
 
     def lens(self, value: np.ndarray) -> np.ndarray:
         """Logits [pos, d_vocab] of a value [pos, d_model] with mean 0, through the last norm and the unembedding."""
         scale = BALLAST * np.sqrt(2 / self.d_model) / np.sqrt((value**2).mean(-1, keepdims=True) + EPSILON)
-        return UNEMBED * scale * (value @ self.read("output").T)
+        return UNEMBED * FINAL * scale * (value @ self.read("output").T)
 
     def continuations(self, tokens: Sequence[int]) -> dict[int, list[int]]:
         """Which earlier positions the induction head reads, by query position: those whose token before is the query's.

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from known_models import START, UNEMBED, KnownInduction
+from known_models import FINAL, START, UNEMBED, KnownInduction
 
 from mlx_hooks import (
     AttentionExtractionHook,
@@ -87,7 +87,7 @@ def test_the_model_predicts_what_followed_before(model: HookedModel) -> None:
     for query, row in enumerate(logits):
         followers = np.bincount([tokens[k] for k in sources.get(query, [])], minlength=KNOWN.vocabulary)
         # Each token gets its share of the occurrences before; without any, no token is preferred.
-        np.testing.assert_allclose(row, UNEMBED * followers / max(followers.sum(), 1), atol=0.1)
+        np.testing.assert_allclose(row, UNEMBED * FINAL * followers / max(followers.sum(), 1), atol=0.1)
 
 
 def test_what_it_generates_repeats_what_it_read(model: HookedModel) -> None:
