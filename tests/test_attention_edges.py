@@ -91,6 +91,21 @@ def test_records_are_the_seed_s(llama: HookedModel) -> None:
     assert hook.n_edges == sum(len(record["edges"]) for record in data)
 
 
+def test_records_are_compared_and_added_as_a_list_is(llama: HookedModel) -> None:
+    hook, other = AttentionExtractionHook(store_values=True), AttentionExtractionHook(0.3, store_values=True)
+    llama.generate(PROMPT, max_tokens=3, hooks=[hook, other])
+    data = hook.attention_data
+    assert data == hook.attention_data == list(data)
+    assert list(data) == data
+    assert data != other.attention_data
+    assert data != list(data)[1:]
+    assert data != "records"
+    none: list[dict] = []
+    assert data == data + none
+    assert data == none + data
+    assert (data + other.attention_data)[len(data)]["edges"][0]["weight"] > 0.3
+
+
 def test_a_hook_holds_the_latest_generation(llama: HookedModel) -> None:
     hook = AttentionExtractionHook()
     llama.generate(LONG, max_tokens=3, hooks=[hook])
@@ -206,6 +221,8 @@ def test_edges_of_a_head_come_strongest_first(llama: HookedModel) -> None:
         hook.get_edges_for_layer_head(7, 0)
     with pytest.raises(HookError, match=r"No attention of head 9 of layer 0 was seen. There are: 0, 1, 2, 3."):
         hook.get_edges_for_layer_head(0, 9)
+    with pytest.raises(HookError, match=r"No attention of layer '0' was seen. There are: 0, 1, 2."):
+        hook.get_edges_for_layer_head("0", 0)
 
 
 def test_a_summary_tells_what_was_received_as_key_and_given_as_query(tiny: HookedModel) -> None:
@@ -250,6 +267,11 @@ def test_a_summary_of_what_is_not_there(tiny: HookedModel) -> None:
     for position in (15, -1, True, 1.0):
         with pytest.raises(HookError, match="Positions 0 to 14 were read, got"):
             hook.get_token_attention_summary(position=position)
+    with pytest.raises(HookError, match=r"token is the text of a token, got 5: give a position as position="):
+        hook.get_token_attention_summary(5)
+    assert hook.get_token_attention_summary(position=np.int64(2))["token"] == "Mary"
+    with pytest.raises(HookError, match="No position was read, got 0"):
+        AttentionExtractionHook().get_token_attention_summary(position=0)
     for arguments in ({}, {"token": "a", "position": 1}):
         with pytest.raises(HookError, match="give one of them"):
             hook.get_token_attention_summary(**arguments)
@@ -416,6 +438,12 @@ def test_a_file_that_cannot_be_written_loses_nothing(save: Any, tmp_path: Path, 
         save(hook, tmp_path / "no" / "such" / "a.json")
     with pytest.raises(HookError, match="it is a folder; name a file in it"):
         save(hook, tmp_path)
+    with pytest.raises(HookError, match="path is the path of a file, got None"):
+        save(hook, None)
+    # The message has the file that was asked for, not what it is called while it is written.
+    name = 300 * "a"
+    with pytest.raises(HookError, match=f"^cannot write {tmp_path}/{name}: File name too long$"):
+        save(hook, tmp_path / name)
     target = tmp_path / "a.json"
     target.write_text("older")
 

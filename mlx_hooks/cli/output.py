@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ..errors import HookError
 from ..storage import files
 
 
@@ -12,9 +11,13 @@ def write_whole(path: Path, text: str | bytes) -> None:
     Raises:
         HookError: when the file cannot be written; an older one is still there.
     """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder; name a file in it")
+    with files.writing(path):
         files.write_whole(path, text)
-    except (OSError, ValueError) as error:
-        raise HookError(f"cannot write {path}: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise HookError if a file could not be written at ``path``; nothing is left there."""
+    with files.writing(path):
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.absolute().parent}")
+        files.try_file(path)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import HookError
+
 _MARK = ".writing"
 _YOUNG_FOLDER = 60.0
 """Seconds: a folder may be this old before its writer has locked it."""
@@ -50,6 +52,29 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     """Replace a file by text in UTF-8, or by bytes."""
     with whole_file(path, durable=durable) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def try_file(path: Path) -> None:
+    """Raise OSError if a file could not be written at ``path``; nothing is left there."""
+    draft = _beside(path)
+    draft.touch()
+    draft.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes a file: what goes wrong there is told of the file that was asked for.
+
+    Raises:
+        HookError: for a folder, and when the block raises OSError or ValueError.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder; name a file in it")
+        yield
+    except (OSError, ValueError) as error:
+        # The whole text would name the draft, which nobody knows.
+        raise HookError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
