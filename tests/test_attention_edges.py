@@ -1,6 +1,7 @@
 """Attention as a graph of a generation: which weights are kept, what is said of them, and the files of it."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,38 @@ def test_no_python_object_is_made_per_weight(tiny: HookedModel, monkeypatch: pyt
     tiny.generate(tiny.to_tokens([5 + i % 500 for i in range(600)]), max_tokens=2, hooks=[AttentionExtractionHook()])
     # 599 rows in parts with the keys that they can see, the prompt's last row, a generated token; in each of 4 layers.
     assert shapes == [(4, 256, 256), (4, 256, 512), (4, 87, 599)] * 4 + [(4, 1, 600)] * 4 + [(4, 1, 601)] * 4
+
+
+@pytest.mark.parametrize(("n_prompt", "n_tokens"), [(2048, 1), (16, 256)])
+def test_watching_attention_takes_at_most_twice_the_time(tiny: HookedModel, n_prompt: int, n_tokens: int) -> None:
+    """Coarsely: processor time, the best of some pairs; benchmarks/observers.py measures it."""
+    prompt = tiny.to_tokens(np.random.default_rng(0).integers(5, tiny.cfg.d_vocab, n_prompt).tolist())
+
+    def seconds(hooks: list) -> float:
+        begin = time.process_time()
+        tiny.generate(prompt, max_tokens=n_tokens, hooks=hooks, logit_bias={3: -1e9})
+        return time.process_time() - begin
+
+    ratios: list[float] = []
+    while len(ratios) < 5 and min(ratios, default=9.0) > 2:
+        plain = seconds([])
+        ratios.append(seconds([AttentionExtractionHook(0.1)]) / plain)
+    assert min(ratios) <= 2
+
+
+def test_parts_on_a_cpu_are_the_captured_pattern(tiny: HookedModel) -> None:
+    """A long prompt, whose softmax is not MLX's; at positions after others, and of no more than a part."""
+    prompt = [5 + i * i % 500 for i in range(600)]
+    hook = AttentionExtractionHook(0.01)
+    fed = prompt + in_chunks(tiny, prompt, [hook], 350, max_tokens=2)[:-1]
+    _, cache = tiny.run_with_cache([fed], "blocks.*.attn.hook_pattern")
+    edges = hook.edge_arrays()
+    for layer in range(tiny.cfg.n_layers):
+        pattern, own = cache.numpy(("pattern", layer))[0], edges["layer"] == layer
+        got = np.zeros_like(pattern)
+        got[edges["head"][own], edges["target"][own], edges["source"][own]] = edges["weight"][own]
+        clear = np.abs(pattern - 0.01) > 1e-5
+        np.testing.assert_allclose(got[clear], np.where(pattern > 0.01, pattern, 0)[clear], atol=1e-5)
 
 
 def test_whoever_takes_no_parts_is_shown_the_whole(llama: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,14 +101,16 @@ class AttentionExtractionHook(InferenceHook):
         if self.store_values:
             assert attention.value is not None
             self._n_heads[layer_idx] = attention.n_heads
-            self._keep_values((layer_idx, attention.pass_index), attention.value[0])
+            self._keep_values((layer_idx, attention.pass_index), attention.value)
         if self.store_matrices:
             self._matrices.append(np.array(weights))
 
     def _keep_values(self, place: tuple[int, int], value: mx.array) -> None:
-        """Keep values [key, kv_head, d_head] of the positions that are new."""
-        kept = self._values.setdefault(place, Columns(value=(np.float32, value.shape[1:])))
-        kept.append(value=to_numpy(value[len(kept) :]))
+        """Keep values [1, key, kv_head, d_head] of the positions that are new."""
+        kept = self._values.setdefault(place, Columns(value=(np.float32, value.shape[2:])))
+        # As above, where NumPy has the type; it has no bfloat16.
+        new = np.asarray(value)[0, len(kept) :] if value.dtype == mx.float32 else to_numpy(value[0, len(kept) :])
+        kept.append(value=new)
 
     # What was kept
 

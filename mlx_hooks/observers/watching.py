@@ -244,7 +244,8 @@ class Watch:
         attention = LayerAttention(
             weights, positions, heads, n_heads, query=parts.get("query"), pass_index=nth, **shared
         )
-        self._happened(ATTENTION_EVENT, layer, [attention], list(parts.values()))
+        views = [value for value in shared.values() if value is not None]
+        self._happened(ATTENTION_EVENT, layer, [attention], [*parts.values(), *views])
 
     def _per_query(self, layer: int, value: mx.array | None, n_heads: int) -> mx.array | None:
         if value is None:
