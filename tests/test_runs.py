@@ -770,7 +770,7 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_found(
         (lambda data: data[:8] + b"x" + data[9:], "header is damaged"),
         (lambda data: data.replace(b'"F32"', b'"F99"'), "header is damaged"),
         (lambda data: data.replace(b'"shape": [2]', b'"shape": [3]'), "header is damaged"),
-        (lambda data: data.replace(b'"content"', b'"context"'), "content"),
+        (lambda data: data.replace(b'"content"', b'"context"'), "it is no run.s file"),
     ],
 )
 def test_a_damaged_file_is_an_error_when_it_is_loaded(
