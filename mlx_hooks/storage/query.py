@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -217,7 +218,7 @@ def criteria(
         if not isinstance(model_name, str):
             raise HookError(f"model_name is a text, got {model_name!r}.")
         wanted = model_name.rstrip("/")
-        accepts.append(lambda row: wanted in (row.model_name.rstrip("/"), Path(row.model_name).name))
+        accepts.append(_cached(attrgetter("model_name"), lambda name: wanted in (name.rstrip("/"), Path(name).name)))
     if tag is not None:
         about.check_tag(tag)
         accepts.append(lambda row: row.tag == tag)
@@ -237,10 +238,10 @@ def criteria(
         custom = about.plain_custom(custom_keys, "custom_keys")
         parts = [part for key, value in custom.items() if (part := _fragment(key, value))]
         accepts.append(lambda row: all(part in row.custom for part in parts))
-        accepts.append(_has(lambda row: row.custom, lambda found: custom.items() <= _Items(found)))
+        accepts.append(_cached(attrgetter("custom"), lambda text: custom.items() <= _Items(json.loads(text))))
     if extraction_config is not None:
         config = _set_flags(extraction_config)
-        accepts.append(_has(lambda row: row.config, lambda found: _has_flags(found, config)))
+        accepts.append(_cached(attrgetter("config"), lambda text: _has_flags(json.loads(text), config)))
     return accepts
 
 
@@ -260,14 +261,14 @@ class _Items:
         return all(key in self.found and self.found[key] == value for key, value in wanted)
 
 
-def _has(text: Callable[[Row], str], test: Callable[[Any], bool]) -> _Accept:
-    """A test on parsed JSON; equal texts are parsed once."""
+def _cached(text: Callable[[Row], str], test: Callable[[str], bool]) -> _Accept:
+    """A test on a text of the row; of equal texts one is tested."""
     answers: dict[str, bool] = {}
 
     def accept(row: Row) -> bool:
         key = text(row)
         if key not in answers:
-            answers[key] = test(json.loads(key))
+            answers[key] = test(key)
         return answers[key]
 
     return accept

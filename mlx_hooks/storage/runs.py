@@ -266,15 +266,17 @@ class ActivationLoader:
             interventions,
             tag,
         )
-        if not self.base_dir.is_dir():
-            raise HookError(f"There is no folder {self.base_dir}: nothing was saved there.")
         try:
+            if not self.base_dir.is_dir():
+                raise HookError(f"There is no folder {self.base_dir}: nothing was saved there.")
             rows = self._index.rows(None if experiment == about.EVERY_EXPERIMENT else experiment)
         except OSError as error:
-            raise HookError(f"{self.base_dir} cannot be read: {error}.") from error
+            raise HookError(f"{self.base_dir} cannot be read: {error.strerror or error}.") from error
         if unreadable := [row for row in rows if row.problem]:
             warn_of(unreadable, "are passed over, since they cannot be read")
-        found = [row for row in rows if not row.problem and all(accept(row) for accept in accepts)]
+        found = [row for row in rows if not row.problem]
+        for accept in accepts:
+            found = [row for row in found if accept(row)]
         # One after the other, since pairs to compare would be ten thousand tuples.
         found.sort(key=attrgetter("run"))
         found.sort(key=attrgetter("time"))
