@@ -1161,7 +1161,7 @@ def columns(*changes: str) -> str:
         columns("config = '{'"),
         columns("config = NULL"),
         columns("custom = '[]'"),
-        columns("interventions = '3'"),
+        columns("interventions = '['"),
         columns("time = 'x' WHERE tag = 'a'"),
         columns("digits = 5"),
         columns("size = 'many'", "tag = 3"),

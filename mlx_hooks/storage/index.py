@@ -60,7 +60,7 @@ class Row:
 
 _COLUMNS = [field.name for field in fields(Row)]
 _KINDS: list[Any] = [field.type for field in fields(Row)]
-_JSON = {"positions": object, "pivots": object, "config": object, "interventions": list, "custom": dict}
+_JSON = {"positions": object, "pivots": object, "config": object, "interventions": object, "custom": dict}
 """The columns that hold JSON, and what is in it."""
 
 
