@@ -145,7 +145,8 @@ def remove_folder(path: Path, *, drafts: Path | None = None) -> None:
     if aside.is_symlink():
         aside.unlink(missing_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
-    _sync_if_there(path.parent)
+    for folder in {path.parent, drafts}:
+        _sync_if_there(folder)
 
 
 def clear_left(folder: Path) -> None:
