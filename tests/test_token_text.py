@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE, WordPiece
 from transformers import PreTrainedTokenizerFast
 
-from api_server.token_text import TokenText
 from mlx_hooks import HookedModel
+from mlx_hooks.token_text import TokenText
 
 PIECES = ["<unk>", "<0xF0>", "<0x9F>", "<0x0A>", "\u2581the", "th", "\u2581", "\u00e9\u2581\u2581"]
 SENTENCEPIECE = {
