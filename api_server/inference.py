@@ -279,7 +279,7 @@ def direct_logit_attribution(model: HookedModel, asked: AttributionRequest) -> d
     names = attribution_points(model)
     # What a raw module gives has no named axes to select positions of.
     selects = all(name in model.hook_points for name in names)
-    _, cache = model.run_with_cache(tokens, names, sorted(set(positions)) if selects else None, logits="none")
+    _, cache = model.run_with_cache(tokens, names, positions if selects else None, logits="none")
     found = attribution.direct_logit_attribution(cache, asked.token_directions, model=model, positions=positions)
     plain = found.to_dict()
     return {
