@@ -186,6 +186,19 @@ def test_a_run_with_edits_does_not_add_up_silently() -> None:
         direct_logit_attribution(cache, PAIRS, model=model)
 
 
+def test_an_edited_run_is_attributed_where_the_edit_is_in_the_sum() -> None:
+    model = HookedModel(make_model("llama"))
+    for name, summed in (("attn.hook_z", True), ("hook_mlp_out", True), ("hook_resid_post", False)):
+        edit = {"hook_point": f"blocks.1.{name}", "type": "scale", "factor": 2.0}
+        logits, cache = model.run_with_cache(TOKENS, attribution_points(model), interventions=[edit])
+        if not summed:
+            with pytest.raises(HookError, match="do not add up to the logit"):
+                direct_logit_attribution(cache, 3, model=model)
+            continue
+        found = direct_logit_attribution(cache, 3, model=model)
+        np.testing.assert_allclose(found.total, np.array(logits)[:, -1:, 3], atol=1e-4)
+
+
 class Capped(nn.Linear):
     """An unembedding whose logits are capped softly at 2."""
 

@@ -75,9 +75,10 @@ class LogitLens:
         lens.compute(cache, "resid_out_{i}")["logit_lens_resid_out_0"]              # (batch, pos, d_vocab)
         lens.compute(cache, "resid_out_{i}", token_directions=[(" yes", " no")])    # (batch, pos) each
 
-    By default the norm takes each value's own statistics, so the last layer's reading is the model's own output, bit
-    for bit where the same batch and positions are read. The model's own end makes the logits, so norms, biases,
-    multipliers, quantised and tied unembeddings and soft caps are what they are in the model.
+    By default the norm takes each value's own statistics, so the last layer's reading is the model's own output: bit
+    for bit where all positions of the run are read, within rounding where some were selected. The model's own end
+    makes the logits, so norms, biases, multipliers, quantised and tied unembeddings and soft caps are what they are in
+    the model.
     """
 
     def __init__(self, model: HookedModel) -> None:
@@ -126,8 +127,9 @@ class LogitLens:
             metric: of the directions: "logit_diff", or "accuracy", the share of batch rows in which the first of a pair
                 is above the second, or a single token above all others.
             norm: "own": the last norm takes the statistics of what it reads. "final": it keeps those that it has in the
-                run, so that readings of parts add up, but for the norm's bias; capture ``ln_final.hook_in`` too, or the
-                last layer's ``resid_post``.
+                run, so that readings of parts add up, but for the biases of norm and unembedding and where no soft cap
+                follows (else see ``direct_logit_attribution``); capture ``ln_final.hook_in`` too, or the last layer's
+                ``resid_post``.
             tuned: a tuned lens, whose translators are applied first, to ``resid_post``.
 
         Returns:
