@@ -10,9 +10,10 @@ import numpy as np
 from mlx_hooks import CapturedActivation, GenerationStep, HookedModel, SelfTest
 from mlx_hooks.analysis import attribution
 from mlx_hooks.analysis.attribution import attribution_points
-from mlx_hooks.analysis.logit_lens import HEADS, LogitLens
+from mlx_hooks.analysis.logit_lens import HEADS, LogitLens, component_of
 from mlx_hooks.interventions import InterventionPlan, Reach
 from mlx_hooks.manager import CapturePlan
+from mlx_hooks.token_text import TokenText
 from neuroscope_bridge import payload
 from neuroscope_bridge.payload import NumberTooLargeError
 
@@ -21,7 +22,6 @@ from .jobs import Progress
 from .logprobs import TokenScore, score
 from .schemas.fields import MAX_PREDICTIONS, MAX_TOKENS
 from .schemas.requests import AttributionRequest, ChatMessage, GenerationRequest, LogitLensRequest
-from .token_text import TokenText
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]
 
@@ -219,9 +219,8 @@ def check_tokens(model: HookedModel, tokens: list[int], param: str) -> list[int]
 
 def token_strings(model: HookedModel, tokens: Sequence[int]) -> list[str]:
     """Each token's own text; without a tokenizer, its number."""
-    if model.tokenizer is None:
-        return [str(token) for token in tokens]
-    return [model.tokenizer.decode([token]) for token in tokens]
+    spelling = TokenText(model.tokenizer)
+    return [spelling.text(token) for token in tokens]
 
 
 def text_of(model: HookedModel, tokens: list[int]) -> str:
@@ -235,7 +234,8 @@ def logit_lens(model: HookedModel, asked: LogitLensRequest) -> Generator[dict[st
     room_for(model, tokens)
     one = asked.positions is None
     positions = _positions(tokens, asked.position if one else asked.positions, "position" if one else "positions")
-    rows_each = sum(max(1, model.cfg.n_heads) if c == HEADS else 1 for c in asked.components) * model.cfg.n_layers
+    n_heads = max(1, model.cfg.n_heads)
+    rows_each = sum(n_heads if component_of(c) == HEADS else 1 for c in asked.components) * model.cfg.n_layers
     if (count := len(positions) * rows_each * asked.top_k) > MAX_PREDICTIONS:
         raise ApiError(
             400,
@@ -276,7 +276,10 @@ def direct_logit_attribution(model: HookedModel, asked: AttributionRequest) -> d
     tokens = prompt_tokens(model, asked.source)
     room_for(model, tokens)
     positions = _positions(tokens, -1 if asked.positions is None else asked.positions, "positions")
-    _, cache = model.run_with_cache(tokens, attribution_points(model), logits="none")
+    names = attribution_points(model)
+    # What a raw module gives has no named axes to select positions of.
+    selects = all(name in model.hook_points for name in names)
+    _, cache = model.run_with_cache(tokens, names, positions if selects else None, logits="none")
     found = attribution.direct_logit_attribution(cache, asked.token_directions, model=model, positions=positions)
     plain = found.to_dict()
     return {

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_hooks import TokenLogprobs
-
-from .token_text import TokenText
+from mlx_hooks.token_text import TokenText
 
 LOWEST = -9999.0
 """What OpenAI writes for a token that cannot be; JSON has no -Infinity."""

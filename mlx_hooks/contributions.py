@@ -124,19 +124,21 @@ class HeadPath:
         Args:
             value: of ``point``, all heads of it: [..., head, d_head] or [..., head * d_head].
         """
-        flat = self._flat(value)
-        zero = self._project(mx.zeros_like(flat))
-        heads = mx.arange(self.n_heads * self.d_head) // self.d_head
-        parts = [self._project(mx.where(heads == head, flat, 0)) - zero for head in range(self.n_heads)]
-        bias = zero
-        if self.after is not None:
-            frozen = LinearNorm(self.after, zero.shape[-1]).freeze(self._project(flat))
-            parts, bias = [frozen.linear(part) for part in parts], frozen(zero)
-        stacked = mx.stack(parts, axis=-2) * self.factor
-        lead = value.shape[: -2 if value.shape[-2:] == (self.n_heads, self.d_head) else -1]
-        return stacked.reshape(*lead, *stacked.shape[-2:]), (bias * self.factor).reshape(*lead, -1)
+        parts = self.parts(value)
+        return parts.all(), parts.constant
 
-    def _flat(self, value: mx.array) -> mx.array:
+    def parts(self, value: mx.array) -> "HeadParts":
+        """The same, a head at a time: a projection is made for each head that is asked for, and for no other."""
+        return HeadParts(self, value)
+
+    @property
+    def adds_constant(self) -> bool:
+        """Whether something is added whatever the heads hold: a bias of the projection, or of the norm behind it."""
+        zero = self.project_value(mx.zeros((1, 1, self.n_heads * self.d_head)))
+        biases = [zero] if self.after is None else [zero, LinearNorm(self.after, zero.shape[-1]).bias]
+        return any(bool(mx.any(bias != 0).item()) for bias in biases)
+
+    def flat(self, value: mx.array) -> mx.array:
         """The value as the projection reads it, [batch, pos, head * d_head], in float32."""
         width = self.n_heads * self.d_head
         by_head = self.point.component == "z" and value.shape[-2:] == (self.n_heads, self.d_head)
@@ -145,8 +147,46 @@ class HeadPath:
             raise HookError(f"What {self.point.name} holds has the shape [..., {shape}], all heads, got {value.shape}.")
         return value.reshape(1, -1, width).astype(mx.float32)
 
-    def _project(self, value: mx.array) -> mx.array:
+    def project_value(self, value: mx.array) -> mx.array:
+        """The output projection of [batch, pos, head * d_head], in float32."""
         return self.project(value).astype(mx.float32)
+
+
+class HeadParts:
+    """What the heads of a layer add where they hold a value.
+
+    Args:
+        path: the layer's.
+        value: of the path's point, all heads of it: [..., head, d_head] or [..., head * d_head].
+    """
+
+    def __init__(self, path: HeadPath, value: mx.array) -> None:
+        self._path = path
+        self._flat = path.flat(value)
+        self._zero = path.project_value(mx.zeros_like(self._flat[:, :1]))
+        self._lead = value.shape[: -2 if value.shape[-2:] == (path.n_heads, path.d_head) else -1]
+        self._frozen: FrozenNorm | None = None
+        if path.after is not None:
+            self._frozen = LinearNorm(path.after, self._zero.shape[-1]).freeze(path.project_value(self._flat))
+
+    def of(self, head: int) -> mx.array:
+        """What one head adds, [..., d_model], in float32."""
+        heads = mx.arange(self._flat.shape[-1]) // self._path.d_head
+        part = self._path.project_value(mx.where(heads == head, self._flat, 0)) - self._zero
+        return self._shaped(part if self._frozen is None else self._frozen.linear(part))
+
+    def all(self) -> mx.array:
+        """What each head adds, [..., head, d_model], in float32."""
+        return mx.stack([self.of(head) for head in range(self._path.n_heads)], axis=-2)
+
+    @property
+    def constant(self) -> mx.array:
+        """What is added whatever the heads hold, [..., d_model], in float32."""
+        zero = mx.broadcast_to(self._zero, (*self._flat.shape[:2], self._zero.shape[-1]))
+        return self._shaped(zero if self._frozen is None else self._frozen(zero))
+
+    def _shaped(self, added: mx.array) -> mx.array:
+        return (added * self._path.factor).reshape(*self._lead, -1)
 
 
 class MlpBiases:

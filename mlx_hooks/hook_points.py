@@ -186,6 +186,15 @@ def components() -> list[str]:
     return list(_BLOCK_ROWS)
 
 
+def component_name(name: str) -> str:
+    """The component of a block that easyroutine's name without a number means; any other is returned as it is.
+
+    >>> component_name("resid_out"), component_name("head_out"), component_name("attn_out")
+    ('resid_post', 'result', 'attn_out')
+    """
+    return _HEAD_KEYS[name][0] if name in _HEAD_KEYS else _ALIASES.get(f"{name}_{{i}}", name)
+
+
 def outer_point(component: str) -> HookPoint:
     """The hook point of a component outside the blocks: ``outer_point("embed").name == "hook_embed"``."""
     name, axes = _OUTER_ROWS[component]

@@ -31,6 +31,7 @@ from .reductions import finish
 from .sampling import Sampling
 from .selftest import Check, SelfTest, quick_selftest, selftest, selftest_steps, warn_of
 from .storage.spill import SpillFolder
+from .token_text import TokenText
 
 Tokens = str | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | mx.array
 ForwardHooks = Iterable[tuple[NamesFilter, HookFunction]]
@@ -160,10 +161,11 @@ class HookedModel:
         return mx.array(array)
 
     def to_str_tokens(self, inputs: Tokens) -> list[str]:
-        """Each token of one sequence as text, in order."""
+        """Each token of one sequence as text with its own spaces, in order; see :class:`TokenText`."""
         if self.tokenizer is None:
             raise HookError("This model has no tokenizer: give token ids, or HookedModel(model, tokenizer).")
-        return [self.tokenizer.decode([token]) for token in id_list(self.to_tokens(inputs)[0])]
+        spelling = TokenText(self.tokenizer)
+        return [spelling.text(token) for token in id_list(self.to_tokens(inputs)[0])]
 
     def unembed(self, residual: mx.array, *, apply_norm: bool = True) -> mx.array:
         """Logits [..., d_vocab] of values [..., d_model] of the stream that leaves the last block.

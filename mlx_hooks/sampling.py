@@ -161,7 +161,7 @@ class Sampler:
         token = self._draw(logprobs)
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1)
-        likely = None if model_s is None else (model_s[token[0]], *_largest(model_s, self._top_logprobs or 0))
+        likely = None if model_s is None else (model_s[token[0]], *largest(model_s, self._top_logprobs or 0))
         return Choice(token, logprobs[0, token[0]], likely)
 
     def _penalised(self, logits: mx.array) -> mx.array:
@@ -185,12 +185,13 @@ def _logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, keepdims=True)
 
 
-def _largest(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """Indices [k] and values [k] of the largest of an array [n], the largest first; all n if there are no more."""
-    k = min(k, values.size)
-    indices = mx.argpartition(-values, kth=max(k - 1, 0))[:k]
-    indices = indices[mx.argsort(-values[indices])]
-    return indices, values[indices]
+def largest(values: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """Indices and values [..., k] of the largest of [..., n], the largest first; all n if there are no more."""
+    k = min(k, values.shape[-1])
+    indices = mx.argpartition(-values, kth=max(k - 1, 0), axis=-1)[..., :k]
+    found = mx.take_along_axis(values, indices, axis=-1)
+    order = mx.argsort(-found, axis=-1)
+    return mx.take_along_axis(indices, order, axis=-1), mx.take_along_axis(found, order, axis=-1)
 
 
 def _own_key(seed: int | None) -> mx.array:

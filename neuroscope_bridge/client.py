@@ -475,10 +475,10 @@ class LMStudioNeuroScopeClient(Connection):
         model: str | None = None,
         *,
         positions: ReadPositions = None,
-        components: Sequence[str] | None = None,
+        components: str | Sequence[str] | None = None,
         norm: str | None = None,
         apply_norm: bool | None = None,
-        token_directions: Sequence[Token] | Sequence[Sequence[Token]] | None = None,
+        token_directions: str | Sequence[Token] | Sequence[Sequence[Token]] | None = None,
         apply_softmax: bool | None = None,
     ) -> Reply:
         """What the model would predict after each layer.
@@ -507,7 +507,7 @@ class LMStudioNeuroScopeClient(Connection):
         body = {"prompt": prompt, "messages": messages, "top_k": top_k, "position": position, "model": model}
         more = {
             "positions": _read_positions(positions),
-            "components": None if components is None else list(components),
+            "components": [components] if isinstance(components, str) else components and list(components),
             "norm": norm,
             "apply_norm": apply_norm,
             "token_directions": _directions(token_directions),
@@ -642,7 +642,8 @@ def _directions(value: Any) -> list[Any] | None:
     def plain(token: Any) -> Any:
         return token if isinstance(token, str) else operator.index(token)
 
-    return [[plain(t) for t in one] if isinstance(one, tuple | list) else plain(one) for one in value]
+    listed = [value] if isinstance(value, str) else value
+    return [[plain(t) for t in one] if isinstance(one, tuple | list) else plain(one) for one in listed]
 
 
 def _require_one(**given: Any) -> None:

@@ -1,15 +1,28 @@
 """Direct logit attribution: on every architecture the parts add up to the logit; single parts against float64."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from every_architecture import on_every_architecture
 from reference import forward
-from tiny_models import make_model
+from tiny_models import CONFIGS, make_model
 
-from mlx_hooks import HookedModel, HookError, LogitLens, attribution_points, direct_logit_attribution
+from mlx_hooks import (
+    ActivationLoader,
+    ActivationSaver,
+    ExtractionConfig,
+    HookedModel,
+    HookError,
+    LogitLens,
+    attribution_points,
+    direct_logit_attribution,
+)
+from mlx_hooks.analysis import attribution
 from mlx_hooks.analysis.attribution import Attribution
+from mlx_hooks.contributions import HeadParts
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
@@ -173,6 +186,19 @@ def test_a_run_with_edits_does_not_add_up_silently() -> None:
         direct_logit_attribution(cache, PAIRS, model=model)
 
 
+def test_an_edited_run_is_attributed_where_the_edit_is_in_the_sum() -> None:
+    model = HookedModel(make_model("llama"))
+    for name, summed in (("attn.hook_z", True), ("hook_mlp_out", True), ("hook_resid_post", False)):
+        edit = {"hook_point": f"blocks.1.{name}", "type": "scale", "factor": 2.0}
+        logits, cache = model.run_with_cache(TOKENS, attribution_points(model), interventions=[edit])
+        if not summed:
+            with pytest.raises(HookError, match="do not add up to the logit"):
+                direct_logit_attribution(cache, 3, model=model)
+            continue
+        found = direct_logit_attribution(cache, 3, model=model)
+        np.testing.assert_allclose(found.total, np.array(logits)[:, -1:, 3], atol=1e-4)
+
+
 class Capped(nn.Linear):
     """An unembedding whose logits are capped softly at 2."""
 
@@ -214,6 +240,9 @@ def test_a_bias_before_a_cap_has_its_own_share() -> None:
         ("", PAIRS, 7, "ln_final.hook_in was not captured at position 7"),
         ("", PAIRS, -6, "positions is None, a whole number or a list of them, got -6"),
         ("", PAIRS, "last", "positions is None, a whole number or a list of them, got 'last'"),
+        ("", PAIRS, 1.5, "positions is None, a whole number or a list of them, got 1.5"),
+        ("", PAIRS, slice(1, 2), "positions is None, a whole number or a list of them, got slice"),
+        ("", PAIRS, True, "positions is None, a whole number or a list of them, got True"),
         ("", PAIRS, [], r"positions is None, a whole number or a list of them, got \[\]"),
     ],
 )
@@ -229,3 +258,61 @@ def test_an_unknown_contribution_lists_what_there_is() -> None:
     found = attributed(HookedModel(make_model("llama")), PAIRS)
     with pytest.raises(HookError, match="There is no contribution 'L9H0'. There are: embed, L0H0, L0H1"):
         found["L9H0"]
+
+
+def test_positions_may_be_numpys_and_places_are_checked() -> None:
+    model = HookedModel(make_model("llama"))
+    for positions in (np.int64(1), [np.int64(1)], np.array([1]), mx.array([1])):
+        assert attributed(model, PAIRS, positions).positions == [1]
+    found = attributed(model, PAIRS)
+    assert found.top(1, row=np.int64(1), position=4) == found.top(1, row=-1)
+    for place in ({"row": 9}, {"row": -3}, {"position": 5}, {"position": 1.5}, {"row": [0]}, {"row": True}):
+        with pytest.raises(HookError, match=r"has 2 rows of 5 positions, counted from 0: there is no row"):
+            found.top(3, **place)
+
+
+FLAGS = ("embed", "resid_in", "head_out", "attn_out", "mlp_out", "last_layernorm")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "gemma2", "phi"])
+def test_what_forward_keeps_is_attributed(name: str, tmp_path: Path) -> None:
+    model = HookedModel(make_model(name) if name in CONFIGS else tiny_model(name))
+    config = ExtractionConfig(**{f"extract_{flag}": True for flag in FLAGS})
+    whole = attributed(model, PAIRS)
+    cache = model.forward(TOKENS, ["all"], config)
+    folder = ActivationSaver(tmp_path).save_cache(cache)
+    assert folder.is_dir()
+    loaded, _ = ActivationLoader(tmp_path).query().load(-1)
+    for held in (cache, loaded, {key: cache.numpy(key) for key in cache}):
+        found = direct_logit_attribution(held, PAIRS, model=model, positions=None)
+        assert found.names() == whole.names()
+        for part in found.names():
+            np.testing.assert_allclose(found[part], whole[part], atol=1e-4, err_msg=part)
+    last = model.extract_cache(
+        [row[:n] for row, n in zip(TOKENS, (5, 3), strict=True)], ["last"], config, progress=False
+    )
+    assert direct_logit_attribution(last, PAIRS, model=model).total.shape == (2, 1)
+
+
+def test_some_heads_do_not_add_up_to_attention() -> None:
+    model = HookedModel(make_model("llama"))
+    heads = [{"layer": layer, "head": head} for layer, head in ((0, 0), (0, 2), (1, 1), (2, 0))]
+    config = ExtractionConfig(**{f"extract_{flag}": True for flag in FLAGS}, attn_heads=heads)
+    cache = model.forward(TOKENS, ["all"], config)
+    with pytest.raises(HookError, match=r"blocks.0.attn.hook_result holds the heads 0, 2: attribution needs all 4"):
+        direct_logit_attribution(cache, PAIRS, model=model)
+
+
+def test_one_part_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HookedModel(make_model("llama"))
+    order = []
+    of, contribution = HeadParts.of, attribution._Part.contribution
+    monkeypatch.setattr(HeadParts, "of", lambda parts, head: order.append("made") or of(parts, head))
+    monkeypatch.setattr(
+        attribution._Part, "contribution", lambda part, *end: order.append("read") or contribution(part, *end)
+    )
+    _, cache = model.run_with_cache(TOKENS, attribution_points(model))
+    order.clear()
+    direct_logit_attribution(cache, PAIRS, model=model)
+    assert "made made" not in " ".join(order)
+    assert order.count("made") == 12

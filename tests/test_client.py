@@ -237,6 +237,11 @@ def test_every_method_asks_its_route(server, client):
         "POST /v1/analysis/logit_lens",
         whole | more | {"token_directions": [[1, "b"]]},
     )
+    asks(
+        client.logit_lens("hi", components="attn_out", token_directions="Paris"),
+        "POST /v1/analysis/logit_lens",
+        whole | {"components": ["attn_out"], "token_directions": ["Paris"]},
+    )
     attribution = "POST /v1/analysis/direct_logit_attribution"
     asks(client.direct_logit_attribution("hi", "a"), attribution, {"prompt": "hi", "token_directions": ["a"]})
     asks(

@@ -149,8 +149,8 @@ def test_log_probabilities_are_computed_only_when_asked_for(
     from mlx_hooks import sampling
 
     calls: list[int] = []
-    largest = sampling._largest
-    monkeypatch.setattr(sampling, "_largest", lambda values, k: calls.append(k) or largest(values, k))
+    largest = sampling.largest
+    monkeypatch.setattr(sampling, "largest", lambda values, k: calls.append(k) or largest(values, k))
     result = llama.generate(PROMPT, max_tokens=3)
     assert (result.top_logprobs, calls) == ((), [])
     llama.generate(PROMPT, max_tokens=3, top_logprobs=2)

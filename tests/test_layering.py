@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ENGINE = [
     "cli", "training", "analysis", "coverage", "inference", "model", "loading", "selftest", "contributions", "capture",
     "generation", "sampling", "observers", "storage", "extraction", "manager", "instrument", "interventions", "hooks",
-    "reductions", "activations", "architectures", "attention", "hook_points", "errors",
+    "reductions", "activations", "architectures", "attention", "hook_points", "token_text", "errors",
 ]  # fmt: skip
 PACKAGES = {
     "mlx_hooks": {"forbidden": {"flask", "waitress", "requests", "api_server", "neuroscope_bridge"}},

@@ -11,13 +11,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, LogitLens, TunedLens
 from mlx_hooks.analysis.lens_table import LensTable, visible
 from mlx_hooks.analysis.logit_lens import Prediction
 from mlx_hooks.cli import main
+from mlx_hooks.cli.output import write_whole
 from mlx_hooks.coverage.models import tiny_model
+from mlx_hooks.storage import files
 
 PROMPT = "The capital of France is"
 
@@ -34,6 +37,20 @@ def test_a_table_has_the_models_own_prediction_in_its_last_row(tiny: HookedModel
     for position, predictions in enumerate(table.cells[-1]):
         assert [p.token_id for p in predictions] == np.argsort(-probabilities[position])[:5].tolist()
         assert predictions[0].probability == pytest.approx(probabilities[position].max(), rel=1e-4)
+
+
+def test_a_table_of_a_tuned_lens_reads_what_compute_reads() -> None:
+    model = HookedModel(make_model("llama"))
+    mx.random.seed(1)
+    tuned = TunedLens(model, mx.random.normal((2, 32, 32)), mx.random.normal((2, 32)))
+    lens, tokens = LogitLens(model), [1, 5, 9]
+    table = LensTable.of(lens, tokens, tuned=tuned)
+    assert table.title == "llama: tuned lens on resid_post"
+    _, cache = model.run_with_cache(tokens, "blocks.*.hook_resid_post")
+    read = lens.compute(cache, "resid_out_{i}", apply_softmax=True, tuned=tuned)
+    shares = np.stack([np.array(one)[0].max(-1) for one in read.values()])
+    found = [[predictions[0].probability for predictions in row] for row in table.cells]
+    np.testing.assert_allclose(found, shares, rtol=1e-4)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
@@ -75,12 +92,14 @@ class Cells(HTMLParser):
         super().__init__()
         self.tags: list[str] = []
         self.hints: list[str | None] = []
+        self.shares: list[str | None] = []
         self.texts: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         if tag == "td":
             self.hints.append(dict(attrs)["title"])
+            self.shares.append(dict(attrs)["style"])
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
@@ -98,6 +117,33 @@ def test_the_page_stands_alone_and_escapes_what_tokens_hold() -> None:
     assert not {"script", "link", "img"} & set(cells.tags)
     assert "http" not in page
     assert "prefers-color-scheme: dark" in page
+
+
+SHARES = [[0.1, 0.25], [0.5, 0.875]]
+
+
+def table_of_shares() -> LensTable:
+    cells = [[[Prediction(0, "a", share), Prediction(1, "b", 0.01)] for share in row] for row in SHARES]
+    return LensTable("t", ["x", "y"], ["0", "1"], cells)
+
+
+def test_each_cell_of_the_page_has_its_share() -> None:
+    cells = Cells()
+    cells.feed(table_of_shares().html())
+    assert cells.shares == [f"--share: {share:.3f}" for row in reversed(SHARES) for share in row]
+
+
+def test_the_picture_shows_the_likeliest_token_s_shares_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    imshow = Axes.imshow
+
+    def watched(axes: Axes, array: Any, **options: Any) -> Any:
+        shown.append((array, options["origin"], options["vmin"], options["vmax"]))
+        return imshow(axes, array, **options)
+
+    monkeypatch.setattr(Axes, "imshow", watched)
+    table_of_shares().png()
+    assert shown == [(SHARES, "lower", 0, 1)]
 
 
 def test_the_last_layer_is_on_top_of_the_page(table: LensTable) -> None:
@@ -140,8 +186,9 @@ def test_models_without_a_tokenizer_and_with_several_passes_have_tables() -> Non
 
 
 def test_heads_have_no_table() -> None:
-    with pytest.raises(HookError, match="A table has one value per layer"):
-        LensTable.of(LogitLens(HookedModel(make_model("llama"))), [1, 5], component="heads")
+    for name in ("heads", "head_out"):
+        with pytest.raises(HookError, match="A table has one value per layer"):
+            LensTable.of(LogitLens(HookedModel(make_model("llama"))), [1, 5], component=name)
 
 
 # The command
@@ -162,6 +209,27 @@ def test_the_command_shows_the_table_and_writes_files(tmp_path: Path, capsys: py
     assert len(table["cells"][0]) == 6
 
 
+def test_the_command_takes_easyroutine_s_names(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for name in ("resid_out", "resid_post"):
+        assert main(["lens", "neuroscope-tiny", "--prompt", PROMPT, "--component", name]) == 0
+        shown.append(capsys.readouterr().out.splitlines())
+    assert shown[0][0] == "llama: logit lens on resid_out"
+    assert shown[0][1:] == shown[1][1:]
+
+
+def test_a_file_that_cannot_be_written_after_all_is_named_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / ".a.1234.writing.html"))
+
+    monkeypatch.setattr(files, "write_whole", full)
+    with pytest.raises(HookError) as raised:
+        write_whole(tmp_path / "a.html", "text")
+    assert str(raised.value) == f"cannot write {tmp_path / 'a.html'}: No space left on device"
+
+
 def test_the_command_reads_a_tuned_lens(tiny: HookedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = TunedLens.identity(tiny).save(tmp_path / "lens.safetensors")
     assert main(["lens", "neuroscope-tiny", "--prompt", PROMPT, "--tuned", str(path)]) == 0
@@ -175,15 +243,25 @@ def test_the_command_reads_a_tuned_lens(tiny: HookedModel, tmp_path: Path, capsy
         (["--prompt", "a", "--component", "pattern"], "A lens on llama reads resid_pre"),
         (["--prompt", "a", "--top-k", "0"], "a top_k from 1, got 1 and 0"),
         (["--prompt", "a", "--tuned", "none.safetensors"], "none.safetensors is no tuned lens that can be read"),
-        (["--prompt", "a", "--html", "no/such/folder/a.html"], "cannot write no/such/folder/a.html"),
+        (
+            ["--prompt", "a", "--html", "no/such/folder/a.html"],
+            "cannot write no/such/folder/a.html: there is no folder",
+        ),
+        (["--prompt", "a", "--png", "no/such/folder/a.png"], "cannot write no/such/folder/a.png: there is no folder"),
+        (["--prompt", "a", "--html", "."], "cannot write .: it is a folder; name a file in it"),
+        (["--prompt", "a " * 125, "--png", "a.png"], "A picture shows at most 120 positions, got 126: write HTML"),
+        (["--prompt", "a " * 3000], "The prompt has 3001 tokens; the model reads at most 128."),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["neuroscope"])
+    monkeypatch.setattr(LogitLens, "_read", lambda *_: pytest.fail("it was run"))
     assert main(["lens", "neuroscope-tiny", *arguments]) == 1
-    error = capsys.readouterr().err
+    said = capsys.readouterr()
+    assert said.out == ""
+    error = said.err
     assert error.startswith("neuroscope: ")
     assert message in error
     assert error.count("\n") == 1

@@ -9,7 +9,7 @@ from reference import forward
 from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import ActivationCache, HookedModel, HookError, LogitLens, ModelLoadError, UnknownHookError
-from mlx_hooks.contributions import relative_deviation
+from mlx_hooks.contributions import HeadPath, relative_deviation
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8, 0]]
@@ -360,6 +360,7 @@ def test_readings_of_gated_heads_and_of_several_passes() -> None:
         ({"components": "mixer_out"}, "got 'mixer_out'"),
         ({"positions": 5}, "outside the 5 tokens"),
         ({"top_k": 0}, "a top_k from 1, got 1 and 0"),
+        ({"top_k": True}, "a top_k from 1, got 1 and True"),
         ({"norm": "mean"}, "norm is 'own' or 'final', got 'mean'"),
     ],
 )
@@ -371,3 +372,84 @@ def test_what_a_prompt_cannot_be_asked_is_an_error(model: HookedModel, options: 
 def test_heads_are_none_of_a_model_without_attention() -> None:
     with pytest.raises(HookError, match="A lens on mamba reads .*resid_post; got 'heads'"):
         LogitLens(HookedModel(tiny_model("mamba"))).readings(TOKENS[0], components="heads")
+
+
+def test_each_head_takes_one_projection(
+    model: HookedModel, cache: ActivationCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.head_path(0)
+    made = []
+    project = HeadPath.project_value
+    monkeypatch.setattr(HeadPath, "project_value", lambda path, value: made.append(1) or project(path, value))
+    lens = LogitLens(model)
+    assert len(lens.compute(cache, "head_out_L0H{j}")) == 4
+    # One of them is of zero, which is the bias.
+    assert len(made) == 5
+    made.clear()
+    lens.compute(cache, "head_out_L0H2")
+    assert len(made) == 2
+    made.clear()
+    assert len(list(lens.readings(TOKENS[0], components="heads", positions=None))) == 3 * 4 * 5
+    assert len(made) == 3 * 5
+
+
+def test_readings_of_a_long_prompt_are_those_of_compute(model: HookedModel) -> None:
+    tokens = [(7 * i + i // 60) % 60 for i in range(300)]
+    lens = LogitLens(model)
+    rows = list(
+        lens.readings(tokens, components=["resid_mid", "head_out"], positions=None, token_directions=[3], top_k=2)
+    )
+    points = [p.name for p in model.hook_points.values() if p.component in ("resid_mid", "z")]
+    _, cache = model.run_with_cache([tokens], points)
+    for key, component, head in (("resid_mid_1", "hook_resid_mid", None), ("head_out_L1H2", "hook_result", 2)):
+        logits = np.array(lens.compute(cache, key)[f"logit_lens_{key}"])[0]
+        own = [r for r in rows if r.layer == 1 and r.hook_point.endswith(component) and r.head == head]
+        assert [r.position for r in own] == list(range(300))
+        np.testing.assert_allclose([r.values[0] for r in own], logits[:, 3], rtol=1e-3, atol=1e-4)
+        shares = np.array(mx.softmax(mx.array(logits), axis=-1))
+        likely = [[p.probability for p in r.predictions] for r in own]
+        np.testing.assert_allclose(likely, -np.sort(-shares, axis=-1)[:, :2], rtol=1e-3, atol=1e-6)
+
+
+def test_components_have_easyroutine_s_names_too(model: HookedModel) -> None:
+    lens = LogitLens(model)
+    for name, own in (("resid_in", "resid_pre"), ("resid_out", "resid_post"), ("head_out", "heads")):
+        assert list(lens.readings(TOKENS[0], components=name)) == list(lens.readings(TOKENS[0], components=[own]))
+
+
+def test_frozen_readings_have_the_last_norms_input_in_every_pass() -> None:
+    """Layers that run twice; the norm at the end runs once."""
+    looped = LogitLens(HookedModel(tiny_model("iquestloopcoder")))
+    rows = list(looped.readings(TOKENS[0], norm="final", token_directions=[3]))
+    assert {row.pass_index for row in rows} == {0, 1}
+    assert rows[-1].values[0] == pytest.approx(looped.model(TOKENS[0])[0, -1, 3].item(), abs=1e-4)
+
+
+def test_a_tie_is_not_accurate(model: HookedModel) -> None:
+    level = {"resid_out_1": mx.zeros((2, 3, 32))}
+    found = LogitLens(model).compute(level, "resid_out_1", token_directions=(3, 1), metric="accuracy")
+    assert found["logit_lens_resid_out_1"].tolist() == [0, 0, 0]
+
+
+def test_numpy_arrays_are_read_as_mlx_s(model: HookedModel, cache: ActivationCache) -> None:
+    heads = np.array(model.head_results(cache["z", 1], 1)).astype(np.float64)
+    arrays = {"resid_out_1": cache.numpy(("resid_post", 1)), "blocks.1.attn.hook_result": heads}
+    lens = LogitLens(model)
+    for key in ("resid_out_1", "head_out_L1H3"):
+        got, same = (lens.compute(held, key)[f"logit_lens_{key}"] for held in (arrays, cache))
+        np.testing.assert_allclose(got, same, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("activations", "message"),
+    [
+        ({1: mx.zeros((1, 2, 32))}, "maps names of hook points to arrays, got the key 1"),
+        ({"resid_out_0": [[0.0] * 32]}, "arrays, got list for blocks.0.hook_resid_post"),
+        ({"resid_out_0": np.array(["a"])}, "arrays, got ndarray for blocks.0.hook_resid_post"),
+        ({"resid_out_0": mx.zeros((2, 32))}, r"post is \[batch, pos, d_model\], got an array of shape \(2, 32\)"),
+        ({"blocks.0.attn.hook_result": mx.zeros((1, 2, 32))}, r"hook_result is \[batch, pos, head, d_model\], got"),
+    ],
+)
+def test_what_a_mapping_holds_is_checked(model: HookedModel, activations: dict, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        LogitLens(model).compute(activations, "resid_out_0")

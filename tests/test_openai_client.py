@@ -20,8 +20,8 @@ from server_tools import MESSAGES, load_tiny, running_server
 from api_server import ModelWorker, ServerConfig
 from api_server.logprobs import chat_logprobs, score, text_logprobs
 from api_server.schemas.replies import ChatEvent, ChatReply, CompletionEvent, CompletionReply
-from api_server.token_text import TokenText
 from mlx_hooks import HookedModel, TokenLogprobs
+from mlx_hooks.token_text import TokenText
 
 PROMPT = "w1 w2 w3"
 NOT_FIELDS = {"extra_headers", "extra_query", "extra_body", "timeout"}

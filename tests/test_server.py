@@ -33,7 +33,7 @@ from server_tools import (
 from api_server import ModelWorker, Server, ServerConfig, create_app
 from api_server.__main__ import main
 from api_server.errors import Busy, Stopping
-from mlx_hooks import LogitLens
+from mlx_hooks import HookedModel, LogitLens
 from mlx_hooks.hook_points import COMPONENTS
 from neuroscope_bridge.payload import decode_activation
 
@@ -585,6 +585,35 @@ def test_direct_logit_attribution_adds_up(client: FlaskClient) -> None:
     assert names[:6] == ["embed", "L0H0", "L0H1", "L0H2", "L0H3", "L0 mlp"]
 
 
+def test_attribution_captures_the_positions_that_are_asked_for(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+    run = HookedModel.run_with_cache
+
+    def watched(model: HookedModel, *arguments: Any, **options: Any) -> Any:
+        logits, cache = run(model, *arguments, **options)
+        captured.append(list(cache.positions("ln_final.hook_in")))
+        return logits, cache
+
+    monkeypatch.setattr(HookedModel, "run_with_cache", watched)
+    asked = {"prompt": "w1 w2 w3", "token_directions": ["w4"]}
+    one = post(client, "/v1/analysis/direct_logit_attribution", **asked)
+    some = post(client, "/v1/analysis/direct_logit_attribution", **asked, positions=[2, 0])
+    assert captured == [[2], [0, 2]]
+    assert some["positions"] == [0, 2]
+    assert [part["values"][1] for part in some["contributions"]] == pytest.approx(
+        [part["values"][0] for part in one["contributions"]], abs=1e-5
+    )
+
+
+def test_the_lens_takes_easyroutine_s_names(client: FlaskClient) -> None:
+    path, asked = "/v1/analysis/logit_lens", {"prompt": "w1 w2 w3", "positions": [1]}
+    for name, own in (("resid_out", "resid_post"), ("resid_in", "resid_pre"), ("head_out", "heads")):
+        replies = [post(client, path, **asked, components=[one])["layers"] for one in (name, own)]
+        assert replies[0] == replies[1]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "message"),
     [
@@ -596,8 +625,8 @@ def test_direct_logit_attribution_adds_up(client: FlaskClient) -> None:
         ("logit_lens", {"token_directions": ["w1 w2"]}, "token_directions", "'w1 w2' is 2 tokens"),
         ("logit_lens", {"token_directions": [99999]}, "token_directions", "A token is an id from 0 to"),
         ("logit_lens", {"prompt": [8] * 300, "positions": "all", "top_k": 1000}, "positions", "The reply would list"),
-        ("direct_logit_attribution", {"token_directions": [1, 2]}, "token_directions", "got 2 for 1 row"),
-        ("direct_logit_attribution", {"token_directions": []}, "token_directions", "a list of 1 to 64 tokens"),
+        ("direct_logit_attribution", {"token_directions": [1, 2]}, "token_directions", "one pair of tokens, [[a, b]]"),
+        ("direct_logit_attribution", {"token_directions": []}, "token_directions", "a list of one token"),
         ("direct_logit_attribution", {}, "token_directions", "is required"),
         ("direct_logit_attribution", {"token_directions": [1], "positions": 3}, "positions", "There is no position 3"),
     ],

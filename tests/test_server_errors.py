@@ -651,6 +651,7 @@ EITHER = [
     (schemas.TokenizeRequest, [{}, {"text": "a"}, {"messages": MESSAGES}, {"messages": MESSAGES, "text": "a"}]),
     (schemas.LogitLensRequest, [{"prompt": "a", "messages": None}, {"messages": MESSAGES, "prompt": [1]}, {}]),
     (schemas.LogitLensRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
+    (schemas.AttributionRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
     (schemas.LogitLensRequest, [{"prompt": "a", "positions": p} for p in ("all", "last", 1, -1, [1, 1], {"start": 1})]),
     (schemas.LogitLensRequest, [{"prompt": "a", "components": c} for c in (["x"], [], "x", ["x"] * 17, [1])]),
     (schemas.CompletionRequest, [{"prompt": "a", "temperature": t} for t in (0, 0.0, 1e-7, 1e-6, 2, 2.1, -1, None)]),

@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from neuroscope_tiny.corpus import indirect_object_samples
-from tiny_models import make_model
+from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import HookedModel, HookError, LogitLens, TunedLens
+from mlx_hooks.analysis import tuned_lens
+from mlx_hooks.analysis.tuned_lens import fingerprint
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8]]
@@ -147,20 +150,108 @@ def test_what_is_no_tuned_lens_is_refused(tmp_path: Path) -> None:
         TunedLens.identity(model).save(tmp_path / "no" / "folder" / "lens")
 
 
+def change(path: Path, arrays: dict | None = None, about: dict | None = None) -> Path:
+    """The same file with other arrays, or another description; what is None in these is left out."""
+    held, metadata = mx.load(str(path), return_metadata=True)
+    told = json.loads(metadata["tuned_lens"]) | (about or {})
+    held = {name: array for name, array in (held | (arrays or {})).items() if array is not None}
+    other = path.with_name("changed.safetensors")
+    told = {name: value for name, value in told.items() if value != "left out"}
+    mx.save_safetensors(str(other), held, {"tuned_lens": json.dumps(told)})
+    return other
+
+
+@pytest.mark.parametrize(
+    ("arrays", "about", "message"),
+    [
+        ({"bias": None}, {}, "it lacks 'bias'"),
+        ({}, {"model": "left out"}, "it lacks 'model'"),
+        ({}, {"d_model": "left out"}, "it lacks 'd_model'"),
+        ({}, {"report": "left out"}, "it lacks 'report'"),
+        ({}, {"report": {"before": [1]}}, "it lacks 'after'"),
+        ({}, {"report": [1]}, "no tuned lens that can be read"),
+        ({}, {"report": {"before": ["a"], "after": [], "n_tokens": 1}}, "no tuned lens that can be read"),
+        ({"bias": mx.zeros((2, 32), mx.int32)}, {}, "its bias is mlx.core.int32"),
+        ({"bias": mx.full((2, 32), mx.nan)}, {}, "its bias is mlx.core.float32, or not finite"),
+    ],
+)
+def test_a_damaged_tuned_lens_is_refused_in_one_sentence(
+    arrays: dict, about: dict, message: str, tmp_path: Path
+) -> None:
+    model = HookedModel(make_model("llama"))
+    whole = TunedLens.identity(model).save(tmp_path / "lens.safetensors")
+    with pytest.raises(HookError, match=message):
+        TunedLens.load(change(whole, arrays, about), model)
+    mx.save_safetensors(str(whole), {"weight": mx.zeros(1)}, {"tuned_lens": "[1]"})
+    with pytest.raises(HookError, match="no tuned lens that can be read"):
+        TunedLens.load(whole, model)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_one_changed_number_makes_another_model(dtype: mx.Dtype) -> None:
+    inner = make_model(CONFIGS["llama"] | {"intermediate_size": 640}, dtype=dtype)
+    before = fingerprint(HookedModel(inner))
+    weight = inner.model.layers[1].mlp.up_proj.weight
+    assert weight.size > 8 * 1024
+    weight[300, 17] = weight[300, 17] + 0.5
+    inner.model.layers[1].mlp.up_proj.weight = weight
+    assert fingerprint(HookedModel(inner)) != before
+
+
+def test_the_fingerprint_reads_quantised_weights() -> None:
+    inner = tiny_model("llama")
+    plain = fingerprint(HookedModel(inner))
+    nn.quantize(inner, group_size=32, bits=4)
+    assert fingerprint(HookedModel(inner)) not in (plain, "")
+
+
+def test_texts_are_cut_off_at_the_models_context() -> None:
+    model = HookedModel(make_model(CONFIGS["llama"] | {"max_position_embeddings": 6}))
+    assert model.cfg.max_positions == 6
+    lens = TunedLens.identity(model)
+    assert lens.divergence([[1, 5, 9, 3, 7, 2, 8, 4]]) == lens.divergence([[1, 5, 9, 3, 7, 2]])
+
+
+def test_the_learning_rate_falls_to_nothing_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    adam = tuned_lens.optim.Adam
+    monkeypatch.setattr(
+        tuned_lens.optim, "Adam", lambda learning_rate: given.append(learning_rate) or adam(learning_rate)
+    )
+    TunedLens.train(HookedModel(make_model("llama")), TOKENS, steps=4, learning_rate=0.1, progress=False)
+    rates = [given[0](mx.array(step)).item() for step in range(5)]
+    np.testing.assert_allclose(rates, [0.1, 0.075, 0.05, 0.025, 0], atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"texts": []}, "texts is a list of texts or of rows of token ids"),
         ({"texts": "hello"}, "texts is a list of texts"),
         ({"texts": ["hello"]}, "This model has no tokenizer"),
-        ({"steps": 0}, "steps is a number above 0, got 0"),
-        ({"batch_size": -1}, "batch_size is a number above 0, got -1"),
-        ({"learning_rate": float("nan")}, "learning_rate is a number above 0, got nan"),
+        ({"steps": 0}, "steps is a whole number from 1 up, got 0"),
+        ({"steps": 1.5}, "steps is a whole number from 1 up, got 1.5"),
+        ({"steps": "3"}, "steps is a whole number from 1 up, got '3'"),
+        ({"batch_size": -1}, "batch_size is a whole number from 1 up, got -1"),
+        ({"batch_size": 2.5}, "batch_size is a whole number from 1 up, got 2.5"),
+        ({"seed": -1}, "seed is a whole number from 0 up, got -1"),
+        ({"seed": True}, "seed is a whole number from 0 up, got True"),
+        ({"learning_rate": float("nan")}, "learning_rate is a finite number above 0, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate is a finite number above 0, got inf"),
+        ({"learning_rate": "1"}, "learning_rate is a finite number above 0, got '1'"),
     ],
 )
 def test_what_cannot_be_trained_is_an_error(options: dict, message: str) -> None:
     with pytest.raises(HookError, match=message):
         TunedLens.train(HookedModel(make_model("llama")), **({"texts": TOKENS, "progress": False} | options))
+
+
+def test_models_of_one_layer_and_of_several_passes_have_none() -> None:
+    with pytest.raises(HookError, match="all layers but the last: this model has one layer"):
+        TunedLens.identity(HookedModel(make_model(CONFIGS["llama"] | {"num_hidden_layers": 1})))
+    looped = HookedModel(tiny_model("iquestloopcoder"))
+    with pytest.raises(HookError, match="the layers of iquestloopcoder run several times"):
+        TunedLens.train(looped, TOKENS, steps=1, progress=False)
 
 
 def test_models_of_several_streams_have_none() -> None:

@@ -283,19 +283,25 @@ def _are_directions(value: Any) -> bool:
 
 
 _DIRECTIONS = f"a list of 1 to {MAX_DIRECTIONS} tokens, or of pairs of tokens, each an id or a text"
+_DIRECTION = "a list of one token, or of one pair of tokens, [[a, b]], each an id or a text"
 _ALL_POSITIONS = f"'all', {_SELECTION}"
 _TOKEN: dict[str, Any] = {"anyOf": [_INDEX, {"type": "string", "minLength": 1}]}
 _PAIR: dict[str, Any] = {"type": "array", "items": _TOKEN, "minItems": 2, "maxItems": 2}
 
 
-def _list_of(item: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": item, "minItems": 1, "maxItems": MAX_DIRECTIONS}
+def _list_of(item: dict[str, Any], most: int = MAX_DIRECTIONS) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1, "maxItems": most}
 
 
 Directions = Annotated[
     Any,
     BeforeValidator(must(_are_directions, _DIRECTIONS)),
     WithJsonSchema({"anyOf": [_list_of(_TOKEN), _list_of(_PAIR)], "description": _DIRECTIONS}),
+]
+Direction = Annotated[
+    Any,
+    BeforeValidator(must(lambda value: _are_directions(value) and len(value) == 1, _DIRECTION)),
+    WithJsonSchema({"anyOf": [_list_of(_TOKEN, 1), _list_of(_PAIR, 1)], "description": _DIRECTION}),
 ]
 PromptPositions = Annotated[
     Any,

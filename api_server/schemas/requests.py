@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_hooks.analysis.logit_lens import HEADS
+from mlx_hooks.analysis.logit_lens import HEADS, component_of
 
 from .fields import (
     DEFAULT_MAX_TOKENS,
@@ -27,6 +27,7 @@ from .fields import (
     MAX_TOKEN_ID,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
+    Direction,
     Directions,
     Heads,
     HookId,
@@ -472,13 +473,13 @@ class LogitLensRequest(PromptRequest):
     @property
     def is_brief(self) -> bool:
         """Whether it takes no longer than reading the prompt once."""
-        return self.positions is None and HEADS not in self.components
+        return self.positions is None and HEADS not in map(component_of, self.components)
 
 
 class AttributionRequest(PromptRequest):
     """``POST /v1/analysis/direct_logit_attribution``: one of ``prompt`` and ``messages``."""
 
-    token_directions: Directions = Field(description="One token, or one pair of them, in a list.")
+    token_directions: Direction = Field(description="One token, or one pair of them, in a list.")
     positions: Annotated[PromptPositions, OrNull()] = Field(
         None, description="Of the prompt's tokens; the last by default."
     )

@@ -12,8 +12,9 @@ Source: Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021
 What a part does by way of later parts is not in its share: for that, edit it and run the model (``interventions``).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import index
 from typing import Any
 
 import mlx.core as mx
@@ -98,7 +99,17 @@ class Attribution:
         return [contribution.name for contribution in self.contributions]
 
     def top(self, count: int = 10, *, row: int = 0, position: int = -1) -> list[tuple[str, float]]:
-        """The largest contributions in absolute value, with their signs, at one place; ``position`` is an index."""
+        """The largest contributions in absolute value, with their signs, at one place; ``position`` is an index.
+
+        Raises:
+            HookError: says how many rows and positions there are.
+        """
+        batch, length = self.logits.shape
+        if not (_is_index(row, batch) and _is_index(position, length)):
+            raise HookError(
+                f"The attribution has {batch} rows of {length} positions, counted from 0: there is no row {row!r} with "
+                f"a position {position!r}."
+            )
         rows = [(c.name, float(c.values[row, position])) for c in self.contributions]
         return sorted(rows, key=lambda pair: -abs(pair[1]))[:count]
 
@@ -125,6 +136,11 @@ class Attribution:
         before = "" if self.cap is None else f" before the soft cap of {self.cap:g}"
         what = "logit difference" if len(self.tokens[0]) == 2 else "logit"
         return "\n".join([f"{what} at {where}", *rows, f"{'sum' + before:24} {self.logits[0, -1]:+9.3f}"])
+
+
+def _is_index(number: Any, size: int) -> bool:
+    listed = [] if isinstance(number, Iterable) else _whole_numbers(number)
+    return len(listed) == 1 and -size <= listed[0] < size
 
 
 def attribution_points(model: HookedModel) -> list[str]:
@@ -158,11 +174,15 @@ def direct_logit_attribution(
         print(direct_logit_attribution(cache, ("Paris", "Rome"), model=model))
 
     Args:
-        cache: holds what :func:`attribution_points` lists, of one run.
+        cache: holds what :func:`attribution_points` lists, of one run. In the place of what the heads hold it may have
+            what each adds, ``hook_result``, with ``hook_attn_out`` where their projection has a bias; in the place of
+            ``hook_pos_embed``, ``hook_embed``. So what ``HookedModel.forward`` keeps is attributed too, with
+            extract_embed, extract_resid_in, extract_head_out, extract_attn_out, extract_mlp_out and
+            extract_last_layernorm.
         tokens: for each batch row, or once for all, a token or a pair (the first's logit less the second's). Tokens are
             ids or texts.
         model: the model of the run.
-        positions: absolute positions; negative ones count from the last that was captured; None for all.
+        positions: absolute positions, one or a list; negative ones count from the last that was captured; None for all.
 
     Returns:
         the contributions; their sum is the run's logit within 1e-4 of the largest of them (more in half precision).
@@ -180,8 +200,9 @@ def direct_logit_attribution(
     assert ln_final is not None
     frozen = LinearNorm(ln_final, model.cfg.d_model).freeze(stream)
     end = _End(model, directions)
-    parts, notes = _parts(model, held, chosen)
-    contributions = [c for part in parts for c in part.contributions(frozen, end.direction)]
+    # One part at a time: what all heads add takes heads times the stream's memory.
+    contributions = [part.contribution(frozen, end.direction) for part in _parts(model, held, chosen)]
+    notes = _notes(model)
     constant = np.ones(stream.shape[:2])
     norm_bias = to_numpy(end.direction @ frozen.bias, "float64")
     if mx.any(frozen.bias != 0).item():
@@ -203,18 +224,16 @@ def direct_logit_attribution(
 
 @dataclass(frozen=True)
 class _Part:
-    """Something that is added to the stream: [batch, pos, d_model], with heads [batch, pos, head, d_model]."""
+    """Something that is added to the stream, [batch, pos, d_model]."""
 
-    names: list[str]
+    name: str
     value: mx.array
     layer: int | None
-    heads: bool = False
+    head: int | None = None
 
-    def contributions(self, frozen: FrozenNorm, direction: mx.array) -> Iterator[Contribution]:
-        arrays = [self.value[..., i, :] for i in range(len(self.names))] if self.heads else [self.value]
-        for i, (name, array) in enumerate(zip(self.names, arrays, strict=True)):
-            share = (frozen.linear(array) * direction[:, None]).sum(axis=-1)
-            yield Contribution(name, to_numpy(share, "float64"), self.layer, i if self.heads else None)
+    def contribution(self, frozen: FrozenNorm, direction: mx.array) -> Contribution:
+        share = (frozen.linear(self.value) * direction[:, None]).sum(axis=-1)
+        return Contribution(self.name, to_numpy(share, "float64"), self.layer, self.head)
 
 
 class _End:
@@ -316,11 +335,19 @@ def _positions(held: Held, asked: int | Sequence[int] | None) -> Sequence[int] |
         there = range(held.array(_NORM_INPUT).shape[1])
     if asked is None:
         return list(there)
-    listed = [asked] if isinstance(asked, int) else list(asked)
-    wrong = [p for p in listed if isinstance(p, bool) or not isinstance(p, int) or not -len(there) <= p]
-    if wrong or not listed:
+    listed = _whole_numbers(asked)
+    if not listed or any(p < -len(there) for p in listed):
         raise HookError(f"positions is None, a whole number or a list of them, got {asked!r}.", field="positions")
     return [there[p] if p < 0 else p for p in listed]
+
+
+def _whole_numbers(asked: Any) -> list[int]:
+    """A number, or several, as a list; nothing for what is neither."""
+    try:
+        listed = [asked] if not isinstance(asked, Iterable) else list(asked)
+        return [] if any(isinstance(p, bool) for p in listed) else [index(p) for p in listed]
+    except TypeError:
+        return []
 
 
 def _passes(held: Held) -> list[Held]:
@@ -335,56 +362,93 @@ def _last_pass(held: Held) -> Held:
     return next((part for part in reversed(_passes(held)) if _NORM_INPUT in part), held)
 
 
-def _parts(model: HookedModel, held: Held, positions: Sequence[int] | None) -> tuple[list[_Part], dict[int, str]]:
-    """All that is added to the stream, in the order of a forward pass, and why layers are not told apart further."""
-    passes, notes = _passes(held), {}
-    tails = _tails(model)
-    parts = list(_embedding(model, passes[0], positions, tails[0]))
-    for index, part in enumerate(passes):
-        suffix = f" pass {index}" if index else ""
+def _parts(model: HookedModel, held: Held, positions: Sequence[int] | None) -> Iterator[_Part]:
+    """All that is added to the stream, in the order of a forward pass."""
+    passes, tails = _passes(held), _tails(model)
+    yield from _embedding(model, passes[0], positions, tails[0])
+    for number, part in enumerate(passes):
         for layer in range(model.cfg.n_layers):
             scaled = _scaling(tails[layer])
             for component in ("mixer_out", "attn_out", "mlp_out", "side_out"):
-                name = block_point(component, layer).name
-                if name not in model.hook_points or (index and not _ran_again(model, part, layer, component)):
+                if not _has(model, layer, component) or (number and not _ran_again(model, part, layer, component)):
                     continue
-                label = f"L{layer} {component.removesuffix('_out')}{suffix}"
-                if component == "attn_out":
-                    source, why = _head_input(model, layer)
-                    if source is not None:
-                        results, bias = model.head_path(layer).split(part.rows(source, positions))
-                        heads = [f"L{layer}H{head}{suffix}" for head in range(results.shape[-2])]
-                        parts.append(_Part(heads, scaled(results), layer, heads=True))
-                        if mx.any(bias != 0).item():
-                            parts.append(_Part([f"L{layer} attn bias{suffix}"], scaled(bias), layer))
-                        continue
-                    notes[layer] = why
-                value = part.rows(name, positions).astype(mx.float32)
-                own = model.mlp_bias(layer) if component == "mlp_out" else None
-                own = own if own is not None and mx.any(own != 0).item() else None
-                parts.append(_Part([label], scaled(value if own is None else value - own), layer))
-                if own is not None:
-                    parts.append(_Part([f"{label.removesuffix(suffix)} bias{suffix}"], scaled(value * 0 + own), layer))
-    return parts, notes
+                for one in _added(model, part, layer, component, positions):
+                    suffix = f" pass {number}" if number else ""
+                    yield replace(one, name=one.name + suffix, value=scaled(one.value))
+
+
+def _added(
+    model: HookedModel, held: Held, layer: int, component: str, positions: Sequence[int] | None
+) -> Iterator[_Part]:
+    """What a component of a layer adds, told apart as far as can be."""
+    if component == "attn_out" and _head_input(model, layer)[0] is not None:
+        yield from _heads(model, held, layer, positions)
+        return
+    label = f"L{layer} {component.removesuffix('_out')}"
+    value = held.rows(block_point(component, layer).name, positions).astype(mx.float32)
+    own = model.mlp_bias(layer) if component == "mlp_out" else None
+    if own is None or not mx.any(own != 0).item():
+        yield _Part(label, value, layer)
+        return
+    yield _Part(label, value - own, layer)
+    yield _Part(f"{label} bias", value * 0 + own, layer)
+
+
+def _heads(model: HookedModel, held: Held, layer: int, positions: Sequence[int] | None) -> Iterator[_Part]:
+    """What each head adds: of what the heads hold, or as the activations have it; and the projection's bias."""
+    path, result = model.head_path(layer), block_point("result", layer).name
+    if path.point.name in held or result not in held:
+        parts = path.parts(held.rows(path.point.name, positions))
+        yield from (_Part(f"L{layer}H{head}", parts.of(head), layer, head) for head in range(path.n_heads))
+        constant = parts.constant if path.adds_constant else None
+    else:
+        added = _all_heads(held, result, path.n_heads, positions)
+        yield from (_Part(f"L{layer}H{head}", added[..., head, :], layer, head) for head in range(path.n_heads))
+        constant = None
+        if path.adds_constant:
+            whole = held.rows(block_point("attn_out", layer).name, positions).astype(mx.float32)
+            constant = whole - added.sum(axis=-2)
+    if constant is not None:
+        yield _Part(f"L{layer} attn bias", constant, layer)
+
+
+def _all_heads(held: Held, name: str, n_heads: int, positions: Sequence[int] | None) -> mx.array:
+    heads = held.heads(name)
+    if heads is not None and list(heads) != list(range(n_heads)):
+        raise HookError(f"{name} holds the heads {', '.join(map(str, heads))}: attribution needs all {n_heads}.")
+    return held.rows(name, positions).astype(mx.float32)
+
+
+def _notes(model: HookedModel) -> dict[int, str]:
+    """Why the heads of a layer are not told apart, by layer."""
+    attending = [layer for layer in range(model.cfg.n_layers) if _has(model, layer, "attn_out")]
+    found = {layer: _head_input(model, layer)[1] for layer in attending}
+    return {layer: why for layer, why in found.items() if why}
 
 
 def _ran_again(model: HookedModel, part: Held, layer: int, component: str) -> bool:
     """Whether a component of a layer has a record of a later pass."""
-    source = _head_input(model, layer)[0] if component == "attn_out" else None
-    return (source or block_point(component, layer).name) in part
+    names = [block_point(component, layer).name]
+    if component == "attn_out" and (source := _head_input(model, layer)[0]) is not None:
+        names = [source, block_point("result", layer).name]
+    return any(name in part for name in names)
 
 
 def _embedding(
     model: HookedModel, held: Held, positions: Sequence[int] | None, tail: mx.array | None
 ) -> Iterator[_Part]:
+    scaled = _scaling(tail)
     stream = held.rows(block_point("resid_pre", 0).name, positions).astype(mx.float32)
-    name = outer_point("pos_embed").name
+    name, tokens = outer_point("pos_embed").name, outer_point("embed").name
     if name not in model.hook_points:
-        yield _Part([_EMBED], _scaling(tail)(stream), None)
+        yield _Part(_EMBED, scaled(stream), None)
         return
-    added = mx.broadcast_to(held.rows(name, positions).astype(mx.float32), stream.shape)
-    yield _Part([_EMBED], _scaling(tail)(stream - added), None)
-    yield _Part([_POSITIONS], _scaling(tail)(added), None)
+    if name in held or tokens not in held:
+        added = mx.broadcast_to(held.rows(name, positions).astype(mx.float32), stream.shape)
+    else:
+        added = stream - held.rows(tokens, positions).astype(mx.float32)
+    yield _Part(_EMBED, scaled(stream - added), None)
+    yield _Part(_POSITIONS, scaled(added), None)
 
 
 def _tails(model: HookedModel) -> list[mx.array | None]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .. import hook_points
 from ..activations import ActivationCache
+from ..contributions import HeadParts
 from ..errors import HookError
 from ..hook_points import CacheKey, HookPoint
 from ..model import HookedModel
@@ -14,7 +17,7 @@ from ..model import HookedModel
 _RAW = ("batch", "pos", "feature")
 """The axes of a raw module's value that has the shape of a stream."""
 
-Activations = ActivationCache | Mapping[str, mx.array]
+Activations = ActivationCache | Mapping[str, mx.array | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,10 @@ class Held:
 
     Args:
         model: that they were captured from.
-        activations: an activation cache, or a mapping from hook-point names to arrays.
+        activations: an activation cache, or a mapping from hook-point names to arrays, MLX's or NumPy's.
 
     Raises:
-        HookError: for what is neither.
+        HookError: for what is neither, and for an array that has not the axes of its hook point.
     """
 
     def __init__(self, model: HookedModel, activations: Activations) -> None:
@@ -64,17 +67,29 @@ class Held:
                 f"activations is an activation cache or a mapping of arrays, got {type(activations).__name__}."
             )
         self.model = model
-        self.activations = activations
+        self.activations: Mapping[str, mx.array]
+        # Of one value only: its heads are read one after the other.
+        self._parts: tuple[str, HeadParts] | None = None
         if isinstance(activations, ActivationCache):
+            self.activations = activations
             self.points = {name: records[0].hook_point for name, records in activations.records.items()}
-            self._names = {name: name for name in self.points}
-        else:
-            self._names = {hook_points.canonical_name(name): name for name in activations}
-            self.points = {name: p for name in self._names if (p := self._point(name)) is not None}
+            return
+        arrays = {_name(key): value for key, value in activations.items()}
+        self.points = {name: p for name in arrays if (p := self._point(name)) is not None}
+        self.activations = {name: _array(arrays[name], point) for name, point in self.points.items()}
 
     def _point(self, name: str) -> HookPoint | None:
-        known = self.model.hook_points.get(name)
+        known = self.model.hook_points.get(name) or self._derived_point(name)
         return known if known is not None else self.model.architecture.locate(name)
+
+    def _derived_point(self, name: str) -> HookPoint | None:
+        """The point of what each head adds, which no module emits."""
+        for layer in range(self.model.cfg.n_layers):
+            point = hook_points.block_point("result", layer)
+            if point.name == name:
+                sizes = (None, None, self.model.architecture.n_query_heads(layer), self.model.cfg.d_model)
+                return replace(point, sizes=sizes)
+        return None
 
     def __contains__(self, name: str) -> bool:
         return name in self.points
@@ -87,11 +102,15 @@ class Held:
         """
         if name not in self.points:
             raise HookError(f"The activations lack {name}: capture it too. They hold {', '.join(self.points)}.")
-        return self.activations[self._names[name]]
+        return self.activations[name]
 
     def positions(self, name: str) -> Sequence[int] | None:
         """Absolute positions along the position axis of ``array(name)``; None where they are not known."""
         return self.activations.positions(name) if isinstance(self.activations, ActivationCache) else None
+
+    def heads(self, name: str) -> Sequence[int] | None:
+        """The heads that ``array(name)`` holds along its head axis; None for all, or where it has no such axis."""
+        return self.activations.heads(name) if isinstance(self.activations, ActivationCache) else None
 
     def rows(self, name: str, positions: Sequence[int] | None) -> mx.array:
         """``array(name)`` at these absolute positions (None: all that there are).
@@ -108,38 +127,62 @@ class Held:
         at = mx.array([list(held).index(position) for position in positions])
         return mx.take(value, at, axis=self.points[name].position_axis)
 
-    def stream_values(self, pattern: str) -> list[StreamValue]:
+    def stream_values(self, pattern: str) -> Iterator[StreamValue]:
         """The values that a key or a pattern of keys means, by layer and head; see :func:`hook_points.expand_key`.
 
         Raises:
             UnknownHookError: for a key that means nothing here; lists what there is.
             HookError: for a value that has not the width of the stream.
         """
-        return [self._value(spelled, key) for spelled, key in hook_points.expand_key(pattern, self.points)]
+        return (self._value(spelled, key) for spelled, key in hook_points.expand_key(pattern, self.points))
 
     def _value(self, spelled: str, key: CacheKey) -> StreamValue:
-        point = self.points.get(key.name)
-        layer: int | None
-        axes: tuple[str, ...]
-        if point is None:
-            # A derived point, which is made of what its layer's heads hold.
-            layer = int(key.name.split(".")[1])
-            source = self.model.head_input(layer)
-            value, axes = self.model.head_results(self.array(source), layer), hook_points.PER_HEAD
-            heads = None
-        else:
-            source, layer, axes = key.name, point.layer, point.axes
-            value, heads = self.array(key.name), self._heads(key.name)
+        if key.name not in self.points:
+            return self._derived_value(spelled, key)
+        point = self.points[key.name]
+        value, axes = self.array(key.name), point.axes
         if axes == hook_points.PER_HEAD and key.head is not None:
+            heads = self.heads(key.name)
             value = value[..., list(heads).index(key.head) if heads is not None else key.head, :]
             axes = hook_points.RESID
         allowed = (hook_points.RESID, hook_points.PER_HEAD, _RAW, self.model.last_stream.axes)
         if axes not in allowed or key.derived is not None or value.shape[-1] != self.model.cfg.d_model:
-            raise HookError(
-                f"{spelled} is {', '.join(axes) or 'of unnamed axes'}, shape {tuple(value.shape)}: a lens reads what "
-                f"has the width of the stream, {self.model.cfg.d_model}."
-            )
+            raise self._other_width(spelled, axes, value)
+        return StreamValue(spelled, key.name, point.layer, key.head, value, self.positions(key.name))
+
+    def _derived_value(self, spelled: str, key: CacheKey) -> StreamValue:
+        """What the heads of a layer add, or one of them, made of what they hold."""
+        layer = int(key.name.split(".")[1])
+        if key.name != hook_points.block_point("result", layer).name:
+            raise HookError(f"{spelled} is not held: HookedModel.forward with extract_head_values_projected keeps it.")
+        source = self.model.head_input(layer)
+        if self._parts is None or self._parts[0] != source:
+            self._parts = source, self.model.head_path(layer).parts(self.array(source))
+        parts = self._parts[1]
+        value = parts.all() if key.head is None else parts.of(key.head)
         return StreamValue(spelled, key.name, layer, key.head, value, self.positions(source))
 
-    def _heads(self, name: str) -> Sequence[int] | None:
-        return self.activations.heads(name) if isinstance(self.activations, ActivationCache) else None
+    def _other_width(self, spelled: str, axes: Sequence[str], value: mx.array) -> HookError:
+        return HookError(
+            f"{spelled} is {', '.join(axes) or 'of unnamed axes'}, shape {tuple(value.shape)}: a lens reads what "
+            f"has the width of the stream, {self.model.cfg.d_model}."
+        )
+
+
+def _name(key: Any) -> str:
+    if not isinstance(key, str):
+        raise HookError(f"activations maps names of hook points to arrays, got the key {key!r}.")
+    return hook_points.canonical_name(key)
+
+
+def _array(given: Any, point: HookPoint) -> mx.array:
+    """An array as MLX's, with the axes of its hook point."""
+    numbers = isinstance(given, np.ndarray) and given.dtype.kind in "biuf"
+    if not numbers and not isinstance(given, mx.array):
+        raise HookError(
+            f"activations maps names of hook points to arrays, got {type(given).__name__} for {point.name}."
+        )
+    array = mx.array(given)
+    if point.axes and array.ndim != len(point.axes):
+        raise HookError(f"{point.name} is [{', '.join(point.axes)}], got an array of shape {tuple(array.shape)}.")
+    return array

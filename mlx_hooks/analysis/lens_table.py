@@ -7,9 +7,11 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..activations import id_list
 from ..errors import HookError
 from ..model import Tokens
-from .logit_lens import HEADS, LogitLens, Prediction
+from ..token_text import TokenText
+from .logit_lens import HEADS, LogitLens, Prediction, component_of
 from .tuned_lens import TunedLens
 
 MAX_PICTURE = 120
@@ -57,7 +59,7 @@ class LensTable:
         Raises:
             HookError: says what is wrong and what is allowed.
         """
-        if component == HEADS:
+        if component_of(component) == HEADS:
             raise HookError("A table has one value per layer: read heads with LogitLens.readings.", field="component")
         model = lens.model
         ids = model.to_tokens(prompt)
@@ -68,8 +70,8 @@ class LensTable:
         several = any(index for index, _ in rows)
         names = [f"{layer} (pass {index})" if several else str(layer) for index, layer in rows]
         own = "" if norm == "own" else ", frozen norm"
-        title = f"{model.cfg.model_type}: {'tuned' if tuned is not None else 'logit'} lens on {component}{own}"
-        tokens = model.to_str_tokens(ids) if model.tokenizer is not None else list(map(str, ids[0].tolist()))  # type: ignore[arg-type]
+        title = f"{model.model_name}: {'tuned' if tuned is not None else 'logit'} lens on {component}{own}"
+        tokens = list(map(TokenText(model.tokenizer).text, id_list(ids[0])))
         return cls(title, tokens, names, list(rows.values()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,12 +113,9 @@ class LensTable:
         Raises:
             HookError: without matplotlib, and for more positions than can be read.
         """
-        if len(self.tokens) > MAX_PICTURE:
-            raise HookError(f"A picture shows at most {MAX_PICTURE} positions, got {len(self.tokens)}: write HTML.")
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise HookError("A picture needs matplotlib: pip install 'neuroscope-mlx[plot]', or write HTML.") from None
+        check_picture(len(self.tokens))
+        from matplotlib.figure import Figure
+
         shares = [[predictions[0].probability for predictions in row] for row in self.cells]
         size = (1.6 + 0.95 * len(self.tokens), 1.4 + 0.42 * len(self.rows))
         figure = Figure(figsize=size, layout="constrained")
@@ -141,6 +140,20 @@ class LensTable:
             warnings.filterwarnings("ignore", message="Glyph .* missing")
             figure.savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()
+
+
+def check_picture(n_positions: int) -> None:
+    """Say before the run that its table cannot be drawn.
+
+    Raises:
+        HookError: without matplotlib, and for more positions than can be read.
+    """
+    if n_positions > MAX_PICTURE:
+        raise HookError(f"A picture shows at most {MAX_PICTURE} positions, got {n_positions}: write HTML.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise HookError("A picture needs matplotlib: pip install 'neuroscope-mlx[plot]', or write HTML.") from None
 
 
 def visible(token: str) -> str:

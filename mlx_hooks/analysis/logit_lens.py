@@ -6,17 +6,19 @@ Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import hook_points
-from ..activations import ActivationCache, id_list, scalar
+from ..activations import ActivationCache
 from ..contributions import FrozenNorm, LinearNorm
 from ..errors import HookError
 from ..hooks import Positions, select_positions
 from ..model import HookedModel, Tokens
+from ..sampling import largest
+from ..token_text import TokenText
 from .attribution import Attribution, direct_logit_attribution
 from .directions import accuracy, along, directions_of_rows, resolve_directions
 from .held import Activations, Held, StreamValue
@@ -73,9 +75,10 @@ class LogitLens:
         lens.compute(cache, "resid_out_{i}")["logit_lens_resid_out_0"]              # (batch, pos, d_vocab)
         lens.compute(cache, "resid_out_{i}", token_directions=[(" yes", " no")])    # (batch, pos) each
 
-    By default the norm takes each value's own statistics, so the last layer's reading is the model's own output, bit
-    for bit where the same batch and positions are read. The model's own end makes the logits, so norms, biases,
-    multipliers, quantised and tied unembeddings and soft caps are what they are in the model.
+    By default the norm takes each value's own statistics, so the last layer's reading is the model's own output: bit
+    for bit where all positions of the run are read, within rounding where some were selected. The model's own end
+    makes the logits, so norms, biases, multipliers, quantised and tied unembeddings and soft caps are what they are in
+    the model.
     """
 
     def __init__(self, model: HookedModel) -> None:
@@ -124,8 +127,9 @@ class LogitLens:
             metric: of the directions: "logit_diff", or "accuracy", the share of batch rows in which the first of a pair
                 is above the second, or a single token above all others.
             norm: "own": the last norm takes the statistics of what it reads. "final": it keeps those that it has in the
-                run, so that readings of parts add up, but for the norm's bias; capture ``ln_final.hook_in`` too, or the
-                last layer's ``resid_post``.
+                run, so that readings of parts add up, but for the biases of norm and unembedding and where no soft cap
+                follows (else see ``direct_logit_attribution``); capture ``ln_final.hook_in`` too, or the last layer's
+                ``resid_post``.
             tuned: a tuned lens, whose translators are applied first, to ``resid_post``.
 
         Returns:
@@ -249,7 +253,8 @@ class LogitLens:
 
         Args:
             prompt: text or ids of one sequence.
-            components: short names of what has the width of the stream ("resid_post", "attn_out"), and "heads".
+            components: short names of what has the width of the stream ("resid_post" or "resid_out", "attn_out"), and
+                "heads" or "head_out".
             positions: absolute positions: None (all), "last", an int, a list or a slice.
             top_k: how many predictions, from 1; at most the vocabulary is answered.
             token_directions: a list of tokens or of pairs; each row's ``values`` are their logits, or differences.
@@ -260,7 +265,7 @@ class LogitLens:
             HookError: says what is wrong and what is allowed.
         """
         tokens = self.model.to_tokens(prompt)
-        if tokens.shape[0] != 1 or not isinstance(top_k, int) or top_k < 1:
+        if tokens.shape[0] != 1 or not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise HookError(
                 f"The lens takes one row of tokens and a top_k from 1, got {tokens.shape[0]} and {top_k}.",
                 field="top_k" if tokens.shape[0] == 1 else None,
@@ -289,6 +294,7 @@ class LogitLens:
         directions: list[tuple[int, ...]] | None,
         tuned: TunedLens | None,
     ) -> Iterator[LayerPrediction]:
+        spelling = TokenText(self.model.tokenizer)
         passes = sorted({record.pass_index for records in cache.records.values() for record in records})
         for index in passes:
             part = cache.of_pass(index)
@@ -297,7 +303,7 @@ class LogitLens:
             for key in keys:
                 for value in (part for whole in held.stream_values(key) for part in whole.chunks(CHUNK)):
                     logits = self._read(held, value, norm if apply_norm else None, tuned)
-                    for row in self._of_positions(value, logits, top_k, apply_softmax, directions):
+                    for row in self._of_positions(value, logits, top_k, apply_softmax, directions, spelling):
                         yield replace(row, pass_index=index)
 
     def _of_positions(
@@ -307,17 +313,19 @@ class LogitLens:
         top_k: int,
         apply_softmax: bool,
         directions: list[tuple[int, ...]] | None,
+        spelling: TokenText,
     ) -> Iterator[LayerPrediction]:
         probabilities = _softmax(logits)
-        best = mx.argsort(-probabilities, axis=-1)[..., :top_k]
+        best, shares = largest(probabilities, top_k)
         rows = probabilities if apply_softmax else logits
-        asked = [along(rows, [direction]) for direction in directions or []]
-        mx.eval(best, asked)
-        for at, position in enumerate(value.positions or []):
-            chosen = [self._prediction(t, scalar(probabilities[0, at, t])) for t in id_list(best[0, at])]
-            values = tuple(scalar(one[0, at]) for one in asked)
+        asked = mx.stack([along(rows, [direction])[0] for direction in directions], axis=-1) if directions else None
+        mx.eval(best, shares, asked)
+        chosen = zip(_lists(best[0]), _lists(shares[0]), strict=True)
+        values = [[]] * best.shape[1] if asked is None else _lists(asked)
+        for position, (ids, likely), own in zip(value.positions or [], chosen, values, strict=True):
+            predictions = [Prediction(t, spelling.text(t), p) for t, p in zip(ids, likely, strict=True)]
             layer = value.layer if value.layer is not None else -1
-            yield LayerPrediction(layer, value.point, chosen, position, value.head, values=values)
+            yield LayerPrediction(layer, value.point, predictions, position, value.head, values=tuple(own))
 
     def _keys(self, components: list[str]) -> list[str]:
         """The keys of some components, by layer, in the order of a forward pass; heads where they add to the stream.
@@ -333,13 +341,13 @@ class LogitLens:
         }
         allowed = [c for c in hook_points.components() if c in wide]
         allowed += [HEADS] if any(point.component == "z" for point in model.hook_points.values()) else []
-        unknown = [c for c in components if c not in allowed]
+        unknown = [c for c in components if component_of(c) not in allowed]
         if unknown or not components:
             what = repr(unknown[0]) if unknown else "none"
             raise HookError(
                 f"A lens on {model.cfg.model_type} reads {', '.join(allowed)}; got {what}.", field="components"
             )
-        asked = ["result" if c == HEADS else c for c in components]
+        asked = ["result" if component_of(c) == HEADS else component_of(c) for c in components]
         keys = []
         for layer in range(model.cfg.n_layers):
             for component in (c for c in hook_points.components() if c in asked):
@@ -358,14 +366,20 @@ class LogitLens:
         layer = int(key.removeprefix("head_out_L").partition("H")[0])
         return [hook_points.block_point("z", layer).name, self.model.head_input(layer)]
 
-    def _prediction(self, token_id: int, probability: float) -> Prediction:
-        tokenizer = self.model.tokenizer
-        return Prediction(token_id, tokenizer.decode([token_id]) if tokenizer else str(token_id), probability)
+
+def component_of(name: str) -> str:
+    """What a lens calls a component: ``resid_out`` is "resid_post", ``head_out`` is "heads"."""
+    found = hook_points.component_name(name)
+    return HEADS if found == "result" else found
 
 
 def _check_norm(norm: str) -> None:
     if norm not in NORMS:
         raise HookError(f"norm is {' or '.join(map(repr, NORMS))}, got {norm!r}.", field="norm")
+
+
+def _lists(array: mx.array) -> list[list[Any]]:
+    return cast(list[list[Any]], array.tolist())
 
 
 def _softmax(logits: mx.array) -> mx.array:

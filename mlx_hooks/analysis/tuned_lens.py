@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ from ..model import HookedModel, Tokens
 from ..storage.files import whole_file
 
 FORMAT = "neuroscope.tuned_lens/1"
+_SIZES = ("model_type", "n_layers", "d_model", "d_vocab")
+_SAMPLES = 1024
+"""Numbers of each weight that a fingerprint holds one by one, about."""
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+"""The whole numbers of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class TunedLens:
         report: how well it was trained; None for one that was not.
 
     Raises:
-        HookError: for a model whose last stream is not all that makes its logits, and for arrays of other shapes.
+        HookError: for a model of one layer or whose last stream is not all that makes its logits, and for arrays of
+            other shapes.
     """
 
     def __init__(
@@ -75,6 +82,8 @@ class TunedLens:
         layers, width = model.cfg.n_layers - 1, model.cfg.d_model
         if model.last_stream.axes != hook_points.RESID or model.architecture.more_than_last_stream:
             raise HookError(f"A tuned lens needs one stream that makes the logits, unlike {model.cfg.model_type}.")
+        if not layers:
+            raise HookError("A tuned lens translates the streams of all layers but the last: this model has one layer.")
         if weight.shape != (layers, width, width) or bias.shape != (layers, width):
             raise HookError(
                 f"A tuned lens on this model has translators {(layers, width, width)} and {(layers, width)}, got "
@@ -136,15 +145,14 @@ class TunedLens:
             the lens; its ``report`` compares it with the plain lens on these texts.
 
         Raises:
-            HookError: for no texts, a model of one layer, and numbers out of range.
+            HookError: for no texts, a model of one layer or whose layers run several times, and numbers out of range.
         """
         lens = cls.identity(model)
         rows = _rows(model, texts)
-        for name, number in (("steps", steps), ("batch_size", batch_size), ("learning_rate", learning_rate)):
-            if isinstance(number, bool) or not number > 0:
-                raise HookError(f"{name} is a number above 0, got {number!r}.", field=name)
-        if model.cfg.n_layers < 2:
-            raise HookError("A tuned lens translates the streams of all layers but the last: this model has one layer.")
+        for name, number, lowest in (("steps", steps, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+            _check_whole(name, number, lowest)
+        if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or not 0 < learning_rate < inf:
+            raise HookError(f"learning_rate is a finite number above 0, got {learning_rate!r}.", field="learning_rate")
         before, n_tokens = lens._divergence(rows)
         optimizer = optim.Adam(learning_rate=optim.linear_schedule(learning_rate, 0.0, steps))
         order = np.random.default_rng(seed)
@@ -180,6 +188,9 @@ class TunedLens:
         counts = mx.array([[i < len(row) for i in range(longest)] for row in rows]).reshape(-1)
         names = list(self._layers())[:-1]
         logits, cache = self.model.run_with_cache(tokens, names)
+        if any(record.pass_index for name in names for record in cache.records[name]):
+            kind = self.model.cfg.model_type
+            raise HookError(f"A tuned lens has one translator per layer, and the layers of {kind} run several times.")
         streams = mx.stack([cache[name].reshape(-1, self.model.cfg.d_model) for name in names])
         own = logits.reshape(-1, logits.shape[-1]).astype(mx.float32)
         return streams, own - mx.logsumexp(own, axis=-1, keepdims=True), counts
@@ -206,10 +217,7 @@ class TunedLens:
         path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
         about = {
             "format": FORMAT,
-            "model_type": self.model.cfg.model_type,
-            "n_layers": self.model.cfg.n_layers,
-            "d_model": self.model.cfg.d_model,
-            "d_vocab": self.model.cfg.d_vocab,
+            **{name: getattr(self.model.cfg, name) for name in _SIZES},
             "model": fingerprint(self.model),
             "report": None if self.report is None else asdict(self.report),
         }
@@ -231,30 +239,52 @@ class TunedLens:
         try:
             arrays, metadata = _load(path)
             about = json.loads(metadata["tuned_lens"])
-            weight, bias = arrays["weight"], arrays["bias"]
-            kind = about["format"]
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if about["format"] != FORMAT:
+                raise HookError(f"{path} is of the format {about['format']!r}: this version reads {FORMAT!r}.")
+            whose, other = about["model"], [f"{name}={about[name]}" for name in _SIZES]
+            weight, bias = (_numbers(arrays, name) for name in ("weight", "bias"))
+            report = _report(about["report"])
+        except KeyError as error:
+            raise HookError(f"{path} is no tuned lens that can be read: it lacks {error}.") from error
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
             raise HookError(f"{path} is no tuned lens that can be read: {error}") from error
-        if kind != FORMAT:
-            raise HookError(f"{path} is of the format {kind!r}: this version reads {FORMAT!r}.")
-        if about["model"] != fingerprint(model):
-            sizes = ("model_type", "n_layers", "d_model", "d_vocab")
-            other, this = ([f"{n}={which[n]}" for n in sizes] for which in (about, model.cfg.to_dict()))
+        if whose != fingerprint(model):
+            this = [f"{name}={model.cfg.to_dict()[name]}" for name in _SIZES]
             what = f"{', '.join(other)}; this is {', '.join(this)}" if other != this else "its weights differ"
             raise HookError(f"{path} is a tuned lens of another model: {what}.")
-        report = about["report"]
-        if report is not None:
-            report = TunedLensReport(tuple(report["before"]), tuple(report["after"]), report["n_tokens"])
         return cls(model, weight, bias, report)
 
 
 def fingerprint(model: HookedModel) -> str:
-    """A hash of the names, shapes, types and first numbers of all weights: it tells models and fine-tunings apart."""
+    """A hash of the names, shapes and types of all weights, of the sum of all their bits and of numbers here and there:
+    it tells models and fine-tunings apart, and is the same on every machine."""
     found = hashlib.sha256()
     for name, weight in sorted(tree_flatten(model.model.parameters())):
-        found.update(f"{name} {weight.shape} {weight.dtype}".encode())
-        found.update(to_numpy(weight.reshape(-1)[:64]).tobytes())
+        # Of whole numbers, whose sum does not depend on its order.
+        bits = weight.reshape(-1).view(_BITS[weight.dtype.size])
+        chosen = bits[:: max(1, bits.size // _SAMPLES)]
+        found.update(f"{name} {weight.shape} {weight.dtype} {bits.sum().item()}".encode())
+        found.update(np.array(chosen).tobytes())
     return found.hexdigest()
+
+
+def _check_whole(name: str, number: Any, lowest: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < lowest:
+        raise HookError(f"{name} is a whole number from {lowest} up, got {number!r}.", field=name)
+
+
+def _numbers(arrays: dict[str, mx.array], name: str) -> mx.array:
+    array = arrays[name]
+    if not mx.issubdtype(array.dtype, mx.floating) or not mx.all(mx.isfinite(array)).item():
+        raise ValueError(f"its {name} is {array.dtype}, or not finite.")
+    return array
+
+
+def _report(plain: Any) -> TunedLensReport | None:
+    if plain is None:
+        return None
+    before, after = (tuple(map(float, plain[name])) for name in ("before", "after"))
+    return TunedLensReport(before, after, int(plain["n_tokens"]))
 
 
 def _rows(model: HookedModel, texts: Sequence[Tokens]) -> list[list[int]]:

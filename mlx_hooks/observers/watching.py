@@ -20,6 +20,7 @@ from ..errors import HookError, ObserverError, ObserverWarning
 from ..hook_points import HookPoint, block_point
 from ..hooks import HeadSelection, Hook
 from ..instrument import Instrument
+from ..token_text import TokenText
 from .base import ARRAYS, InferenceHook, LayerAttention, State, Wanted
 
 COMPONENTS = {"weights": "pattern", "query": "rot_q", "key": "rot_k", "value": "v"}
@@ -164,9 +165,8 @@ class Watch:
         self.watched = watched
         self.instrument = instrument
         self.run = instrument.run
-        self.tokenizer = tokenizer
         self.ids = list(prompt)
-        self._text_of: dict[int, str] = {}
+        self._spelling = TokenText(tokenizer)
         self.texts = self._texts(self.ids)
         self.prompt_length = len(self.ids)
         self.state: State = state | {"prompt_length": self.prompt_length, "streams": dict(watched.streams)}
@@ -185,9 +185,7 @@ class Watch:
         self._generation = object()
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        for i in set(ids) - self._text_of.keys():
-            self._text_of[i] = str(i) if self.tokenizer is None else self.tokenizer.decode([i])
-        return [self._text_of[i] for i in ids]
+        return [self._spelling.text(i) for i in ids]
 
     # What is captured
 

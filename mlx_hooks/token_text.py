@@ -30,6 +30,7 @@ class TokenText:
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
         self._spaces = [space for step in steps for space in _stands_for_space(step)]
+        self._texts: dict[int, str] = {}
 
     def raw(self, token: int) -> bytes | None:
         """The bytes that the token stands for; None for an id that the tokenizer does not know."""
@@ -37,7 +38,11 @@ class TokenText:
             return None
         if token in self._added:
             return str(self._added[token]).encode()
-        piece = self._tokenizer.convert_ids_to_tokens(token)
+        # A tokenizer of one's own may know no more than how to decode.
+        convert = getattr(self._tokenizer, "convert_ids_to_tokens", None)
+        if convert is None:
+            return str(self._tokenizer.decode([token])).encode()
+        piece = convert(token)
         if piece is None:
             return None
         if self._byte_level and all(char in _BYTE_OF for char in piece):
@@ -52,8 +57,10 @@ class TokenText:
 
     def text(self, token: int) -> str:
         """The token's own text; bytes that are no character by themselves as ``\\xf0``; without bytes, its number."""
-        raw = self.raw(token)
-        return str(token) if raw is None else raw.decode("utf-8", "backslashreplace")
+        if token not in self._texts:
+            raw = self.raw(token)
+            self._texts[token] = str(token) if raw is None else raw.decode("utf-8", "backslashreplace")
+        return self._texts[token]
 
 
 def _decoder_steps(tokenizer: Any) -> Iterator[dict[str, Any]]:
