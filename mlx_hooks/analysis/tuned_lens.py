@@ -25,7 +25,7 @@ from .. import hook_points
 from ..activations import to_numpy
 from ..errors import HookError
 from ..model import HookedModel, Tokens
-from ..storage.files import whole_file
+from ..storage.files import try_file, whole_file
 
 FORMAT = "neuroscope.tuned_lens/1"
 _SIZES = ("model_type", "n_layers", "d_model", "d_vocab")
@@ -222,11 +222,15 @@ class TunedLens:
             "report": None if self.report is None else asdict(self.report),
         }
         try:
+            # MLX's own message would name the draft.
+            try_file(path)
             with whole_file(path) as draft:
                 arrays = {"weight": self.weight, "bias": self.bias}
                 mx.save_safetensors(str(draft), arrays, {"tuned_lens": json.dumps(about)})
         except (OSError, RuntimeError) as error:
-            raise HookError(f"The tuned lens cannot be written to {path}: {error}") from error
+            raise HookError(
+                f"The tuned lens cannot be written to {path}: {getattr(error, 'strerror', None) or error}"
+            ) from error
         return path
 
     @classmethod
