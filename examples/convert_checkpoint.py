@@ -62,7 +62,7 @@ def convert(
 
     Args:
         state: ``model_state_dict`` as arrays.
-        config: has ``vocab_size``, ``block_size``, ``n_layer``, ``n_head``, ``n_embd``, ``bias``.
+        config: has ``vocab_size``, ``block_size``, ``n_layer``, ``n_head``, ``n_embd``.
         vocabulary: a character tokenizer's tokens and ids, ``<PAD>``, ``<EOS>``, ``<BOS>`` and ``<UNK>`` included.
 
     Raises:
@@ -75,18 +75,18 @@ def convert(
             f"The vocabulary needs the {config['vocab_size']} tokens of the checkpoint, {', '.join(SPECIAL.values())} "
             f"included, got {len(vocabulary)}."
         )
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(mlx_config(config, vocabulary), indent=2) + "\n")
     weights = {name: mx.array(value) for name, value in renamed(state).items()}
+    settings = mlx_config(config, vocabulary, bias=any(name.endswith("c_attn.bias") for name in weights))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     character_tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | SPECIAL
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
 
 
-def mlx_config(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, Any]:
-    """What mlx-lm makes the model from."""
-    bias = bool(config.get("bias", False))
+def mlx_config(config: Mapping[str, Any], vocabulary: Mapping[str, int], bias: bool) -> dict[str, Any]:
+    """What mlx-lm makes the model from; ``bias`` says whether attention and MLPs have biases."""
     return {
         "model_type": "gpt_bigcode",
         "n_embd": config["n_embd"],
@@ -100,6 +100,7 @@ def mlx_config(config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict
         "attention_bias": bias,
         "mlp_bias": bias,
         "tie_word_embeddings": True,
+        "bos_token_id": vocabulary[SPECIAL["bos_token"]],
         "eos_token_id": vocabulary[SPECIAL["eos_token"]],
     }
 

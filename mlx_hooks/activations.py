@@ -311,4 +311,6 @@ class ActivationCache(Mapping[str, mx.array]):
 
 
 def _meaning(key: str | tuple[str, int]) -> CacheKey:
+    if key in ("mapping_index", "metadata"):
+        raise UnknownHookError(f"{key!r} is no key of an activation cache: read cache.{key}.")
     return CacheKey(short_name(*key)) if isinstance(key, tuple) else cache_key(key)

@@ -98,7 +98,19 @@ def pattern_in_parts(
             scores = attention_scores(q[:, :, start : rows.stop], keys, scale=scale, mask=mask)
         else:
             scores = attention_scores(q, k, scale=scale, mask=mask, rows=list(rows))
-        yield rows, attention_pattern(scores, sinks, mask=mask)[0]
+        if isinstance(mask, str) and sinks is None and mx.default_device() == mx.cpu:
+            yield rows, _numpy_softmax(scores)
+        else:
+            yield rows, attention_pattern(scores, sinks, mask=mask)[0]
+
+
+def _numpy_softmax(scores: mx.array) -> mx.array:
+    """Softmax over keys, evaluated, of rows with a score in each: several times as fast as MLX's own on a CPU."""
+    held = np.asarray(scores)
+    weights = held - held.max(axis=-1, keepdims=True)
+    np.exp(weights, out=weights)
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return mx.array(weights)
 
 
 def weighted_values(pattern: mx.array, v: mx.array) -> mx.array:

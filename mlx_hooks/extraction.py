@@ -201,6 +201,7 @@ def extract(
     config = ExtractionConfig.of(config)
     if not config.components:
         raise HookError("The extraction_config keeps nothing: set a flag, or leave save_logits at true.")
+    pivot_positions = _pivots(inputs, pivot_positions)
     rows = _rows(model, inputs)
     if len({len(row) for row in rows}) == 1:
         parts = [_run(model, rows, target_token_positions, config, pivot_positions, interventions)]
@@ -228,18 +229,35 @@ def extract_all(
             f"{type(dataloader).__name__}."
         )
     total = len(dataloader) if isinstance(dataloader, Sized) else None
-    parts = []
+    parts: list[ActivationCache] = []
     for i, inputs in enumerate(tqdm(dataloader, desc="Extracting", total=total, disable=not progress)):
-        pivots = inputs.get("pivot_positions", pivot_positions) if isinstance(inputs, Mapping) else pivot_positions
         try:
-            parts.append(extract(model, inputs, target_token_positions, config, pivots, interventions))
+            part = extract(model, inputs, target_token_positions, config, pivot_positions, interventions)
+            _check_fit(parts[0] if parts else part, part)
         except HookError as error:
             raise type(error)(f"Element {i} of the dataloader: {error}") from error
+        parts.append(part)
     if not parts:
         raise HookError("The dataloader has no elements.")
+    pivots = [part.metadata["pivot_positions"] for part in parts]
     cache = put_together(parts)
-    cache.metadata = describe(model, target_token_positions, config, pivot_positions, interventions)
+    cache.metadata = describe(model, target_token_positions, config, None, interventions)
+    cache.metadata["pivot_positions"] = pivots[0] if all(p == pivots[0] for p in pivots) else pivots
     return cache
+
+
+def _pivots(inputs: Any, given: Sequence[int] | None) -> Sequence[int] | None:
+    """The pivots that come with the inputs, or as an argument."""
+    own = inputs.get("pivot_positions") if isinstance(inputs, Mapping) else None
+    if own is None:
+        return given
+    own = own.tolist() if hasattr(own, "tolist") else own
+    if not isinstance(own, Sequence) or (given is not None and list(own) != list(given)):
+        instead = (
+            f"whole numbers, got {own!r}" if given is None else f"{own!r} in the inputs and {given!r} as an argument"
+        )
+        raise HookError(f"pivot_positions are {instead}.")
+    return own
 
 
 def describe(
@@ -367,7 +385,7 @@ def _rows(model: "HookedModel", inputs: Any) -> list[list[int]]:
     else:
         rows = model.to_tokens(inputs).tolist()  # type: ignore[assignment]
     if mask is not None:
-        kept = [_numbers(row) for row in (mask if len(mask) and _is_row(mask[0]) else [mask])]
+        kept = _mask_rows(mask)
         if [len(row) for row in kept] != [len(row) for row in rows]:
             raise HookError("attention_mask has the shape of input_ids.")
         if any(entry not in (0, 1) for row in kept for entry in row):
@@ -378,6 +396,17 @@ def _rows(model: "HookedModel", inputs: Any) -> list[list[int]]:
             raise HookError(f"Row {i} of the inputs has no tokens.")
         model.to_tokens(row)
     return rows
+
+
+def _mask_rows(mask: Any) -> list[Any]:
+    """A mask [pos] or [batch, pos] as lists."""
+    rows = mask.tolist() if hasattr(mask, "tolist") else mask
+    if isinstance(rows, list | tuple):
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+        are_rows = [isinstance(row, list | tuple) for row in rows]
+        if all(are_rows) or not any(are_rows):
+            return rows if any(are_rows) else [rows]
+    raise HookError("attention_mask has the shape of input_ids.")
 
 
 def _known_array(given: Any) -> Any:
@@ -527,14 +556,8 @@ def put_together(parts: list[ActivationCache]) -> ActivationCache:
     if len(parts) == 1:
         return parts.pop()
     first = parts[0]
-    for i, part in enumerate(parts):
-        for label, entries in first.mapping_index.items():
-            if part.mapping_index[label] != entries:
-                raise HookError(
-                    f"{label!r} selects {len(entries)} positions of one row and {len(part.mapping_index[label])} of "
-                    f"another (part {i}), or they overlap otherwise: such rows do not fit into one array; run them one "
-                    "by one."
-                )
+    for part in parts:
+        _check_fit(first, part)
     cache = ActivationCache()
     cache.mapping_index = first.mapping_index
     cache.token_positions = [row for part in parts for row in part.token_positions]
@@ -547,6 +570,15 @@ def put_together(parts: list[ActivationCache]) -> ActivationCache:
         mx.eval([record.value for record in cache.records[name]])
     parts.clear()
     return cache
+
+
+def _check_fit(first: ActivationCache, part: ActivationCache) -> None:
+    for label, entries in first.mapping_index.items():
+        if part.mapping_index[label] != entries:
+            raise HookError(
+                f"{label!r} selects {len(entries)} positions of one row and {len(part.mapping_index[label])} of "
+                "another, or they overlap otherwise: such rows do not fit into one array; run them one by one."
+            )
 
 
 def _common_ids(rows: list[list[int]], lengths: list[int]) -> list[int]:

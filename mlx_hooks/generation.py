@@ -20,7 +20,7 @@ from .interventions import Firing, InterventionPlan, InterventionReceipt, Interv
 from .manager import CapturePlan
 from .observers import SeenPass, Watch, Watched
 from .reductions import finish
-from .sampling import Choice, Sampler, Sampling, TokenLogprobs
+from .sampling import Choice, Sampler, Sampling, TokenLogprobs, whole_number
 
 Activations = dict[str, list[CapturedActivation]]
 
@@ -189,20 +189,21 @@ def _told(watch: Watch | None) -> Iterator[None]:
     if watch is None:
         yield
         return
-    watch.begin()
     try:
+        watch.begin()
         yield
     except GeneratorExit:
         watch.end("closed")
         raise
+    finally:
+        watch.release()
 
 
 def _check(d_vocab: int, tokens: Sequence[int], max_tokens: int, top_logprobs: int | None, sampling: Sampling) -> None:
     if not tokens:
         raise HookError("The prompt has no tokens: give it at least one.")
-    for name, value in [("max_tokens", max_tokens), ("top_logprobs", 0 if top_logprobs is None else top_logprobs)]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise HookError(f"{name} is a whole number from 0 up, got {value!r}.")
+    whole_number("max_tokens", max_tokens)
+    whole_number("top_logprobs", 0 if top_logprobs is None else top_logprobs)
     sampling.check()
     outside = [t for t in (*tokens, *(sampling.logit_bias or ())) if not isinstance(t, int) or not 0 <= t < d_vocab]
     if outside:

@@ -29,8 +29,8 @@ class Hook:
     counted from 0, and only these are computed. ``heads`` says which heads the hook keeps: scores and pattern may come
     with these alone; every other value comes with all of its heads. ``due`` are the absolute positions that it keeps,
     ascending (None: all); it is left out of a call that has none of them. A reading hook ``in_parts`` may be shown a
-    long pattern some rows after the others, each once: ``run.rows`` says which, and keys after the last of them, which
-    causal attention hides from all of them, may be missing.
+    long pattern some rows after the others, each once: ``run.rows`` says which. Where the mask is plainly causal, keys
+    after the last of them, which it hides from all of them, are missing.
     """
 
     point: HookPoint

@@ -44,11 +44,13 @@ def run_generation(
         top_k: draw among this many of the most probable tokens; None for all.
         hooks: see :class:`InferenceHook`.
         show_progress: a bar on standard error; None where that is a terminal.
-        options: any other argument of ``HookedModel.generate``: ``seed``, ``stop``, ``interventions``, ``hook_errors``.
+        options: any other argument of ``HookedModel.generate``: ``seed``, ``stop``, ``interventions``, ``hook_errors``;
+            not ``capture``, since activations are not answered.
 
     Returns:
         All ids, those of the prompt first, and the text that they spell without special tokens.
     """
+    _check_options(options)
     hooked = model if isinstance(model, HookedModel) else HookedModel(model)
     tokenizer = _usable(hooked.tokenizer if tokenizer is None else tokenizer)
     if tokenizer is not hooked.tokenizer:
@@ -66,6 +68,14 @@ def run_generation(
                 ids.append(step.token)
                 progress.update()
     return ids, decoded(tokenizer, ids)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what would be overwritten, or come to nothing."""
+    if "max_tokens" in options:
+        raise HookError("run_generation takes max_new_tokens, not max_tokens: give that alone.", field="max_tokens")
+    if "capture" in options:
+        raise HookError("run_generation answers ids and text only: capture with model.generate.", field="capture")
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:

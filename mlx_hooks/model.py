@@ -331,8 +331,8 @@ class HookedModel:
 
         Args:
             inputs: a text or several, token ids, rows of them, or what a tokenizer returns: a mapping with input_ids
-                and attention_mask. Padding is taken off: rows of one length run together, others alone, each as if
-                it were the only one.
+                and attention_mask, and pivot_positions where it has its own. Padding is taken off: rows of one length
+                run together, others alone, each as if it were the only one.
             target_token_positions: the positions to keep, in this order, each once, one or a list of: "last", "last-2"
                 (the second from the end), "first", "all", whole numbers, (start, stop) pairs, slices, and
                 "inputs-partition-0": the tokens before the first pivot. ``cache.mapping_index`` says where each lies.
@@ -369,7 +369,8 @@ class HookedModel:
             ActivationSaver("saved_activations").save_cache(cache, tag="dataset_run")
 
         Args:
-            dataloader: any iterable of inputs; a mapping's own ``pivot_positions`` come first.
+            dataloader: any iterable of inputs. Where mappings have their own ``pivot_positions``, ``metadata`` tells
+                them: as one list where all agree, else one for each element.
             progress: show a progress bar on the error stream.
             the others: as in ``forward``.
 

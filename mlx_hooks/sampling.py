@@ -78,6 +78,12 @@ class Sampling:
             raise HookError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}.", field="logit_bias")
 
 
+def whole_number(name: str, value: Any) -> None:
+    """Raise HookError for what is no whole number from 0 up."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise HookError(f"{name} is a whole number from 0 up, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class TokenLogprobs:
     """How probable the model itself found a token, and the likeliest ones: natural logs of the softmax of its logits.

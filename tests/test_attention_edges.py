@@ -1,6 +1,7 @@
 """Attention as a graph of a generation: which weights are kept, what is said of them, and the files of it."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def test_records_are_the_seed_s(llama: HookedModel) -> None:
     assert json.dumps(record)
     assert data[-1]["generation_context"] == {"prompt_length": 5, "total_length": 7}
     assert hook.n_edges == sum(len(record["edges"]) for record in data)
+
+
+def test_records_are_compared_and_added_as_a_list_is(llama: HookedModel) -> None:
+    hook, other = AttentionExtractionHook(store_values=True), AttentionExtractionHook(0.3, store_values=True)
+    llama.generate(PROMPT, max_tokens=3, hooks=[hook, other])
+    data = hook.attention_data
+    assert data == hook.attention_data == list(data)
+    assert list(data) == data
+    assert data != other.attention_data
+    assert data != list(data)[1:]
+    assert data != "records"
+    none: list[dict] = []
+    assert data == data + none
+    assert data == none + data
+    assert (data + other.attention_data)[len(data)]["edges"][0]["weight"] > 0.3
 
 
 def test_a_hook_holds_the_latest_generation(llama: HookedModel) -> None:
@@ -206,6 +222,8 @@ def test_edges_of_a_head_come_strongest_first(llama: HookedModel) -> None:
         hook.get_edges_for_layer_head(7, 0)
     with pytest.raises(HookError, match=r"No attention of head 9 of layer 0 was seen. There are: 0, 1, 2, 3."):
         hook.get_edges_for_layer_head(0, 9)
+    with pytest.raises(HookError, match=r"No attention of layer '0' was seen. There are: 0, 1, 2."):
+        hook.get_edges_for_layer_head("0", 0)
 
 
 def test_a_summary_tells_what_was_received_as_key_and_given_as_query(tiny: HookedModel) -> None:
@@ -250,6 +268,11 @@ def test_a_summary_of_what_is_not_there(tiny: HookedModel) -> None:
     for position in (15, -1, True, 1.0):
         with pytest.raises(HookError, match="Positions 0 to 14 were read, got"):
             hook.get_token_attention_summary(position=position)
+    with pytest.raises(HookError, match=r"token is the text of a token, got 5: give a position as position="):
+        hook.get_token_attention_summary(5)
+    assert hook.get_token_attention_summary(position=np.int64(2))["token"] == "Mary"
+    with pytest.raises(HookError, match="No position was read, got 0"):
+        AttentionExtractionHook().get_token_attention_summary(position=0)
     for arguments in ({}, {"token": "a", "position": 1}):
         with pytest.raises(HookError, match="give one of them"):
             hook.get_token_attention_summary(**arguments)
@@ -287,6 +310,38 @@ def test_no_python_object_is_made_per_weight(tiny: HookedModel, monkeypatch: pyt
     tiny.generate(tiny.to_tokens([5 + i % 500 for i in range(600)]), max_tokens=2, hooks=[AttentionExtractionHook()])
     # 599 rows in parts with the keys that they can see, the prompt's last row, a generated token; in each of 4 layers.
     assert shapes == [(4, 256, 256), (4, 256, 512), (4, 87, 599)] * 4 + [(4, 1, 600)] * 4 + [(4, 1, 601)] * 4
+
+
+@pytest.mark.parametrize(("n_prompt", "n_tokens"), [(2048, 1), (16, 256)])
+def test_watching_attention_takes_at_most_twice_the_time(tiny: HookedModel, n_prompt: int, n_tokens: int) -> None:
+    """Coarsely: processor time, the best of some pairs; benchmarks/observers.py measures it."""
+    prompt = tiny.to_tokens(np.random.default_rng(0).integers(5, tiny.cfg.d_vocab, n_prompt).tolist())
+
+    def seconds(hooks: list) -> float:
+        begin = time.process_time()
+        tiny.generate(prompt, max_tokens=n_tokens, hooks=hooks, logit_bias={3: -1e9})
+        return time.process_time() - begin
+
+    ratios: list[float] = []
+    while len(ratios) < 5 and min(ratios, default=9.0) > 2:
+        plain = seconds([])
+        ratios.append(seconds([AttentionExtractionHook(0.1)]) / plain)
+    assert min(ratios) <= 2
+
+
+def test_parts_on_a_cpu_are_the_captured_pattern(tiny: HookedModel) -> None:
+    """A long prompt, whose softmax is not MLX's; at positions after others, and of no more than a part."""
+    prompt = [5 + i * i % 500 for i in range(600)]
+    hook = AttentionExtractionHook(0.01)
+    fed = prompt + in_chunks(tiny, prompt, [hook], 350, max_tokens=2)[:-1]
+    _, cache = tiny.run_with_cache([fed], "blocks.*.attn.hook_pattern")
+    edges = hook.edge_arrays()
+    for layer in range(tiny.cfg.n_layers):
+        pattern, own = cache.numpy(("pattern", layer))[0], edges["layer"] == layer
+        got = np.zeros_like(pattern)
+        got[edges["head"][own], edges["target"][own], edges["source"][own]] = edges["weight"][own]
+        clear = np.abs(pattern - 0.01) > 1e-5
+        np.testing.assert_allclose(got[clear], np.where(pattern > 0.01, pattern, 0)[clear], atol=1e-5)
 
 
 def test_whoever_takes_no_parts_is_shown_the_whole(llama: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,6 +471,12 @@ def test_a_file_that_cannot_be_written_loses_nothing(save: Any, tmp_path: Path, 
         save(hook, tmp_path / "no" / "such" / "a.json")
     with pytest.raises(HookError, match="it is a folder; name a file in it"):
         save(hook, tmp_path)
+    with pytest.raises(HookError, match="path is the path of a file, got None"):
+        save(hook, None)
+    # The message has the file that was asked for, not what it is called while it is written.
+    name = 300 * "a"
+    with pytest.raises(HookError, match=f"^cannot write {tmp_path}/{name}: File name too long$"):
+        save(hook, tmp_path / name)
     target = tmp_path / "a.json"
     target.write_text("older")
 

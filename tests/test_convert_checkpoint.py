@@ -29,7 +29,7 @@ def run(folder: Path, checkpoint: dict) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_converted_checkpoint_computes_what_its_formulas_say(bias: bool, tmp_path: Path) -> None:
     state = random_state(bias)
-    done = run(tmp_path, {"model_state_dict": state, "config": CONFIG | {"bias": bias}})
+    done = run(tmp_path, {"model_state_dict": state, "config": CONFIG})
     assert (done.returncode, done.stdout) == (0, "Written: your_model\n"), done.stderr
     model = HookedModel.from_pretrained(tmp_path / "your_model")
     assert not model.untrusted

@@ -414,3 +414,77 @@ def test_arrays_of_other_libraries_are_inputs(llama: HookedModel) -> None:
     assert equal(llama.forward(inputs, ["last"]).logits, expected.logits)
     with pytest.raises(HookError, match="attention_mask has the shape of input_ids"):
         llama.forward({"input_ids": TOKENS, "attention_mask": []}, ["last"])
+
+
+# What is refused, and where
+
+
+@pytest.mark.parametrize("kind", [list, np.array, mx.array])
+def test_pivots_of_the_inputs_are_read_wherever_they_run(llama: HookedModel, kind: Any) -> None:
+    inputs = {"input_ids": [TOKENS], "pivot_positions": kind([3])}
+    config = ExtractionConfig(save_input_ids=True)
+    for given in (None, [3]):
+        cache = llama.forward(inputs, ["inputs-partition-0"], config, pivot_positions=given)
+        assert cache.input_ids.tolist() == [TOKENS[:3]]
+        assert cache.metadata["pivot_positions"] == [3]
+        again = llama.extract_cache([inputs], ["inputs-partition-0"], config, given, progress=False)
+        assert again.mapping_index == cache.mapping_index
+    with pytest.raises(HookError, match=r"pivot_positions are \[3\] in the inputs and \[4\] as an argument"):
+        llama.forward(inputs, ["last"], config, pivot_positions=[4])
+    with pytest.raises(HookError, match=r"Element 0 of the dataloader: pivot_positions are \[3\] in the inputs"):
+        llama.extract_cache([inputs], ["last"], config, [4], progress=False)
+    with pytest.raises(HookError, match="pivot_positions are whole numbers, got 3"):
+        llama.forward({"input_ids": [TOKENS], "pivot_positions": 3}, ["last"])
+
+
+def test_a_dataset_keeps_the_pivots_of_its_elements(llama: HookedModel) -> None:
+    def pivots(*of_elements: int) -> Any:
+        data = [{"input_ids": TOKENS, "pivot_positions": [p]} for p in of_elements]
+        return llama.extract_cache(data, ["last"], progress=False).metadata["pivot_positions"]
+
+    assert pivots(3, 3) == [3]
+    assert pivots(3, 6) == [[3], [6]]
+    assert llama.extract_cache([TOKENS], ["last"], pivot_positions=[2], progress=False).metadata["pivot_positions"] == [
+        2
+    ]
+
+
+def test_a_row_that_does_not_fit_is_told_before_the_others_run(llama: HookedModel) -> None:
+    asked: list[int] = []
+    data = (asked.append(i) or tokens for i, tokens in enumerate([TOKENS, TOKENS, TOKENS[:5], TOKENS, TOKENS]))
+    with pytest.raises(HookError, match="Element 2 of the dataloader: 'all' selects 8 positions of one row and 5 of"):
+        llama.extract_cache(data, ["all"], progress=False)
+    assert asked == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([], "has the shape of input_ids"),
+        ([[]], "has the shape of input_ids"),
+        (5, "has the shape of input_ids"),
+        ("11", "has the shape of input_ids"),
+        (np.array(1), "has the shape of input_ids"),
+        ([[1, 1], 1], "has the shape of input_ids"),
+        ([[[1], [1]]], "attention_mask holds 1 for a token and 0 for padding"),
+        ([[0.5, 1]], "attention_mask holds 1 for a token and 0 for padding"),
+        ([["1", "1"]], "attention_mask holds 1 for a token and 0 for padding"),
+    ],
+)
+def test_a_mask_in_another_form_is_refused(llama: HookedModel, mask: Any, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        llama.forward({"input_ids": [[1, 2]], "attention_mask": mask}, ["last"])
+
+
+@pytest.mark.parametrize("mask", [[0, 1, 1], [[False, True, True]], np.array([[0.0, 1.0, 1.0]]), [mx.array([0, 1, 1])]])
+def test_a_mask_may_have_any_type_of_numbers(llama: HookedModel, mask: Any) -> None:
+    cache = llama.forward({"input_ids": [[9, 1, 2]], "attention_mask": mask}, ["last"])
+    assert equal(cache.logits, llama.forward([1, 2], ["last"]).logits)
+
+
+def test_what_is_no_activation_is_an_attribute(llama: HookedModel) -> None:
+    cache = llama.forward(TOKENS, ["last"])
+    for key in ("mapping_index", "metadata"):
+        with pytest.raises(UnknownHookError, match=rf"'{key}' is no key of an activation cache: read cache\.{key}"):
+            cache[key]
+        assert key not in cache

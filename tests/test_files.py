@@ -1,6 +1,7 @@
 """Files and folders are there whole or not at all, whatever ends their writer."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,3 +104,21 @@ def test_what_a_killed_writer_left_is_cleared_and_what_is_being_written_is_not(t
     os.utime(tmp_path / ".old.0.writing", (LONG_AGO, LONG_AGO))
     clear_left(tmp_path)
     assert names(tmp_path) == [".mine", ".new.0.writing"]
+
+
+def test_what_is_removed_is_gone_before_the_first_file_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    seen: list[bool] = []
+    real = shutil.rmtree
+
+    def rmtree(path: Path, **how: bool) -> None:
+        seen.append(run.exists())
+        real(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    remove_folder(run)
+    assert seen == [False]
+    assert names(tmp_path) == []

@@ -97,3 +97,17 @@ def test_the_bar_is_on_standard_error_when_asked_for(tiny: HookedModel, capsys: 
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "3/3" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 5, "max_new_tokens": 2}, "run_generation takes max_new_tokens, not max_tokens"),
+        ({"capture": ["blocks.*.hook_resid_post"]}, "capture with model.generate"),
+    ],
+)
+def test_options_that_would_come_to_nothing_are_refused(
+    tiny: HookedModel, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(HookError, match=message):
+        run_generation(tiny, tiny.tokenizer, STORY, **options)

@@ -1,5 +1,6 @@
 """Observers of generation: each pass told once, in order, with what an independent forward pass computes."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -23,6 +24,8 @@ from mlx_hooks import (
 )
 from mlx_hooks.activations import to_numpy
 from mlx_hooks.coverage.models import tiny_model
+from mlx_hooks.hook_points import HookPoint
+from mlx_hooks.hooks import Hook
 from mlx_hooks.instrument import attending
 from mlx_hooks.observers import Watch, Watched
 
@@ -141,6 +144,38 @@ def test_weights_times_values_are_z_on_other_architectures(name: str) -> None:
                     np.testing.assert_allclose(row, z, atol=1e-4 * max(1, np.abs(z).max()))
                     compared += 1
     assert compared == sum(len(rows) for rows in seen.rows.values()) > 0
+
+
+def test_an_attention_whose_keys_are_not_known_has_weights_alone() -> None:
+    """A layer that attends anew to keys that it made before: which ones, its passes do not say."""
+    try:
+        model = HookedModel(tiny_model("iquestloopcoder"))
+    except HookError as error:
+        pytest.skip(str(error))
+    for hook in (Everything(), AttentionExtractionHook(store_values=True)):
+        with pytest.raises(HookError, match="iquestloopcoder attends several times with the same ones"):
+            model.generate_steps(LONG, hooks=[hook])
+    hook = AttentionExtractionHook(0.01, store_matrices=True)
+    result = model.generate(LONG, max_tokens=3, hooks=[hook], capture=["blocks.*.attn.hook_pattern"])
+    assert {record["pass_index"] for record in hook.attention_data} == {0, 1, 2}
+    for record in hook.attention_data:
+        pattern = result.cache.of_pass(record["pass_index"]).numpy(("pattern", record["layer"]))[0, record["head"]]
+        matrix, begin = record["attention_matrix"], record["position"]
+        assert np.array_equal(matrix, pattern[begin : begin + len(matrix), : matrix.shape[1]])
+
+
+def test_a_pass_that_shows_a_part_of_an_event_is_an_error(llama: HookedModel) -> None:
+    watch = Watch(Watched([Everything()], llama.architecture), llama.instrument, None, PROMPT, {})
+    watch.begin()
+    weights = next(hook for hook in watch.hooks if hook.point.component == "pattern")
+    instrument, tokens = llama.instrument, mx.array(PROMPT)
+    message = "The attention of layer 0 cannot be told: pass 0 through it showed weights and nothing else"
+    with (
+        pytest.raises(HookError, match=message),
+        watch.following(tokens, 0, "prefill", 0),
+        instrument.attached(instrument.plan([weights]), begins=0),
+    ):
+        llama.model(tokens[None])
 
 
 def test_observers_change_nothing(model: HookedModel) -> None:
@@ -337,6 +372,8 @@ def test_a_hook_is_made_and_listed_once(llama: HookedModel) -> None:
         ({"threshold": 1.0}, "threshold is a number from 0 to below 1, got 1.0"),
         ({"threshold": float("nan")}, "threshold is a number"),
         ({"threshold": "0.1"}, "threshold is a number"),
+        ({"top_k": True}, "top_k is None or a whole number from 1 up, got True"),
+        ({"top_k": 1.0}, "top_k is None or a whole number from 1 up, got 1.0"),
         ({"top_k": 0}, "top_k is None or a whole number from 1 up, got 0"),
         ({"layers": ["0"]}, "layers are None"),
         ({"heads": [-1]}, "heads are None"),
@@ -346,6 +383,12 @@ def test_a_hook_is_made_and_listed_once(llama: HookedModel) -> None:
 def test_options_of_the_attention_hook_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(HookError, match=message):
         AttentionExtractionHook(**options)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    hook = AttentionExtractionHook(np.float32(0.25), top_k=np.int64(3), layers=np.arange(2))
+    assert (hook.threshold, hook.top_k, hook.layers) == (0.25, 3, (0, 1))
+    assert (type(hook.threshold), type(hook.top_k)) == (float, int)
 
 
 def test_a_model_without_attention_says_so() -> None:
@@ -478,6 +521,107 @@ def test_hooks_of_an_outer_block_are_set_aside_too(llama: HookedModel) -> None:
         assert np.array_equal(np.array(llama([LONG])), edited)
     assert not np.array_equal(edited, expected)
     assert set(events) == set(EVENTS) - {"on_layer_attention"}
+
+
+def test_a_generation_inside_an_event_begins_with_rows_of_its_own(
+    llama: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attending, "ROWS_OF_A_PART", 3)
+    # Too short for parts, which would set rows anew.
+    short, alone = PROMPT[:3], AttentionExtractionHook()
+    llama.generate(short, max_tokens=2, hooks=[alone])
+    inner: list[dict[str, np.ndarray]] = []
+
+    class Runs(AttentionExtractionHook):
+        def on_layer_attention(self, layer_idx, attention, *rest):
+            super().on_layer_attention(layer_idx, attention, *rest)
+            if attention.positions.start == 3:
+                hook = AttentionExtractionHook()
+                llama.generate(short, max_tokens=2, hooks=[hook])
+                inner.append(hook.edge_arrays())
+
+    runs, plain = Runs(), AttentionExtractionHook()
+    llama.generate(LONG, max_tokens=2, hooks=[runs])
+    llama.generate(LONG, max_tokens=2, hooks=[plain])
+    assert len(inner) == llama.cfg.n_layers
+    for edges in inner:
+        assert all(np.array_equal(edges[name], own) for name, own in alone.edge_arrays().items())
+    assert list(runs.attention_data) == list(plain.attention_data)
+
+
+def test_a_thread_that_is_told_leaves_another_one_s_pass_alone(
+    llama: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Someone is told of a generated token while another thread reads a prompt in parts."""
+    monkeypatch.setattr(attending, "ROWS_OF_A_PART", 3)
+    run, rows = llama.instrument.run, []
+
+    def tell() -> None:
+        with llama.instrument.set_aside():
+            rows.append(run.rows)
+
+    def see(value: mx.array, point: HookPoint) -> None:
+        before = run.rows
+        other = threading.Thread(target=tell)
+        other.start()
+        other.join(5)
+        # It did not wait for this pass, and did not touch it.
+        assert not other.is_alive()
+        assert run.rows is before
+        assert before is not None
+
+    point = llama.hook_points["blocks.1.attn.hook_pattern"]
+    instrument = llama.instrument
+    with instrument.attached(instrument.plan([Hook(point, see, reads=True, in_parts=True)])):
+        llama.model(mx.array([LONG]))
+    assert len(rows) == 4
+    assert run.rows is None
+
+
+def test_what_a_generation_computed_is_let_go_at_its_end(llama: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: keys and values of a long generation would wait for the cycle collector."""
+    watches: list[Watch] = []
+    begin = Watch.begin
+    monkeypatch.setattr(Watch, "begin", lambda watch: watches.append(watch) or begin(watch))
+    llama.generate(PROMPT, max_tokens=3, hooks=[Everything()])
+    steps = llama.generate_steps(PROMPT, max_tokens=3, hooks=[Everything()])
+    next(steps)
+    assert watches[1]._so_far
+    steps.close()
+    with pytest.raises(ObserverError):
+        llama.generate(PROMPT, max_tokens=3, hooks=[Everything(), Fails("on_ffn_computed")])
+    assert len(watches) == 3
+    for watch in watches:
+        assert (watch.hooks, watch._so_far, watch._partial, watch._latest) == ([], {}, {}, None)
+
+
+def test_what_one_observer_does_to_what_it_is_shown_no_other_sees(llama: HookedModel) -> None:
+    class Spoils(InferenceHook):
+        def on_generation_begin(self, prompt_tokens, state):
+            prompt_tokens.clear()
+
+        def on_layer_attention(self, layer_idx, attention, tokens, position, state):
+            tokens.clear()
+            attention.weights[:] = 0
+
+        def on_ffn_computed(self, layer_idx, ffn_input, ffn_output, tokens, position, state):
+            tokens.clear()
+            ffn_input[:] = 0
+
+        def on_forward_end(self, logits, position, state):
+            logits[:] = 0
+
+    seen, plain = [Everything(), AttentionExtractionHook(), ActivationHook()], [Everything(), AttentionExtractionHook()]
+    llama.generate(PROMPT, max_tokens=3, hooks=[Spoils("spoils"), *seen])
+    llama.generate(PROMPT, max_tokens=3, hooks=plain)
+    assert seen[0].events == plain[0].events
+    for place, passes in plain[0].attention.items():
+        for mine, own in zip(seen[0].attention[place], passes, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(mine, own, strict=True))
+    assert seen[1].attention_data == plain[1].attention_data
+    assert (len(seen[1].tokens), len(seen[2].tokens), seen[1].prompt_length) == (7, 7, 5)
+    assert all(record["input_norm"] > 0 for record in seen[2].activations)
+    assert all(np.any(logits) for logits in seen[0].logits)
 
 
 def test_generations_that_take_turns_tell_their_own_observers(llama: HookedModel) -> None:

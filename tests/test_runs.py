@@ -4,10 +4,16 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,7 @@ from mlx_hooks import (
     UnreadableRunWarning,
 )
 from mlx_hooks.activations import CapturedActivation, labels
+from mlx_hooks.storage import files
 from mlx_hooks.storage.files import is_temporary
 from mlx_hooks.storage.tensors import TensorFile
 
@@ -251,7 +258,7 @@ def test_one_key_is_read_without_the_others(
     llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = llama.forward(TOKENS, ["all"], BOTH)
-    save(saver, cache, llama)
+    saver.save_cache(cache)
     read: list[str] = []
     real = TensorFile.numpy
     monkeypatch.setattr(TensorFile, "numpy", lambda self, name: (read.append(name), real(self, name))[1])
@@ -399,14 +406,29 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(path.name for path in saver.base_dir.iterdir()) == [".index.sqlite", "first"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder that this process may not write to: as root, it is nobody meanwhile."""
+    above = [path for path in folder.parents if path.owner() == folder.owner()]
+    modes = {path: path.stat().st_mode for path in (folder, *above)}
+    is_root = os.geteuid() == 0
     try:
-        with pytest.raises(HookError, match="could not be saved in .*: Permission denied"):
-            save(ActivationSaver(tmp_path / "saved"))
+        for path in above if is_root else []:
+            path.chmod(modes[path] | stat.S_IXGRP | stat.S_IXOTH)
+        folder.chmod(0o555)
+        if is_root:
+            os.seteuid(65534)
+        yield
     finally:
-        tmp_path.chmod(stat.S_IRWXU)
+        if is_root:
+            os.seteuid(0)
+        for path, mode in modes.items() if is_root else [(folder, modes[folder])]:
+            path.chmod(mode)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    with read_only(tmp_path), pytest.raises(HookError, match="could not be saved in .*: Permission denied"):
+        save(ActivationSaver(tmp_path / "saved"))
 
 
 def test_a_base_directory_that_is_a_file_is_told(tmp_path: Path) -> None:
@@ -770,7 +792,7 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_found(
         (lambda data: data[:8] + b"x" + data[9:], "header is damaged"),
         (lambda data: data.replace(b'"F32"', b'"F99"'), "header is damaged"),
         (lambda data: data.replace(b'"shape": [2]', b'"shape": [3]'), "header is damaged"),
-        (lambda data: data.replace(b'"content"', b'"context"'), "content"),
+        (lambda data: data.replace(b'"content"', b'"context"'), "it is no run.s file"),
     ],
 )
 def test_a_damaged_file_is_an_error_when_it_is_loaded(
@@ -833,14 +855,17 @@ def test_the_index_is_made_again_from_the_files(many: ActivationLoader, monkeypa
     assert tags() == "xbcde"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_can_be_queried(many: ActivationLoader) -> None:
-    many.base_dir.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    try:
+@pytest.mark.parametrize("index", [None, b"", b"not a database" * 500, "of now"])
+def test_a_folder_that_cannot_be_written_can_be_queried(many: ActivationLoader, index: Any) -> None:
+    database = many.base_dir / ".index.sqlite"
+    many.query("*")
+    if index is None:
+        database.unlink()
+    elif index != "of now":
+        database.write_bytes(index)
+    with read_only(many.base_dir):
         assert [run.tag for run in ActivationLoader(many.base_dir).query("*")] == list("abcde")
-        assert not (many.base_dir / ".index.sqlite").exists()
-    finally:
-        many.base_dir.chmod(stat.S_IRWXU)
+    assert database.exists() == (index is not None)
 
 
 def test_an_index_that_cannot_be_written_is_done_without(
@@ -861,7 +886,7 @@ def test_a_run_without_values_is_an_error_when_it_is_loaded(saver: ActivationSav
 def test_thousands_of_runs_are_queried_at_once(saver: ActivationSaver) -> None:
     path = save(saver, tag="batch_0", other_metadata={"batch_id": 0}, extraction_config=BOTH)
     described = json.loads((path / "metadata.json").read_text())
-    for i in range(1, 2000):
+    for i in range(1, 3000):
         run = path.with_name(f"2023-04-15_14-30-25-{i:06d}-00000000")
         run.mkdir()
         changed = {"save_time": f"2023-04-15T14:30:25.{i:06d}+00:00", "tag": f"batch_{i}", "batch_id": i}
@@ -876,5 +901,358 @@ def test_thousands_of_runs_are_queried_at_once(saver: ActivationSaver) -> None:
         found = loader.query(custom_keys={"batch_id": 17}, model_name="llama-16", extraction_config=RESID)
         spans.append(time.process_time() - begin)
         assert [run.tag for run in found] == ["batch_17"]
-    assert min(spans) < 0.1
-    assert len(loader.query()) == 2000
+    assert min(spans) < 0.03
+    assert len(loader.query()) == 3000
+
+
+# Names and texts
+
+
+HALF = "half of \ud83d"
+
+
+def test_half_characters_are_refused_and_nothing_is_saved(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    save(saver, tag="good")
+    for given, what in [
+        ({"tag": HALF}, "A tag"),
+        ({"model": HALF}, "A model's name"),
+        ({"other_metadata": {"k": [HALF]}}, r"other_metadata\['k'\]\[0\]"),
+        ({"other_metadata": {HALF: 1}}, "A key of other_metadata"),
+        ({"target_token_positions": [HALF]}, "target_token_positions"),
+    ]:
+        with pytest.raises(HookError, match=rf"^{what} is a text in Unicode, got 'half of \\ud83d'"):
+            save(saver, **given)
+    assert [run.tag for run in loader.query()] == ["good"]
+
+
+def test_names_that_are_no_text_hide_no_others(many: ActivationLoader) -> None:
+    good = many.query()[0].path
+    foreign = os.fsencode(good.parent) + b"/caf\xe9"
+    shutil.copytree(os.fsencode(good), foreign)
+    other = good.with_name("other")
+    shutil.copytree(good, other)
+    described = json.loads((other / "metadata.json").read_text())
+    (other / "metadata.json").write_text(json.dumps(described | {"tag": HALF}))
+    for loader in (many, many, ActivationLoader(many.base_dir, "first")):
+        with pytest.warns(UnreadableRunWarning, match="no UTF-8|no Unicode") as warned:
+            assert [run.tag for run in loader.query()] == list("abcd")
+        assert all(part in str(warned[0].message) for part in ("caf\\udce9 (its folder's name is no UTF-8)", "other ("))
+    shutil.rmtree(foreign)
+    shutil.rmtree(other)
+    assert [run.tag for run in many.query("*")] == list("abcde")
+
+
+def test_long_names_in_any_script_are_folders(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    names = ["模" * 100, "模" * 99 + "型", "m" * 300]
+    folders = {save(saver, model=name).parent.name for name in names}
+    assert len(folders) == 3
+    assert all(len(folder.encode()) <= 100 for folder in folders)
+    assert all(len(loader.query(model_name=name)) == 1 for name in names)
+    with pytest.raises(HookError, match=r"up to 100 letters \(200 bytes in UTF-8\)"):
+        ActivationSaver(saver.base_dir, "模" * 67)
+    assert save(ActivationSaver(saver.base_dir, "模" * 66)).exists()
+
+
+def test_metadata_without_an_end_is_refused(saver: ActivationSaver) -> None:
+    endless: dict[str, Any] = {}
+    endless["itself"] = endless
+    with pytest.raises(HookError, match="other_metadata is nested too deeply, or holds itself"):
+        save(saver, other_metadata=endless)
+    with pytest.raises(HookError, match="custom_keys is nested too deeply"):
+        ActivationLoader.from_saver(saver).query(custom_keys=endless)
+    with pytest.raises(HookError, match="custom_keys has the reserved key"):
+        ActivationLoader.from_saver(saver).query(custom_keys={"tag": 1})
+
+
+def test_a_masked_array_keeps_its_mask_or_is_refused(saver: ActivationSaver) -> None:
+    masked = np.ma.array([1, 2, 999], mask=[0, 0, 1])
+    with pytest.raises(HookError, match="A masked array would lose its mask: give its data and its mask"):
+        save(saver, masked)
+    with pytest.raises(HookError, match="A masked array as 'a' would lose its mask"):
+        save(saver, {"a": masked})
+
+
+def change(path: Path, **changes: Any) -> None:
+    """Edit a run's metadata by hand."""
+    file = path / "metadata.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["2023-04-15T14:30:25Z", "20230415T143025", "2023-04-15T14:30:25,5", "2023-04-15T14:30:25+02", "2023-04-15"],
+)
+def test_a_time_in_another_form_spoils_no_query(saver: ActivationSaver, loader: ActivationLoader, written: str) -> None:
+    save(saver, tag="good")
+    change(save(saver, tag="edited"), save_time=written)
+    try:
+        expected = ["edited"] if datetime.fromisoformat(written) else []
+    except ValueError:
+        expected = []  # An older Python reads fewer forms.
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert [run.tag for run in loader.query(save_time="2023-04-15")] == expected
+        assert [run.tag for run in loader.query(save_time=time.strftime("%Y"))] == ["good"]
+    assert bool(warned) == (not expected)
+
+
+@pytest.mark.parametrize("written", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00"])
+def test_a_time_beyond_the_calendar_hides_no_others(
+    saver: ActivationSaver, loader: ActivationLoader, written: str
+) -> None:
+    save(saver, tag="good")
+    change(save(saver), save_time=written)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreadableRunWarning)
+        assert "good" in [run.tag for run in loader.query(save_time=time.strftime("%Y"))]
+
+
+def test_deep_nesting_is_one_unreadable_run(many: ActivationLoader) -> None:
+    path = many.query()[1].path / "metadata.json"
+    path.write_text('{"save_time": "2023-04-15", "model_name": "m", "x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.warns(UnreadableRunWarning, match="its metadata.json is no JSON"):
+        assert [run.tag for run in many.query(custom_keys={})] == ["a", "c", "d"]
+    change(many.query("second")[0].path, extraction_config={"attn_heads": 3})
+    heads = ExtractionConfig(attn_heads=[{"layer": 0, "head": 0}])
+    with pytest.warns(UnreadableRunWarning):
+        assert [run.tag for run in many.query("*", extraction_config=heads)] == ["a"]
+
+
+# What others do meanwhile
+
+
+@contextmanager
+def once_between(monkeypatch: pytest.MonkeyPatch, folder: Path, act: Callable[[], Any]) -> Iterator[None]:
+    """Do what another process might between a rename and the flush that follows it."""
+    real = files.sync
+    done: list[Path] = []
+
+    def sync(path: Path) -> None:
+        if path == folder and path.exists() and not done:
+            done.append(path)
+            act()
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", sync)
+        yield
+    assert done
+
+
+def test_what_is_done_is_not_reported_as_failed(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = saver.base_dir / "first" / "tests_llama-16"
+    other = ActivationSaver(saver.base_dir, "first")
+    with once_between(monkeypatch, place, lambda: other.rename_experiment("second")):
+        save(saver, tag="a")
+    assert [run.tag for run in loader.query("second")] == ["a"]
+    save(saver, tag="b")
+    save(saver, tag="c")
+    found = loader.query()
+    with once_between(monkeypatch, place, lambda: ActivationSaver(saver.base_dir, "first").rename_experiment("third")):
+        found.remove(0)
+    assert [run.tag for run in found] == ["c"]
+    assert [run.tag for run in loader.query("third")] == ["c"]
+    found = loader.query("third")
+    moved = saver.base_dir / "fourth" / "tests_llama-16"
+    with once_between(monkeypatch, moved, lambda: ActivationSaver(saver.base_dir, "fourth").rename_experiment("fifth")):
+        found.update_run_experiment(0, "fourth")
+    assert [(run.tag, run.experiment_name) for run in loader.query("fifth")] == [("c", "fifth")]
+
+
+def test_a_folder_is_made_under_the_lock(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    saver.base_dir.mkdir()
+    with files.locked(saver.base_dir):
+        thread = threading.Thread(target=save, args=(saver,))
+        thread.start()
+        thread.join(0.3)
+        # Who removes empty folders holds the lock too, so it is not gone before the run is in it.
+        assert thread.is_alive()
+        assert not (saver.base_dir / "first").exists()
+    thread.join(20)
+    assert len(loader.query()) == 1
+
+
+def test_an_emptied_experiment_leaves_its_name(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    save(saver)
+    loader.query().remove(0)
+    assert [path.name for path in saver.base_dir.iterdir() if not path.name.startswith(".")] == []
+    save(ActivationSaver(saver.base_dir, "second"), tag="b")
+    ActivationSaver(saver.base_dir, "second").rename_experiment("first")
+    loader.query().update_run_experiment(0, "third")
+    assert sorted(path.name for path in saver.base_dir.iterdir()) == [".index.sqlite", "third"]
+    (saver.base_dir / "third" / "notes.txt").write_text("mine")
+    loader.query("third").remove(0)
+    assert [path.name for path in (saver.base_dir / "third").iterdir()] == ["notes.txt"]
+
+
+def test_links_to_folders_are_followed(saver: ActivationSaver, loader: ActivationLoader, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    saver.base_dir.mkdir()
+    (saver.base_dir / "first").symlink_to(tmp_path / "elsewhere")
+    path = save(saver, tag="a")
+    run = tmp_path / path.name
+    shutil.move(path, run)
+    path.symlink_to(run)
+    assert [run.tag for run in loader.query()] == [run.tag for run in loader.query("*")] == ["a"]
+    assert loader.query().load()[0].tolist() == [1.0, 2.0]
+    # Of a linked run the link is removed.
+    loader.query().remove(0)
+    assert run.exists()
+    assert len(loader.query("*")) == 0
+    assert [path.name for path in saver.base_dir.iterdir() if is_temporary(path.name)] == []
+
+
+def test_a_disk_without_locks_can_be_saved_on(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*given: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    save(saver, tag="a")
+    saver.rename_experiment("second")
+    assert [run.tag for run in loader.query("second")] == ["a"]
+
+
+def test_what_a_killed_mover_left_is_mended(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver, tag="a")
+    target = saver.base_dir / "second" / path.parent.name / path.name
+    target.parent.mkdir(parents=True)
+    path.rename(target)
+    left = target / ".metadata.0123abcd.writing.json"
+    left.touch()
+    os.utime(left, (0, 0))
+    assert [run.experiment_name for run in loader.query("second")] == ["second"]
+    assert json.loads((target / "metadata.json").read_text())["experiment_name"] == "second"
+    assert sorted(path.name for path in target.iterdir()) == ["activations.safetensors", "metadata.json"]
+
+
+def test_another_programs_file_is_told(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver, {"a": mx.zeros(2)}) / "activations.safetensors"
+    found = loader.query()
+    whole = path.read_bytes()
+    for damage, reason in [
+        (lambda data: data.replace(b"libraries", b"librarian"), "its description is damaged"),
+        (lambda data: data.replace(b'\\"kind\\"', b'\\"mind\\"'), "its description is damaged"),
+        (lambda data: data.replace(b'"content": "{', b'"content": "['), "its description is damaged"),
+    ]:
+        assert damage(whole) != whole
+        path.write_bytes(damage(whole))
+        with pytest.raises(HookError, match=f"cannot be read: {reason}.$"):
+            found.load()
+    path.unlink()
+    mx.save_safetensors(str(path), {"a": mx.zeros(2)})
+    with pytest.raises(HookError, match=r"cannot be read: it is no run's file.$"):
+        found.load()
+
+
+# What the index holds
+
+
+def columns(*changes: str) -> str:
+    return "; ".join(f"UPDATE runs SET {change}" for change in changes)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        columns("config = '{'"),
+        columns("config = NULL"),
+        columns("custom = '[]'"),
+        columns("interventions = '['"),
+        columns("time = 'x' WHERE tag = 'a'"),
+        columns("digits = 5"),
+        columns("size = 'many'", "tag = 3"),
+        columns("tag = X'ff'"),
+        columns("model_name = CAST(X'ff' AS TEXT)"),
+        "DROP TABLE runs",
+        "DROP TABLE runs; CREATE TABLE runs (a, b)",
+        "DROP TABLE runs; CREATE VIEW runs AS SELECT 1",
+        "PRAGMA user_version = 7",
+    ],
+)
+def test_an_index_that_holds_something_else_is_made_anew(
+    many: ActivationLoader, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many.query("*")
+    with closing(sqlite3.connect(many.base_dir / ".index.sqlite")) as database:
+        database.executescript(script)
+    criteria: dict[str, Any] = {
+        "extraction_config": ExtractionConfig(),
+        "custom_keys": {},
+        "save_time": time.strftime("%Y"),
+    }
+    assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
+    monkeypatch.setattr("mlx_hooks.storage.index._read_file", pytest.fail)
+    assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
+
+
+def test_size_and_inode_tell_a_change_that_the_time_does_not(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    path = save(saver, tag="a") / "metadata.json"
+    assert [run.tag for run in loader.query()] == ["a"]
+    state = path.stat()
+    path.write_text(path.read_text().replace('"tag": "a"', '"tag": "long"'))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert [run.tag for run in loader.query()] == ["long"]
+    other = path.with_name("other.json")
+    other.write_text(path.read_text().replace('"tag": "long"', '"tag": "LONG"'))
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    other.replace(path)
+    assert [run.tag for run in loader.query()] == ["LONG"]
+
+
+def test_a_number_is_found_however_it_is_written(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    change(save(saver, tag="whole"), n=17, m=0, big=10**20, text="17", none=None)
+    change(save(saver, tag="float"), n=17.0, m=-0.0, big=1e20, text='1"7', none=1)
+    change(save(saver, tag="other"), n=170, m=1, big=10**20 + 1, text="170", deep={"n": 17})
+    for custom, tags in [
+        ({"n": 17}, ["whole", "float"]),
+        ({"n": 17.0}, ["whole", "float"]),
+        ({"m": 0}, ["whole", "float"]),
+        ({"big": 10**20}, ["whole", "float"]),
+        ({"text": "17"}, ["whole"]),
+        ({"text": '1"7'}, ["float"]),
+        ({"none": None}, ["whole"]),
+        ({"deep": {"n": 17}}, ["other"]),
+    ]:
+        assert [run.tag for run in loader.query(custom_keys=custom)] == tags, custom
+
+
+# What the cache says of how it was made
+
+
+def test_a_cache_is_not_saved_as_another_one(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    edit = {"hook_point": "blocks.0.hook_mlp_out", "type": "zero"}
+    made = llama.forward(TOKENS, ["last"], RESID, interventions=[edit])
+    for given, name in [
+        ((["first"], [edit], RESID), "target_token_positions"),
+        (("last", None, RESID), "interventions"),
+        (("last", [edit | {"hook_point": "hook_embed"}], RESID), "interventions"),
+        ((["last"], [edit], BOTH), "extraction_config"),
+    ]:
+        with pytest.raises(HookError, match=f"The activation cache was made with {name} .*: give these, or save it wi"):
+            saver.save(made, llama, *given)
+    with pytest.raises(HookError, match=r"was made with pivot_positions None: .* got \[3\]"):
+        saver.save(made, llama, ["last"], [edit], RESID, pivot_positions=[3])
+    assert not saver.base_dir.exists()
+    saver.save(made, llama, "last", [edit], RESID.to_dict(), tag="a")
+    saver.save(made, "another name", np.array(["last"]).tolist(), (Intervention.of(edit),), None, tag="b")
+    plain = llama.forward(TOKENS, "last", RESID)
+    for interventions in (None, [], ()):
+        saver.save(plain, llama, ["last"], interventions, RESID)
+    assert [run.tag for run in loader.query(extraction_config=RESID, interventions=[edit])] == ["a", "b"]
+    assert len(loader.query(extraction_config=RESID, interventions=[])) == 3
+
+
+def test_the_numbers_of_a_large_vector_tell_it_from_others(saver: ActivationSaver, loader: ActivationLoader) -> None:
+    def edit(last: float) -> list[dict[str, Any]]:
+        return [{"hook_point": "hook_embed", "type": "add", "vector": mx.array([0.0] * 99 + [last])}]
+
+    save(saver, interventions=edit(1.0), tag="one")
+    save(saver, interventions=edit(2.0), tag="two")
+    assert [run.tag for run in loader.query(interventions=edit(2.0))] == ["two"]
+    assert not loader.query(interventions=edit(3.0))

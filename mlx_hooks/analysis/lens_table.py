@@ -70,7 +70,7 @@ class LensTable:
         several = any(index for index, _ in rows)
         names = [f"{layer} (pass {index})" if several else str(layer) for index, layer in rows]
         own = "" if norm == "own" else ", frozen norm"
-        title = f"{model.cfg.model_type}: {'tuned' if tuned is not None else 'logit'} lens on {component}{own}"
+        title = f"{model.model_name}: {'tuned' if tuned is not None else 'logit'} lens on {component}{own}"
         tokens = list(map(TokenText(model.tokenizer).text, id_list(ids[0])))
         return cls(title, tokens, names, list(rows.values()))
 

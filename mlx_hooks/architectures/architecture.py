@@ -290,6 +290,10 @@ class Architecture:
         """The submodules between which attention happens, where the attention module itself is never called."""
         return ends_of_open(attn)
 
+    def attends_openly(self, layer: int) -> bool:
+        """Whether the layer's attention module is never called: its parts are, in what order the model alone knows."""
+        return any(self.open_ends(s.module) is not None for s in self.sublayers[layer] if s.kind == "attn")
+
     @property
     def streams(self) -> dict[int, str]:
         """What kind of stream a layer's attention works on, by layer, where the model declares it: ``stream_type``.

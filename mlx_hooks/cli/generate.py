@@ -9,6 +9,8 @@ import numpy as np
 
 from ..errors import HookError
 from ..observers import ActivationHook, AttentionExtractionHook, InferenceHook
+from ..sampling import Sampling, whole_number
+from .output import check_writable
 
 FORMATS = (".json", ".graphml")
 SHOWN_TOKENS = 10
@@ -69,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Say before the run what would fail after it."""
+    """Say before the model is loaded what would fail after it."""
+    whole_number("max_tokens", options.max_tokens)
+    Sampling(temperature=options.temperature, top_k=options.top_k, seed=options.seed).check()
     target = options.save_attention
     if options.no_hooks and (target is not None or options.track_activations):
         other = "--save-attention" if target is not None else "--track-activations"
@@ -78,10 +82,7 @@ def _check(options: argparse.Namespace) -> None:
         return
     if target.suffix not in FORMATS:
         raise HookError(f"--save-attention writes {' or '.join(FORMATS)}, by the file's name; got {str(target)!r}.")
-    if target.is_dir():
-        raise HookError(f"cannot write {target}: it is a folder; name a file in it")
-    if not target.absolute().parent.is_dir():
-        raise HookError(f"cannot write {target}: there is no folder {target.absolute().parent}")
+    check_writable(target)
 
 
 def _show_attention(hook: AttentionExtractionHook) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import HookError
-from .output import check_target, write_whole
+from .output import check_writable, write_whole
 
 if TYPE_CHECKING:
     from ..model import HookedModel
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise HookError("--prompt is a text that is not empty.")
     for target in filter(None, (options.html, options.png)):
-        check_target(target)
+        check_writable(target)
     model = HookedModel.from_pretrained(options.model)
     tokens = _tokens(model, options.prompt)
     if options.png is not None:

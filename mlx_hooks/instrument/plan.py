@@ -226,8 +226,13 @@ class Instrument:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """A block in which the model and MLX's functions are plain, inside a pass too: for whoever is told of it."""
-        if self._attached is None or not self._attached.hooks:
+        """A block in which the model and MLX's functions are plain, inside a pass too: for whoever is told of it.
+
+        A thread that attached nothing meets no hooks anyway: it goes on without waiting for the one that did.
+        """
+        # In this order: who attaches writes its thread first, so that another's hooks are never taken for one's own.
+        attached = self._attached
+        if attached is None or not attached.hooks or self.run.thread != threading.get_ident():
             yield
             return
         rows, self.run.rows = self.run.rows, None

@@ -49,7 +49,8 @@ class LayerAttention:
 
     Args:
         weights: [batch, head, query, key], float32. A row per query of the pass; keys stand at absolute positions from
-            0 on, and in a part of a prompt they end with the part's last query.
+            0 on. In a part of a prompt they end with the part's last query, if the mask is plainly causal; with a
+            window or padding, those after it are there too, with weights of 0.
         positions: absolute position of each row.
         heads: the query heads that ``weights`` holds.
         query: [batch, pos, head, d_head], as the kernel got it, all heads.

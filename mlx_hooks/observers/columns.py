@@ -1,6 +1,6 @@
 """Numbers that come a few at a time, kept as arrays: no Python object per row."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -51,7 +51,7 @@ class Columns:
 
 
 class LazyRecords(Sequence[dict[str, Any]]):
-    """Records that are made when they are read, so that a long run keeps arrays only.
+    """Records that are made when they are read, so that a long run keeps arrays only; a list where one is asked for.
 
     Args:
         count: how many there are now.
@@ -78,5 +78,29 @@ class LazyRecords(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self._make(i) for i in range(len(self)))
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LazyRecords | list):
+            return NotImplemented
+        return len(self) == len(other) and all(map(_same, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*other, *self]
+
     def __repr__(self) -> str:
         return f"<{len(self)} records>"
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two records are equal, arrays in them number by number."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

@@ -1,6 +1,8 @@
 """Which token is looked at by which: attention as a graph of a generation."""
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +54,12 @@ class AttentionExtractionHook(InferenceHook):
         store_matrices: bool = False,
     ) -> None:
         super().__init__("attention_extractor")
-        is_number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+        is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
         if not is_number or not 0 <= threshold < 1:
             raise HookError(f"threshold is a number from 0 to below 1, got {threshold!r}.", field="threshold")
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise HookError(f"top_k is None or a whole number from 1 up, got {top_k!r}.", field="top_k")
         self.threshold = float(threshold)
         self.store_values = bool(store_values)
-        self.top_k = top_k
+        self.top_k = None if top_k is None else _count("top_k", top_k)
         self.layers = indices("layers", layers)
         self.heads = indices("heads", heads)
         self.store_matrices = bool(store_matrices)
@@ -94,20 +94,23 @@ class AttentionExtractionHook(InferenceHook):
     ) -> None:
         """Keep a layer's edges."""
         self.tokens = tokens
-        weights = np.asarray(attention.weights[0])
+        # NumPy takes the row: MLX would queue it behind the pass that runs meanwhile.
+        weights = np.asarray(attention.weights)[0]
         found = strongest(weights, self.threshold, self.top_k)
         self._edges.append(layer_idx, attention.pass_index, position, attention.positions, attention.heads, found)
         if self.store_values:
             assert attention.value is not None
             self._n_heads[layer_idx] = attention.n_heads
-            self._keep_values((layer_idx, attention.pass_index), attention.value[0])
+            self._keep_values((layer_idx, attention.pass_index), attention.value)
         if self.store_matrices:
             self._matrices.append(np.array(weights))
 
     def _keep_values(self, place: tuple[int, int], value: mx.array) -> None:
-        """Keep values [key, kv_head, d_head] of the positions that are new."""
-        kept = self._values.setdefault(place, Columns(value=(np.float32, value.shape[1:])))
-        kept.append(value=to_numpy(value[len(kept) :]))
+        """Keep values [1, key, kv_head, d_head] of the positions that are new."""
+        kept = self._values.setdefault(place, Columns(value=(np.float32, value.shape[2:])))
+        # As above, where NumPy has the type; it has no bfloat16.
+        new = np.asarray(value)[0, len(kept) :] if value.dtype == mx.float32 else to_numpy(value[0, len(kept) :])
+        kept.append(value=new)
 
     # What was kept
 
@@ -182,7 +185,7 @@ class AttentionExtractionHook(InferenceHook):
         """
         looked_at = self._edges.heads
         if head not in looked_at.get(layer, ()):
-            what = f"head {head} of layer {layer}" if layer in looked_at else f"layer {layer}"
+            what = f"head {head!r} of layer {layer}" if layer in looked_at else f"layer {layer!r}"
             seen = looked_at.get(layer) if layer in looked_at else sorted(looked_at)
             raise HookError(f"No attention of {what} was seen. There are: {', '.join(map(str, seen or ())) or 'none'}.")
         edges = self.edge_arrays()
@@ -229,16 +232,16 @@ class AttentionExtractionHook(InferenceHook):
             count, unless ``token`` has some.
 
         Raises:
-            HookError: for a position that was not read, and unless one of the two is given.
+            HookError: for a token that is no text, a position that was not read, and unless one of the two is given.
         """
         if (token is None) == (position is None):
             raise HookError("A summary is of a token or of a position: give one of them.")
         if position is not None:
-            if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(self.tokens):
-                raise HookError(f"Positions 0 to {len(self.tokens) - 1} were read, got {position!r}.")
+            position = self._read_position(position)
             token, positions = self.tokens[position], [position]
+        elif not isinstance(token, str):
+            raise HookError(f"token is the text of a token, got {token!r}: give a position as position=...")
         else:
-            assert token is not None
             bare = token == token.strip()
             positions = [i for i, text in enumerate(self.tokens) if (text.strip() if bare else text) == token]
         received = self._ends(positions, at="source", other="target", word="from")
@@ -251,6 +254,16 @@ class AttentionExtractionHook(InferenceHook):
             "total_received": sum((edge["weight"] for edge in received), 0.0),
             "total_given": sum((edge["weight"] for edge in given), 0.0),
         }
+
+    def _read_position(self, position: Any) -> int:
+        try:
+            found = -1 if isinstance(position, bool) else index(position)
+        except TypeError:
+            found = -1
+        if not 0 <= found < len(self.tokens):
+            read = f"Positions 0 to {len(self.tokens) - 1} were read" if self.tokens else "No position was read"
+            raise HookError(f"{read}, got {position!r}.")
+        return found
 
     def _ends(self, positions: list[int], *, at: str, other: str, word: str) -> list[dict[str, Any]]:
         edges = self.edge_arrays()
@@ -302,6 +315,16 @@ class AttentionExtractionHook(InferenceHook):
             HookError: when it cannot be written.
         """
         graph.save_graphml(self, path, by)
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        found = 0 if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise HookError(f"{name} is None or a whole number from 1 up, got {value!r}.", field=name)
+    return found
 
 
 def create_attention_extraction_hook(

@@ -61,7 +61,8 @@ class ActivationHook(InferenceHook):
     ) -> None:
         """Keep the lengths of a layer's vectors."""
         self.tokens = tokens
-        read, added = to_numpy(ffn_input[0]), to_numpy(ffn_output[0])
+        # NumPy takes the row: MLX would queue it behind the pass that runs meanwhile.
+        read, added = to_numpy(ffn_input)[0], to_numpy(ffn_output)[0]
         self._norms.append(
             layer=np.full(len(read), layer_idx),
             position=np.arange(position, position + len(read)),

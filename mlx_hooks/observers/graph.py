@@ -1,6 +1,7 @@
 """The attention graph of a generation as JSON, as a networkx graph and as GraphML."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import HookError
-from ..storage.files import whole_file
+from ..storage.files import whole_file, writing
 
 if TYPE_CHECKING:
     import networkx
@@ -114,14 +115,11 @@ def save_graphml(hook: "AttentionExtractionHook", path: str | Path, by: str = "p
 
 
 def _write(path: str | Path, write: Any) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise HookError(f"path is the path of a file, got {path!r}.", field="path")
     path = Path(path).expanduser()
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder; name a file in it")
-        with whole_file(path) as draft:
-            write(draft)
-    except OSError as error:
-        raise HookError(f"cannot write {path}: {error}") from error
+    with writing(path), whole_file(path) as draft:
+        write(draft)
 
 
 def _in_xml(text: str) -> str:

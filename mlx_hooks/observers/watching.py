@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,7 @@ class Watched:
             )
         asked = range(n_layers) if wanted.layers is None else wanted.layers
         names = {layer: [block_point(component, layer).name for component in components] for layer in asked}
+        self._check_arrays(observer, wanted, asked)
         for layer in asked:
             for name in names[layer]:
                 # What is there and cannot be shown is said, rather than left out.
@@ -87,6 +89,14 @@ class Watched:
             )
         for layer in shown:
             by_layer.setdefault(layer, []).append((observer, wanted))
+
+    def _check_arrays(self, observer: InferenceHook, wanted: Wanted, layers: Iterable[int]) -> None:
+        """Refuse queries, keys and values where it is not known which of them an attention reads."""
+        if wanted.arrays and any(self.architecture.attends_openly(layer) for layer in layers):
+            raise HookError(
+                f"{observer!r} asks for {', '.join(wanted.arrays)}: {self.architecture.cfg.model_type} attends several "
+                "times with the same ones, so it has attention weights to show and no arrays beside them."
+            )
 
     def _check_heads(self, observer: InferenceHook, wanted: Wanted) -> None:
         for layer, told in self.attention.items():
@@ -232,7 +242,8 @@ class Watch:
         attention = LayerAttention(
             weights, positions, heads, n_heads, query=parts.get("query"), pass_index=nth, **shared
         )
-        self._happened(ATTENTION_EVENT, layer, [attention], list(parts.values()))
+        views = [value for value in shared.values() if value is not None]
+        self._happened(ATTENTION_EVENT, layer, [attention], [*parts.values(), *views])
 
     def _per_query(self, layer: int, value: mx.array | None, n_heads: int) -> mx.array | None:
         if value is None:
@@ -275,15 +286,30 @@ class Watch:
     def following(self, tokens: mx.array, position: int, phase: str, step: int) -> Iterator[None]:
         """Hooks see the pass that runs in the block. One of the prompt is told while it runs."""
         self._told_now = phase == "prefill"
-        self._partial.clear()
         going = self._latest = SeenPass(tokens, position, phase, step)
         if self._told_now:
             self._tell_begin(going)
         self._pass = going
         try:
             yield
+            self._check_complete()
         finally:
             self._pass = None
+
+    def _check_complete(self) -> None:
+        """Raise HookError if a pass showed a part of what an event shows: silence would pass for a result."""
+        for (what, layer, nth), parts in self._partial.items():
+            shown = " and ".join(parts)
+            raise HookError(
+                f"The {what} of layer {layer} cannot be told: pass {nth} through it showed {shown} and nothing else."
+            )
+
+    def release(self) -> None:
+        """Let go of what the generation computed; nothing is told any more."""
+        # Hooks, and the plan that attached them, hold this object: only the cycle collector finds it.
+        self.hooks, self._pass, self._latest = [], None, None
+        self._partial.clear()
+        self._so_far.clear()
 
     def passed(self, logits: mx.array) -> "SeenPass | None":
         """The pass gave these logits [batch, pos, d_vocab]; answers what ``tell`` is given later, if anything."""
@@ -324,7 +350,7 @@ class Watch:
             "phase": going.phase,
             "step": going.step,
             "positions": range(going.position, stop),
-            "tokens": going.texts,
+            "tokens": list(going.texts),
             "token_ids": self.ids[:stop],
         }
         self._call("on_forward_begin", going.tokens[None], going.position, self.state)
@@ -356,7 +382,7 @@ class Watch:
             raise HookError(f"{observer!r} observes a later generation by now: give each one that runs its own hook.")
         try:
             with self.instrument.set_aside():
-                getattr(observer, event)(*arguments)
+                getattr(observer, event)(*map(_own, arguments))
         except Exception as error:
             if event == ATTENTION_EVENT and not observer.overrides(event):
                 event = "on_attention_computed"
@@ -374,6 +400,19 @@ class Watch:
             if id(observer) not in self._warned:
                 self._warned.add(id(observer))
                 warnings.warn(f"{problem} Further errors are in its `errors`.", ObserverWarning, stacklevel=2)
+
+
+def _own(argument: Any) -> Any:
+    """What one observer is given of what all are shown: a list or array that it changes is its own."""
+    if isinstance(argument, list):
+        return list(argument)
+    if isinstance(argument, mx.array):
+        # Of the same type it is the same memory, behind a handle of its own.
+        return argument.astype(argument.dtype)
+    if isinstance(argument, LayerAttention):
+        arrays = ("weights", *ARRAYS)
+        return replace(argument, **{name: _own(getattr(argument, name)) for name in arrays})
+    return argument
 
 
 class SeenPass:

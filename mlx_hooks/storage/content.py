@@ -135,6 +135,8 @@ class Content:
 
 
 def _array(value: Any, where: str) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise HookError(f"A masked array{where} would lose its mask: give its data and its mask as two arrays.")
     if isinstance(value, mx.array | np.ndarray):
         return value
     if hasattr(value, "__array__"):
@@ -174,10 +176,19 @@ def read_content(path: Path, metadata: Mapping[str, Any]) -> Any:
     """What was saved, of values that are read when they are asked for.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: it is no file of a run's.
+        OSError: it cannot be read.
+        ValueError: it is no file of a run's; one clause says why.
     """
     file = TensorFile(path)
-    content = json.loads(file.notes[_CONTENT])
+    if _CONTENT not in file.notes:
+        raise ValueError("it is no run's file")
+    try:
+        return _restored(file, json.loads(file.notes[_CONTENT]), metadata)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its description is damaged") from error
+
+
+def _restored(file: TensorFile, content: dict[str, Any], metadata: Mapping[str, Any]) -> Any:
     if content["kind"] == "arrays":
         return SavedArrays(file, content["libraries"])
     if content["kind"] == "array":

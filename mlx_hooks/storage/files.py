@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..errors import HookError
+
 _MARK = ".writing"
 _YOUNG_FOLDER = 60.0
 """Seconds: a folder may be this old before its writer has locked it."""
@@ -43,13 +45,36 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if path.parent.exists():
             draft.unlink(missing_ok=True)
     if durable:
-        sync(path.parent)
+        _sync_if_there(path.parent)
 
 
 def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Replace a file by text in UTF-8, or by bytes."""
     with whole_file(path, durable=durable) as draft:
         draft.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def try_file(path: Path) -> None:
+    """Raise OSError if a file could not be written at ``path``; nothing is left there."""
+    draft = _beside(path)
+    draft.touch()
+    draft.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes a file: what goes wrong there is told of the file that was asked for.
+
+    Raises:
+        HookError: for a folder, and when the block raises OSError or ValueError.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder; name a file in it")
+        yield
+    except (OSError, ValueError) as error:
+        # The whole text would name the draft, which nobody knows.
+        raise HookError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
@@ -71,7 +96,9 @@ def whole_folder(path: Path, *, drafts: Path | None = None, durable: bool = True
     draft.mkdir()
     lock = os.open(draft, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # A disk that knows no locks can be saved on: there, what a killed writer left stays.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield draft
         if durable:
             for inside in [*draft.rglob("*"), draft]:
@@ -105,24 +132,22 @@ def move_folder(source: Path, target: Path, *, below: Path, durable: bool = True
     Who lists several folders and must not miss what is moved between them shares the lock of ``below`` meanwhile.
 
     Args:
-        below: a folder above both; those between it and ``target`` are made.
+        below: a folder above both; those between it and ``target`` are made, and those between it and ``source``
+            removed when they are empty.
 
     Raises:
-        OSError: it cannot be moved, or there is something at ``target`` already.
+        OSError: it cannot be moved, or there is something at ``target`` already. Once it has moved, nothing is raised.
     """
-    for last_try in (False, False, True):
+    with locked(below):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(below):
-                source.rename(target)
-            break
-        except FileNotFoundError:
-            # Another process may have moved or removed an empty folder above the target.
-            if last_try or not source.exists():
-                raise
+            source.rename(target)
+        finally:
+            _remove_empty(target.parent, below)
+        _remove_empty(source.parent, below)
     if durable:
         for folder in [target.parent, *target.parent.parents]:
-            sync(folder)
+            _sync_if_there(folder)
             if folder == below:
                 break
 
@@ -131,15 +156,22 @@ def remove_folder(path: Path, *, drafts: Path | None = None) -> None:
     """Remove a folder and all that is in it: it is gone for every reader at once, before the first file is deleted.
 
     Args:
-        drafts: where it lies until all is deleted, on the same disk; by default beside ``path``.
+        drafts: a folder above it, on the same disk, where it lies until all is deleted; by default the one that it is
+            in. Folders between the two are removed when they are empty.
 
     Raises:
         OSError: it cannot be removed. What cannot be deleted once it is gone for readers is :func:`clear_left`'s.
     """
-    aside = _beside((path.parent if drafts is None else drafts) / path.name)
-    path.rename(aside)
+    drafts = path.parent if drafts is None else drafts
+    aside = _beside(drafts / path.name)
+    with locked(drafts):
+        path.rename(aside)
+        _remove_empty(path.parent, drafts)
+    if aside.is_symlink():
+        aside.unlink(missing_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
-    sync(path.parent)
+    for folder in {path.parent, drafts}:
+        _sync_if_there(folder)
 
 
 def clear_left(folder: Path) -> None:
@@ -163,6 +195,20 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_if_there(folder: Path) -> None:
+    """``sync`` after what was to be done has been done: another process may have moved the folder since."""
+    with suppress(OSError):
+        sync(folder)
+
+
+def _remove_empty(folder: Path, below: Path) -> None:
+    """Remove a folder and those above it, up to ``below``, as long as they are empty."""
+    with suppress(OSError):
+        while folder != below and below in folder.parents:
+            folder.rmdir()
+            folder = folder.parent
 
 
 def _beside(path: Path) -> Path:

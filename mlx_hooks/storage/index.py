@@ -8,22 +8,23 @@
 
 import json
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .files import locked
+from .files import clear_left, locked, write_whole
 from .metadata import RESERVED, canonical
 
 METADATA = "metadata.json"
 ACTIVATIONS = "activations.safetensors"
 _DATABASE = ".index.sqlite"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Row:
         written, size, inode: of its metadata's file, as the file system tells; 0 where there is none.
         problem: why it cannot be read, or nothing.
         time: seconds since 1970 in UTC, to sort by.
+        digits: those of the time in the saver's zone, from the year to the microsecond, to search by.
     """
 
     experiment: str
@@ -45,6 +47,7 @@ class Row:
     inode: int
     problem: str = ""
     time: float = 0.0
+    digits: str = ""
     save_time: str = ""
     model_name: str = ""
     tag: str | None = None
@@ -56,6 +59,9 @@ class Row:
 
 
 _COLUMNS = [field.name for field in fields(Row)]
+_KINDS: list[Any] = [field.type for field in fields(Row)]
+_JSON = {"positions": object, "pivots": object, "config": object, "interventions": object, "custom": dict}
+"""The columns that hold JSON, and what is in it."""
 
 
 class RunIndex:
@@ -70,6 +76,10 @@ class RunIndex:
         self._known: dict[tuple[str, str], dict[str, Row]] | None = None
         """What was read, by experiment and model, and by run."""
         self._lock = threading.Lock()
+        self._is_usable = True
+        """Whether the database holds what it should; if not, it is made anew."""
+        self._misnamed: list[Path] = []
+        """Runs that were read and whose metadata tells another experiment."""
 
     def rows(self, experiment: str | None = None) -> list[Row]:
         """All runs as they are now, or those of one experiment.
@@ -94,6 +104,9 @@ class RunIndex:
                     gone += [(*place, run) for run in before.keys() - known[place].keys()]
             for place in [place for place in known if place not in seen and experiment in (None, place[0])]:
                 gone += [(*place, run) for run in known.pop(place)]
+            while self._misnamed:
+                # Its mover was killed before it came to that, or it was copied by hand.
+                rewrite_experiment(self._misnamed.pop(), durable=False)
             if fresh or gone:
                 self._store(fresh, gone)
             return [row for place in known if experiment in (None, place[0]) for row in known[place].values()]
@@ -108,14 +121,8 @@ class RunIndex:
         """A folder's runs. Those that ``before`` does not have as they are now are read, and noted in ``fresh``."""
         above = f"{self.base}/{place[0]}/{place[1]}"
         now = {}
-        for run in _folders(above):
+        for run, written, size, inode in _written(above):
             row = before.get(run)
-            try:
-                # Ten thousand times in a query: a Path would take longer than the call.
-                state = os.stat(f"{above}/{run}/{METADATA}")  # noqa: PTH116
-                written, size, inode = state.st_mtime_ns, state.st_size, state.st_ino
-            except OSError:
-                written, size, inode = 0, 0, 0
             if row is None or row.problem or row.written != written or row.size != size or row.inode != inode:
                 row = self._read(*place, run, written, size, inode)
                 if row.problem and not Path(above, run).is_dir():
@@ -127,27 +134,18 @@ class RunIndex:
 
     def _read(self, experiment: str, folder: str, run: str, written: int, size: int, inode: int) -> Row:
         """A run's row, of its folder's names and what the file system tells of its metadata's file."""
+        place = (experiment, folder, run, written, size, inode)
+        path = self.base / experiment / folder / run
         try:
-            found = read_metadata(self.base / experiment / folder / run)
-            return Row(
-                experiment,
-                folder,
-                run,
-                written,
-                size,
-                inode,
-                time=datetime.fromisoformat(found["save_time"]).timestamp(),
-                save_time=found["save_time"],
-                model_name=found["model_name"],
-                tag=found.get("tag"),
-                positions=canonical(found.get("target_token_positions")),
-                pivots=canonical(found.get("pivot_positions")),
-                config=canonical(found.get("extraction_config")),
-                interventions=canonical(found.get("interventions") or []),
-                custom=canonical({key: value for key, value in found.items() if key not in RESERVED}),
-            )
+            if not _is_text(experiment, folder, run):
+                raise ValueError("its folder's name is no UTF-8")
+            found, named = _read_file(path)
+            row = Row(*place, **_described(found))
         except (OSError, ValueError) as error:
-            return Row(experiment, folder, run, written, size, inode, problem=_reason(error))
+            return Row(*place, problem=_reason(error))
+        if named != experiment:
+            self._misnamed.append(path)
+        return row
 
     def _stored(self) -> list[Row]:
         """The rows that another process, or an earlier one, has read."""
@@ -156,42 +154,97 @@ class RunIndex:
             return []
         try:
             with closing(sqlite3.connect(path, timeout=2)) as database:
-                if database.execute("PRAGMA user_version").fetchone() != (_FORMAT,):
-                    return []
-                return [Row(*values) for values in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM runs")]
+                rows = [Row(*values) for values in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM runs")]
+                version = database.execute("PRAGMA user_version").fetchone()
         except sqlite3.Error:
             # Damaged, locked or another version's: the files say the same.
-            return []
+            version = None
+        if version == (_FORMAT,) and _are_sound(rows):
+            return rows
+        self._is_usable = False
+        return []
 
     def _store(self, fresh: Iterable[Row], gone: Iterable[tuple[str, str, str]]) -> None:
-        path = self.base / _DATABASE
-        try:
-            self._write(path, fresh, gone)
-        except sqlite3.OperationalError:
-            # The folder cannot be written, or another process is writing: this process has its rows in memory.
-            return
-        except sqlite3.DatabaseError:
-            # Damaged: made anew, with all that this process knows.
-            path.unlink(missing_ok=True)
+        # Where the folder cannot be written, or another process is writing, memory has to do.
+        with suppress(OSError, OverflowError, sqlite3.Error):
             try:
-                rows = [row for runs in (self._known or {}).values() for row in runs.values()]
-                self._write(path, rows, ())
-            except sqlite3.Error:
-                return
+                if self._is_usable:
+                    self._write(fresh, gone)
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                self._is_usable = False
+            if not self._is_usable:
+                # Made anew, with all that this process knows.
+                (self.base / _DATABASE).unlink(missing_ok=True)
+                self._write([row for runs in (self._known or {}).values() for row in runs.values()], ())
+                self._is_usable = True
 
-    def _write(self, path: Path, fresh: Iterable[Row], gone: Iterable[tuple[str, str, str]]) -> None:
-        with closing(sqlite3.connect(path, timeout=2)) as database:
+    def _write(self, fresh: Iterable[Row], gone: Iterable[tuple[str, str, str]]) -> None:
+        with closing(sqlite3.connect(self.base / _DATABASE, timeout=2)) as database:
             # After a crash of the machine it is made anew.
             database.execute("PRAGMA synchronous=OFF")
             with database:
-                if database.execute("PRAGMA user_version").fetchone() != (_FORMAT,):
-                    database.execute("DROP TABLE IF EXISTS runs")
-                    key = "PRIMARY KEY (experiment, folder, run)"
-                    database.execute(f"CREATE TABLE runs ({', '.join(_COLUMNS)}, {key}) WITHOUT ROWID")
-                    database.execute(f"PRAGMA user_version = {_FORMAT}")
+                key = "PRIMARY KEY (experiment, folder, run)"
+                database.execute(f"CREATE TABLE IF NOT EXISTS runs ({', '.join(_COLUMNS)}, {key}) WITHOUT ROWID")
+                database.execute(f"PRAGMA user_version = {_FORMAT}")
                 marks = ", ".join("?" * len(_COLUMNS))
-                database.executemany(f"INSERT OR REPLACE INTO runs VALUES ({marks})", map(astuple, fresh))
-                database.executemany("DELETE FROM runs WHERE (experiment, folder, run) = (?, ?, ?)", gone)
+                storable = [astuple(row) for row in fresh if _is_text(row.experiment, row.folder, row.run)]
+                database.executemany(f"INSERT OR REPLACE INTO runs VALUES ({marks})", storable)
+                left = [place for place in gone if _is_text(*place)]
+                database.executemany("DELETE FROM runs WHERE (experiment, folder, run) = (?, ?, ?)", left)
+
+
+def _described(found: dict[str, Any]) -> dict[str, Any]:
+    """What a row holds of a run's metadata.
+
+    Raises:
+        ValueError: it cannot be held; one clause says why.
+    """
+    try:
+        time = datetime.fromisoformat(found["save_time"])
+        row = {
+            "time": time.timestamp(),
+            "digits": re.sub(r"\D", "", time.replace(tzinfo=None).isoformat(timespec="microseconds")),
+            "save_time": found["save_time"],
+            "model_name": found["model_name"],
+            "tag": found.get("tag"),
+            "positions": canonical(found.get("target_token_positions")),
+            "pivots": canonical(found.get("pivot_positions")),
+            "config": canonical(found.get("extraction_config")),
+            "interventions": canonical(found.get("interventions") or []),
+            "custom": canonical({key: value for key, value in found.items() if key not in RESERVED}),
+        }
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"its {METADATA} has a {'time' if isinstance(error, OverflowError) else 'value'} beyond what can be read"
+        ) from error
+    if not _is_text(*(text for text in row.values() if isinstance(text, str))):
+        raise ValueError(f"its {METADATA} has a text that is no Unicode")
+    return row
+
+
+def _is_text(*texts: str) -> bool:
+    """Whether texts can be written as UTF-8: names that are no UTF-8 and halves of characters cannot."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _are_sound(rows: list[Row]) -> bool:
+    """Whether rows of a database are what they should be: queries work on them unchecked."""
+    for name, kind in zip(_COLUMNS, _KINDS, strict=True):
+        values = {getattr(row, name) for row in rows}
+        if not all(isinstance(value, kind) for value in values):
+            return False
+        try:
+            if name in _JSON and not all(isinstance(json.loads(text), _JSON[name]) for text in values):
+                return False
+        except (ValueError, RecursionError):
+            return False
+    return True
 
 
 def read_metadata(run: Path) -> dict[str, Any]:
@@ -201,9 +254,14 @@ def read_metadata(run: Path) -> dict[str, Any]:
         OSError: there is no file, or it cannot be read.
         ValueError: it is no metadata of a run; one clause says why.
     """
+    return _read_file(run)[0]
+
+
+def _read_file(run: Path) -> tuple[dict[str, Any], Any]:
+    """A run's metadata, and the experiment that its file names."""
     try:
         found = json.loads((run / METADATA).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its {METADATA} is no JSON") from error
     if not isinstance(found, dict):
         raise ValueError(f"its {METADATA} is no object")
@@ -211,8 +269,24 @@ def read_metadata(run: Path) -> dict[str, Any]:
         if not isinstance(found.get(key), kind):
             raise ValueError(f"its {METADATA} has no {key}")
     datetime.fromisoformat(found["save_time"])
-    found["experiment_name"] = run.parent.parent.name
-    return found
+    named, found["experiment_name"] = found.get("experiment_name"), run.parent.parent.name
+    return found, named
+
+
+def rewrite_experiment(run: Path, *, durable: bool = True) -> bool:
+    """Write the experiment of a run's folder into its metadata, unless the run was moved; whether it was possible.
+
+    What a killed writer left beside the metadata is removed.
+    """
+    base = run.parents[2]
+    try:
+        with locked(base):
+            if run.is_dir():
+                clear_left(run)
+                write_whole(run / METADATA, json.dumps(read_metadata(run), indent=2), durable=durable)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def experiments(base: Path) -> list[str]:
@@ -221,12 +295,30 @@ def experiments(base: Path) -> list[str]:
 
 
 def _folders(path: str) -> list[str]:
-    """The folders in a folder, save hidden ones and what is not whole; none where there is no such folder."""
+    """The folders in a folder, linked ones too, save hidden ones and what is not whole; none where there is none."""
     try:
         with os.scandir(path) as entries:
-            return [e.name for e in entries if e.name[0] != "." and e.is_dir(follow_symlinks=False)]
+            return [e.name for e in entries if e.name[0] != "." and e.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _written(folder: str) -> Iterator[tuple[str, int, int, int]]:
+    """A folder's runs, each with the time, size and inode of its metadata's file; 0 where there is none."""
+    try:
+        at = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        for run in _folders(folder):
+            try:
+                # Ten thousand times in a query: a Path, or the whole path, would take longer than the call.
+                state = os.stat(f"{run}/{METADATA}", dir_fd=at)
+                yield run, state.st_mtime_ns, state.st_size, state.st_ino
+            except OSError:
+                yield run, 0, 0, 0
+    finally:
+        os.close(at)
 
 
 def _reason(error: Exception) -> str:

@@ -40,6 +40,8 @@ RESERVED = (
 _SHOWN_NUMBERS = 64
 """An intervention's array of up to as many numbers is written out; of a larger one a hash is kept."""
 _LONGEST_NAME = 100
+_LONGEST_NAME_IN_BYTES = 200
+"""Folders' names have up to 255 bytes, and what is being written has a longer one."""
 _PARTS_OF_A_TIME = (
     r"(\d{4})",
     r"-(\d\d)",
@@ -51,7 +53,7 @@ _PARTS_OF_A_TIME = (
 )
 # What follows it: a zone, or what tells a run from others of its time.
 _TIME = re.compile(
-    "(?:".join(_PARTS_OF_A_TIME) + r"(?:[+-]\d\d:\d\d|-[0-9a-f]{8})?" + ")?" * (len(_PARTS_OF_A_TIME) - 1)
+    "(?:".join(_PARTS_OF_A_TIME) + r"(?:Z|[+-]\d\d:\d\d|-[0-9a-f]{8})?" + ")?" * (len(_PARTS_OF_A_TIME) - 1)
 )
 
 
@@ -61,10 +63,11 @@ def check_name(what: str, name: Any) -> str:
     Raises:
         HookError: says what is allowed.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[^\W_][\w .,+=@()-]*", name) or len(name) > _LONGEST_NAME:
+    is_name = isinstance(name, str) and re.fullmatch(r"[^\W_][\w .,+=@()-]*", name)
+    if not is_name or len(name) > _LONGEST_NAME or len(name.encode()) > _LONGEST_NAME_IN_BYTES:
         raise HookError(
-            f"{what} is a text of up to {_LONGEST_NAME} letters, digits, spaces and any of _ . , + = @ ( ) -, which "
-            f"begins with a letter or digit; got {name!r}."
+            f"{what} is a text of up to {_LONGEST_NAME} letters ({_LONGEST_NAME_IN_BYTES} bytes in UTF-8), digits, "
+            f"spaces and any of _ . , + = @ ( ) -, which begins with a letter or digit; got {name!r}."
         )
     if name != name.strip() or name.endswith("."):
         raise HookError(f"{what} ends with no space or full stop, got {name!r}.")
@@ -79,14 +82,30 @@ def check_tag(tag: Any) -> str:
     """
     if not isinstance(tag, str) or not tag.strip() or re.search(r"[/\\\x00-\x1f\x7f]", tag) or tag in (".", ".."):
         raise HookError(f"A tag is a text without / and \\ and control characters, or None, got {tag!r}.")
-    return tag
+    return check_text("A tag", tag)
+
+
+def check_text(what: str, text: str) -> str:
+    """A text that can be written.
+
+    Raises:
+        HookError: there is half a character in it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise HookError(
+            f"{what} is a text in Unicode, got {text!r:.80}, which has half a character (a surrogate)."
+        ) from None
+    return text
 
 
 def model_folder(model_name: str) -> str:
     """The name of a model's folder: ``mistralai/Mistral-7B-v0.1`` -> ``mistralai_Mistral-7B-v0.1``."""
     safe = re.sub(r"[^\w.+=-]", "_", model_name).strip("._")
-    if len(safe) > _LONGEST_NAME:
-        safe = safe[-_LONGEST_NAME + 9 :].lstrip("._") + "_" + hashlib.sha256(model_name.encode()).hexdigest()[:8]
+    if len(safe.encode()) > _LONGEST_NAME:
+        end = safe.encode()[-_LONGEST_NAME + 9 :].decode(errors="ignore").lstrip("._")
+        safe = f"{end}_{hashlib.sha256(model_name.encode()).hexdigest()[:8]}"
     return safe or "model"
 
 
@@ -217,20 +236,23 @@ def _hash(arrays: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def plain_custom(other_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def plain_custom(given: Mapping[str, Any] | None, where: str = "other_metadata") -> dict[str, Any]:
     """The caller's own metadata as JSON.
+
+    Args:
+        where: the argument's name.
 
     Raises:
         HookError: for a reserved key, and for a value that JSON does not have.
     """
-    if other_metadata is None:
+    if given is None:
         return {}
-    if not isinstance(other_metadata, Mapping):
-        raise HookError(f"other_metadata is a mapping, got {type(other_metadata).__name__}.")
-    taken = [key for key in other_metadata if key in RESERVED]
+    if not isinstance(given, Mapping):
+        raise HookError(f"{where} is a mapping, got {type(given).__name__}.")
+    taken = [key for key in given if key in RESERVED]
     if taken:
-        raise HookError(f"other_metadata has the reserved key {taken[0]!r}. Reserved are {', '.join(RESERVED)}.")
-    return plain(other_metadata, "other_metadata")
+        raise HookError(f"{where} has the reserved key {taken[0]!r}. Reserved are {', '.join(RESERVED)}.")
+    return plain(given, where)
 
 
 def plain(value: Any, where: str) -> Any:
@@ -239,9 +261,18 @@ def plain(value: Any, where: str) -> Any:
     Raises:
         HookError: says where the value is that JSON does not have.
     """
+    try:
+        return _plain(value, where)
+    except RecursionError as error:
+        raise HookError(f"{where} is nested too deeply, or holds itself.") from error
+
+
+def _plain(value: Any, where: str) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return check_text(where, value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
@@ -249,9 +280,10 @@ def plain(value: Any, where: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise HookError(f"{where} has the key {key!r}; keys are texts.")
-        return {key: plain(part, f"{where}[{key!r}]") for key, part in value.items()}
+            check_text(f"A key of {where}", key)
+        return {key: _plain(part, f"{where}[{key!r}]") for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
+        return [_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
     raise HookError(
         f"{where} is {type(value).__name__} {value!r:.80}, which JSON does not have: give texts, finite numbers, true, "
         "false, null, lists or mappings."

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -13,8 +14,8 @@ from ..errors import HookError, UnreadableRunWarning
 from ..extraction import ExtractionConfig
 from . import metadata as about
 from .content import read_content
-from .files import move_folder, remove_folder, write_whole
-from .index import ACTIVATIONS, METADATA, Row, read_metadata
+from .files import move_folder, remove_folder
+from .index import ACTIVATIONS, METADATA, Row, read_metadata, rewrite_experiment
 
 
 @dataclass(slots=True)
@@ -29,7 +30,6 @@ class SavedRun:
         model_name, tag, save_time: of its metadata.
     """
 
-    # Ten thousand of these are made within a query: a Path each would take longer than all else.
     base_dir: Path
     experiment_name: str
     folder: str
@@ -70,7 +70,7 @@ class SavedRun:
         metadata = self.metadata
         try:
             return read_content(self.path / ACTIVATIONS, metadata), metadata
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise HookError(f"The activations of the run at {self.path} cannot be read: {error}.") from error
 
 
@@ -86,10 +86,30 @@ class QueryResult:
     """
 
     def __init__(self, results: Sequence[SavedRun] = ()) -> None:
-        self.results = list(results)
+        self._results: list[SavedRun] | None = list(results)
+        self._rows: list[Row] = []
+        self._base = Path()
+
+    @classmethod
+    def of_rows(cls, base_dir: Path, rows: list[Row]) -> "QueryResult":
+        """The runs below a base directory, of their rows."""
+        result = cls()
+        result._results, result._rows, result._base = None, rows, base_dir
+        return result
+
+    @property
+    def results(self) -> list[SavedRun]:
+        """The runs."""
+        # Ten thousand runs, of which one is loaded, are not made before somebody asks.
+        if self._results is None:
+            base = self._base
+            self._results = [
+                SavedRun(base, r.experiment, r.folder, r.run, r.model_name, r.tag, r.save_time) for r in self._rows
+            ]
+        return self._results
 
     def __len__(self) -> int:
-        return len(self.results)
+        return len(self._rows if self._results is None else self._results)
 
     def __iter__(self) -> Iterator[SavedRun]:
         return iter(self.results)
@@ -198,14 +218,13 @@ def criteria(
         if not isinstance(model_name, str):
             raise HookError(f"model_name is a text, got {model_name!r}.")
         wanted = model_name.rstrip("/")
-        accepts.append(lambda row: wanted in (row.model_name.rstrip("/"), Path(row.model_name).name))
+        accepts.append(_cached(attrgetter("model_name"), lambda name: wanted in (name.rstrip("/"), Path(name).name)))
     if tag is not None:
         about.check_tag(tag)
         accepts.append(lambda row: row.tag == tag)
     if save_time is not None:
         time = about.digits(save_time)
-        # Whatever may have been written there by hand: up to the microsecond, and without the zone.
-        accepts.append(lambda row: "".join(filter(str.isdigit, row.save_time[:26])).startswith(time))
+        accepts.append(lambda row: row.digits.startswith(time))
     if target_token_positions is not None:
         positions = about.canonical(about.plain_positions(target_token_positions))
         accepts.append(lambda row: row.positions == positions)
@@ -216,12 +235,20 @@ def criteria(
         edits = about.canonical(about.plain_interventions(interventions))
         accepts.append(lambda row: row.interventions == edits)
     if custom_keys is not None:
-        custom = about.plain_custom(custom_keys)
-        accepts.append(_has(lambda row: row.custom, lambda found: custom.items() <= _Items(found)))
+        custom = about.plain_custom(custom_keys, "custom_keys")
+        parts = [part for key, value in custom.items() if (part := _fragment(key, value))]
+        accepts.append(lambda row: all(part in row.custom for part in parts))
+        accepts.append(_cached(attrgetter("custom"), lambda text: custom.items() <= _Items(json.loads(text))))
     if extraction_config is not None:
         config = _set_flags(extraction_config)
-        accepts.append(_has(lambda row: row.config, lambda found: _has_flags(found, config)))
+        accepts.append(_cached(attrgetter("config"), lambda text: _has_flags(json.loads(text), config)))
     return accepts
+
+
+def _fragment(key: str, value: Any) -> str | None:
+    """A text without which no JSON text holds the key with this value, where there is one: parsing takes far longer."""
+    is_short = isinstance(value, int) and 0 < abs(value) < 10**15
+    return about.canonical({key: value})[1:-1] if is_short or isinstance(value, str | None) else None
 
 
 class _Items:
@@ -234,14 +261,14 @@ class _Items:
         return all(key in self.found and self.found[key] == value for key, value in wanted)
 
 
-def _has(text: Callable[[Row], str], test: Callable[[Any], bool]) -> _Accept:
-    """A test on parsed JSON; equal texts are parsed once."""
+def _cached(text: Callable[[Row], str], test: Callable[[str], bool]) -> _Accept:
+    """A test on a text of the row; of equal texts one is tested."""
     answers: dict[str, bool] = {}
 
     def accept(row: Row) -> bool:
         key = text(row)
         if key not in answers:
-            answers[key] = test(json.loads(key))
+            answers[key] = test(key)
         return answers[key]
 
     return accept
@@ -260,18 +287,9 @@ def _has_flags(found: Any, wanted: dict[str, Any]) -> bool:
         return False
     wanted = dict(wanted)
     heads, held = wanted.pop("attn_heads", "all"), found.get("attn_heads", "all")
-    if heads != "all" and held != "all" and not all(head in held for head in heads):
+    if heads != "all" and held != "all" and not (isinstance(held, list) and all(head in held for head in heads)):
         return False
     return all(key in found and found[key] == value for key, value in wanted.items())
-
-
-def rewrite_experiment(run: Path) -> bool:
-    """Write the experiment of a run's folder into its metadata; whether that was possible."""
-    try:
-        write_whole(run / METADATA, json.dumps(read_metadata(run), indent=2))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _cannot(run: SavedRun, done: str, error: OSError) -> HookError:
@@ -289,4 +307,5 @@ def warn_of(runs: Sequence[Row | SavedRun], what: str) -> None:
             else f"{run.experiment}/{run.folder}/{run.run}" + (f" ({run.problem})" if run.problem else "")
         )
     more = f" and {len(runs) - 10} more" if len(runs) > 10 else ""
-    warnings.warn(f"Saved runs {what}: {', '.join(names)}{more}.", UnreadableRunWarning, stacklevel=3)
+    shown = ", ".join(names).encode(errors="backslashreplace").decode()
+    warnings.warn(f"Saved runs {what}: {shown}{more}.", UnreadableRunWarning, stacklevel=3)

@@ -17,8 +17,8 @@ from ..extraction import ExtractionConfig
 from . import metadata as about
 from .content import Content
 from .files import clear_left, move_folder, whole_folder
-from .index import ACTIVATIONS, METADATA, Row, RunIndex, experiments
-from .query import QueryResult, SavedRun, criteria, rewrite_experiment, warn_of
+from .index import ACTIVATIONS, METADATA, Row, RunIndex, experiments, rewrite_experiment
+from .query import QueryResult, criteria, warn_of
 from .tensors import Array
 
 BASE_DIR_VARIABLE = "ACTIVATION_BASE_DIR"
@@ -76,7 +76,8 @@ class ActivationSaver:
             activations: an activation cache, an array or arrays by name, of MLX or NumPy; bit for bit.
             model: the HookedModel that made them, or its name.
             target_token_positions, interventions, extraction_config, pivot_positions: as they were given to
-                ``forward``. Of an intervention's large arrays a hash is kept.
+                ``forward``, whose caches know them: None is then what the cache says, save for interventions, where it
+                is none. Of an intervention's large arrays a hash is kept.
             other_metadata: more for metadata.json, under keys of the caller's own, as JSON.
             tag: a text to find the run by.
 
@@ -87,14 +88,18 @@ class ActivationSaver:
             HookError: for what cannot be saved, before anything is written; and when it cannot be written: then nothing
                 of it is left.
         """
-        if isinstance(activations, ActivationCache) and pivot_positions is None:
-            pivot_positions = activations.metadata.get("pivot_positions")
+        if isinstance(activations, ActivationCache) and activations.metadata:
+            known = activations.metadata
+            pivot_positions = known.get("pivot_positions") if pivot_positions is None else pivot_positions
+            extraction_config = known.get("extraction_config") if extraction_config is None else extraction_config
+            _check_agreement(known, target_token_positions, interventions, extraction_config, pivot_positions)
         sizes = model.cfg.to_dict() if hasattr(model, "cfg") else None
         if sizes is None and isinstance(activations, ActivationCache):
             sizes = activations.metadata.get("model")
         name = getattr(model, "model_name", model)
         if not isinstance(name, str) or not name.strip():
             raise HookError(f"model is a HookedModel or its name, got {model!r}.")
+        about.check_text("A model's name", name)
         time = about.now()
         run = about.run_id(time)
         content = Content(activations)
@@ -261,20 +266,36 @@ class ActivationLoader:
             interventions,
             tag,
         )
-        if not self.base_dir.is_dir():
-            raise HookError(f"There is no folder {self.base_dir}: nothing was saved there.")
         try:
+            if not self.base_dir.is_dir():
+                raise HookError(f"There is no folder {self.base_dir}: nothing was saved there.")
             rows = self._index.rows(None if experiment == about.EVERY_EXPERIMENT else experiment)
         except OSError as error:
-            raise HookError(f"{self.base_dir} cannot be read: {error}.") from error
+            raise HookError(f"{self.base_dir} cannot be read: {error.strerror or error}.") from error
         if unreadable := [row for row in rows if row.problem]:
             warn_of(unreadable, "are passed over, since they cannot be read")
-        found = [row for row in rows if not row.problem and all(accept(row) for accept in accepts)]
-        found.sort(key=attrgetter("time", "run"))
-        base = self.base_dir
-        return QueryResult(
-            [SavedRun(base, r.experiment, r.folder, r.run, r.model_name, r.tag, r.save_time) for r in found]
-        )
+        found = [row for row in rows if not row.problem]
+        for accept in accepts:
+            found = [row for row in found if accept(row)]
+        # One after the other, since pairs to compare would be ten thousand tuples.
+        found.sort(key=attrgetter("run"))
+        found.sort(key=attrgetter("time"))
+        return QueryResult.of_rows(self.base_dir, found)
+
+
+def _check_agreement(known: Mapping[str, Any], positions: Any, interventions: Any, config: Any, pivots: Any) -> None:
+    """Raises HookError where a cache says otherwise how it was made than the caller does."""
+    for name, given, plain in (
+        ("target_token_positions", positions, about.plain_positions),
+        ("interventions", interventions, about.plain_interventions),
+        ("extraction_config", config, about.plain_config),
+        ("pivot_positions", pivots, lambda value: about.plain(value, "pivot_positions")),
+    ):
+        if name in known and (made := plain(known[name])) != plain(given):
+            raise HookError(
+                f"The activation cache was made with {name} {made!r:.200}: give these, or save it with save_cache; got "
+                f"{plain(given)!r:.200}."
+            )
 
 
 def _base(base_dir: Any) -> Path:

@@ -78,7 +78,7 @@ class TensorFile:
             raise ValueError("its header is longer than the file")
         try:
             header = json.loads(self._bytes[8 : 8 + length].tobytes())
-            self.notes: dict[str, str] = header.pop("__metadata__", None) or {}
+            self.notes: dict[str, str] = dict(header.pop("__metadata__", None) or {})
             self._entries: dict[str, dict[str, Any]] = header
             self._data = 8 + length
             ends = [self._end(entry) for entry in header.values()]
