@@ -204,7 +204,7 @@ def test_the_command_shows_the_table_and_writes_files(tmp_path: Path, capsys: py
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main([*asked, "--json", "--component", "resid_mid", "--norm", "final"]) == 0
     table = json.loads(capsys.readouterr().out)
-    assert table["title"] == "llama: logit lens on resid_mid, frozen norm"
+    assert table["title"] == "neuroscope-tiny: logit lens on resid_mid, frozen norm"
     assert len(table["cells"]) == 4
     assert len(table["cells"][0]) == 6
 
@@ -214,7 +214,7 @@ def test_the_command_takes_easyroutine_s_names(capsys: pytest.CaptureFixture[str
     for name in ("resid_out", "resid_post"):
         assert main(["lens", "neuroscope-tiny", "--prompt", PROMPT, "--component", name]) == 0
         shown.append(capsys.readouterr().out.splitlines())
-    assert shown[0][0] == "llama: logit lens on resid_out"
+    assert shown[0][0] == "neuroscope-tiny: logit lens on resid_out"
     assert shown[0][1:] == shown[1][1:]
 
 
@@ -233,7 +233,7 @@ def test_a_file_that_cannot_be_written_after_all_is_named_itself(
 def test_the_command_reads_a_tuned_lens(tiny: HookedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = TunedLens.identity(tiny).save(tmp_path / "lens.safetensors")
     assert main(["lens", "neuroscope-tiny", "--prompt", PROMPT, "--tuned", str(path)]) == 0
-    assert capsys.readouterr().out.startswith("llama: tuned lens on resid_post")
+    assert capsys.readouterr().out.startswith("neuroscope-tiny: tuned lens on resid_post")
 
 
 @pytest.mark.parametrize(
