@@ -420,9 +420,15 @@ def test_components_have_easyroutine_s_names_too(model: HookedModel) -> None:
 def test_frozen_readings_have_the_last_norms_input_in_every_pass() -> None:
     """Layers that run twice; the norm at the end runs once."""
     looped = LogitLens(HookedModel(tiny_model("iquestloopcoder")))
-    rows = list(looped.readings(TOKENS[0], norm="final", token_directions=[3]))
-    assert {row.pass_index for row in rows} == {0, 1}
-    assert rows[-1].values[0] == pytest.approx(looped.model(TOKENS[0])[0, -1, 3].item(), abs=1e-4)
+    for component in ("resid_post", "attn_out"):
+        rows = list(looped.readings(TOKENS[0], components=component, norm="final", token_directions=[3]))
+        _, cache = looped.model.run_with_cache([TOKENS[0]], [f"blocks.*.hook_{component}", "ln_final.hook_in"])
+        final = cache.select("ln_final.hook_in").records
+        for index in (0, 1):
+            held = ActivationCache(cache.of_pass(index).records | final)
+            read = looped.compute(held, f"blocks.*.hook_{component}", token_directions=3, norm="final")
+            own = [row.values[0] for row in rows if row.pass_index == index]
+            np.testing.assert_allclose(own, [one[0, -1].item() for one in read.values()], rtol=1e-4, atol=1e-5)
 
 
 def test_a_tie_is_not_accurate(model: HookedModel) -> None:
