@@ -409,12 +409,14 @@ def test_a_full_disk_leaves_nothing(
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """A folder that this process may not write to: as root, it is nobody meanwhile."""
-    above = [path for path in folder.parents if path.owner() == folder.owner()]
-    modes = {path: path.stat().st_mode for path in (folder, *above)}
     is_root = os.geteuid() == 0
+    passage = stat.S_IXGRP | stat.S_IXOTH
+    modes = {path: path.stat().st_mode for path in (folder, *folder.parents)}
+    # What root alone may pass is opened, and closed again.
+    closed = [path for path in folder.parents if is_root and modes[path] & passage != passage]
     try:
-        for path in above if is_root else []:
-            path.chmod(modes[path] | stat.S_IXGRP | stat.S_IXOTH)
+        for path in closed:
+            path.chmod(modes[path] | passage)
         folder.chmod(0o555)
         if is_root:
             os.seteuid(65534)
@@ -422,8 +424,8 @@ def read_only(folder: Path) -> Iterator[None]:
     finally:
         if is_root:
             os.seteuid(0)
-        for path, mode in modes.items() if is_root else [(folder, modes[folder])]:
-            path.chmod(mode)
+        for path in (folder, *closed):
+            path.chmod(modes[path])
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
