@@ -232,7 +232,12 @@ def test_a_bias_before_a_cap_has_its_own_share() -> None:
 @pytest.mark.parametrize(
     ("missing", "tokens", "positions", "message"),
     [
-        ("blocks.1.hook_mlp_out", PAIRS, -1, "The activations lack blocks.1.hook_mlp_out: capture it too"),
+        (
+            "blocks.1.hook_mlp_out",
+            PAIRS,
+            -1,
+            r"lack blocks.1.hook_mlp_out: run_with_cache\(prompt, attribution_po",
+        ),
         ("blocks.2.attn.hook_z", PAIRS, -1, "The activations lack blocks.2.attn.hook_z"),
         ("blocks.0.hook_resid_pre", PAIRS, -1, "The activations lack blocks.0.hook_resid_pre"),
         ("ln_final.hook_in", PAIRS, -1, "The activations lack ln_final.hook_in"),

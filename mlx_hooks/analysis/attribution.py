@@ -179,8 +179,8 @@ def direct_logit_attribution(
             what each adds, ``hook_result``, with ``hook_attn_out`` where their projection has a bias; in the place of
             ``hook_pos_embed``, ``hook_embed``. So what ``HookedModel.forward`` keeps is attributed too, with
             extract_embed, extract_resid_in, extract_head_out, extract_attn_out, extract_mlp_out and
-            extract_last_layernorm; but no flag keeps what mixers and side branches add (hybrid models), nor what a gate
-            lets through to an output projection.
+            extract_last_layernorm. No flag keeps what mixers and side branches add (hybrid models), nor gated heads:
+            there it is ``run_with_cache(prompt, attribution_points(model))``.
         tokens: for each batch row, or once for all, a token or a pair (the first's logit less the second's). Tokens are
             ids or texts.
         model: the model of the run.
@@ -419,6 +419,11 @@ def _rows(held: Held, name: str, positions: Sequence[int]) -> mx.array:
     Raises:
         HookError: for arrays that cannot be of one run with the last norm's input.
     """
+    if name not in held:
+        raise HookError(
+            f"The activations lack {name}: run_with_cache(prompt, attribution_points(model)) captures all that is "
+            f"needed. They hold {', '.join(held.points)}."
+        )
     held.check_one_run(name, _NORM_INPUT)
     return held.rows(name, positions).astype(mx.float32)
 
