@@ -355,7 +355,8 @@ def broken(image, server, *pieces, **options):
 
 
 def reset(handler):
-    """Break the connection without the ending that TCP has for it."""
+    """Break the connection without the ending that TCP has for it, once what was sent has been read."""
+    time.sleep(0.1)
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
 
