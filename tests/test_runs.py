@@ -1118,7 +1118,36 @@ def test_a_disk_without_locks_can_be_saved_on(
     assert [run.tag for run in loader.query("second")] == ["a"]
 
 
-def test_what_a_killed_mover_left_is_mended(saver: ActivationSaver, loader: ActivationLoader) -> None:
+def test_a_query_writes_into_no_run(saver: ActivationSaver, loader: ActivationLoader, tmp_path: Path) -> None:
+    path = save(saver, tag="a")
+    copied = saver.base_dir / "copied" / path.parent.name / path.name
+    shutil.copytree(path, copied)
+    other = ActivationSaver(tmp_path / "other", "mine")
+    linked = save(other, tag="a")
+    (saver.base_dir / "linked").symlink_to(other.base_dir / "mine")
+    (linked / ".metadata.0123abcd.writing.json").touch()
+    os.utime(linked / ".metadata.0123abcd.writing.json", (0, 0))
+
+    def state(run: Path) -> tuple[Any, ...]:
+        file = (run / "metadata.json").stat()
+        return file.st_mtime_ns, file.st_ino, sorted(run.iterdir())
+
+    before = [state(copied), state(linked)]
+    for base in (saver.base_dir, other.base_dir, saver.base_dir):
+        ActivationLoader(base).query("*")
+    # The folder says to which experiment a run belongs, whatever its file says.
+    assert [run.experiment_name for run in loader.query("*")] == ["copied", "first", "linked"]
+    assert loader.query("copied").load()[1]["experiment_name"] == "copied"
+    # Of a linked experiment the link is renamed, and of a linked run it is moved.
+    ActivationSaver(saver.base_dir, "linked").rename_experiment("renamed")
+    (saver.base_dir / "of_runs" / "model").mkdir(parents=True)
+    (saver.base_dir / "of_runs" / "model" / linked.name).symlink_to(linked)
+    loader.query("of_runs").update_run_experiment(0, "moved")
+    assert [len(loader.query(name)) for name in ("renamed", "moved")] == [1, 1]
+    assert [state(copied), state(linked)] == before
+
+
+def test_what_a_killed_mover_left_is_mended_by_the_next(saver: ActivationSaver, loader: ActivationLoader) -> None:
     path = save(saver, tag="a")
     target = saver.base_dir / "second" / path.parent.name / path.name
     target.parent.mkdir(parents=True)
@@ -1126,9 +1155,10 @@ def test_what_a_killed_mover_left_is_mended(saver: ActivationSaver, loader: Acti
     left = target / ".metadata.0123abcd.writing.json"
     left.touch()
     os.utime(left, (0, 0))
-    assert [run.experiment_name for run in loader.query("second")] == ["second"]
-    assert json.loads((target / "metadata.json").read_text())["experiment_name"] == "second"
-    assert sorted(path.name for path in target.iterdir()) == ["activations.safetensors", "metadata.json"]
+    loader.query("second").update_run_experiment(0, "third")
+    (run,) = loader.query("third").get_paths()
+    assert json.loads((run / "metadata.json").read_text())["experiment_name"] == "third"
+    assert sorted(path.name for path in run.iterdir()) == ["activations.safetensors", "metadata.json"]
 
 
 def test_another_programs_file_is_told(saver: ActivationSaver, loader: ActivationLoader) -> None:
@@ -1187,7 +1217,7 @@ def test_an_index_that_holds_something_else_is_made_anew(
         "save_time": time.strftime("%Y"),
     }
     assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
-    monkeypatch.setattr("mlx_hooks.storage.index._read_file", pytest.fail)
+    monkeypatch.setattr("mlx_hooks.storage.index.read_metadata", pytest.fail)
     assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
 
 
