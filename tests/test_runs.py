@@ -886,25 +886,43 @@ def test_a_run_without_values_is_an_error_when_it_is_loaded(saver: ActivationSav
 
 
 def test_thousands_of_runs_are_queried_at_once(saver: ActivationSaver) -> None:
-    path = save(saver, tag="batch_0", other_metadata={"batch_id": 0}, extraction_config=BOTH)
+    path = save(saver, tag="batch_0", other_metadata=own(0), extraction_config=BOTH)
     described = json.loads((path / "metadata.json").read_text())
     for i in range(1, 3000):
         run = path.with_name(f"2023-04-15_14-30-25-{i:06d}-00000000")
         run.mkdir()
-        changed = {"save_time": f"2023-04-15T14:30:25.{i:06d}+00:00", "tag": f"batch_{i}", "batch_id": i}
-        (run / "metadata.json").write_text(json.dumps(described | changed))
+        changed = {"save_time": f"2023-04-15T14:30:25.{i:06d}+00:00", "tag": f"batch_{i}"}
+        (run / "metadata.json").write_text(json.dumps(described | changed | own(i)))
         os.link(path / "activations.safetensors", run / "activations.safetensors")
     loader = ActivationLoader.from_saver(saver)
     loader.query()
-    # The processor's time, and the fastest of several: others may be at work on this machine.
-    spans = []
-    for _ in range(5):
-        begin = time.process_time()
-        found = loader.query(custom_keys={"batch_id": 17}, model_name="llama-16", extraction_config=RESID)
-        spans.append(time.process_time() - begin)
-        assert [run.tag for run in found] == ["batch_17"]
-    assert min(spans) < 0.03
+    mixed = {"custom_keys": {"batch_id": 17}, "model_name": "llama-16", "extraction_config": RESID}
+    by_key = [({"custom_keys": {key: value}}, [17]) for key, value in own(17).items() if key not in ("even", "zero")]
+    asked = [(mixed, [17]), *by_key]
+    asked += [({"custom_keys": {"even": True}}, range(0, 3000, 2)), ({"custom_keys": {"zero": 0}}, range(3000))]
+    for criteria, batches in asked:
+        # The processor's time, and the fastest of several: others may be at work on this machine.
+        spans = []
+        for _ in range(5):
+            begin = time.process_time()
+            found = loader.query(**criteria)
+            spans.append(time.process_time() - begin)
+        assert {run.tag for run in found} == {f"batch_{i}" for i in batches}
+        assert min(spans) < 0.03, criteria
     assert len(loader.query()) == 3000
+
+
+def own(i: int) -> dict[str, Any]:
+    """Custom keys of every kind: those of a caller who keeps scores and settings with each run."""
+    return {
+        "batch_id": i,
+        "loss": i / 7,
+        "span": [i, i + 1],
+        "settings": {"seed": i, "rates": [0.5]},
+        "even": i % 2 == 0,
+        "zero": 0,
+        "scores": [i + k / 7 for k in range(40)],
+    }
 
 
 # Names and texts
@@ -1248,8 +1266,35 @@ def test_a_number_is_found_however_it_is_written(saver: ActivationSaver, loader:
         ({"text": '1"7'}, ["float"]),
         ({"none": None}, ["whole"]),
         ({"deep": {"n": 17}}, ["other"]),
+        ({"deep": {"n": 17.0}}, ["other"]),
+        ({"m": False}, []),
+        ({"n": 17, "m": 0.0}, ["whole", "float"]),
     ]:
         assert [run.tag for run in loader.query(custom_keys=custom)] == tags, custom
+
+
+def test_a_number_in_any_criterion_is_found_however_it_is_written(
+    saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    edit = {"hook_point": "hook_embed", "type": "scale", "factor": 2}
+    save(saver, interventions=[edit], pivot_positions=[3], tag="whole")
+    save(saver, interventions=[edit | {"factor": 2.0}], pivot_positions=[3], tag="float")
+    change(save(saver, interventions=[edit | {"factor": 2.5}], tag="other"), pivot_positions=[3.0])
+    for factor in (2, 2.0):
+        found = loader.query(interventions=[edit | {"factor": factor}])
+        assert [run.tag for run in found] == ["whole", "float"]
+    assert len(loader.query(pivot_positions=[3])) == 3
+
+
+def test_an_item_of_another_key_or_in_a_text_is_not_taken_for_the_runs(
+    saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    save(saver, other_metadata={"x": {"a": 1}, "b": '\n"a":1\n', 'c\n"a":1\n': 2, "d": [{"a": 1}]}, tag="without")
+    save(saver, other_metadata={"a": 1, "b": {"z": [1, {"y": None}], "é": "ü"}}, tag="with")
+    assert [run.tag for run in loader.query(custom_keys={"a": 1})] == ["with"]
+    assert [run.tag for run in loader.query(custom_keys={"b": {"é": "ü", "z": [1, {"y": None}]}})] == ["with"]
+    assert [run.tag for run in loader.query(custom_keys={"b": '\n"a":1\n'})] == ["without"]
+    assert not loader.query(custom_keys={"b": {"z": [1, {"y": None}]}})
 
 
 # What the cache says of how it was made

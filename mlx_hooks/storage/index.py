@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from .files import clear_left, locked, write_whole
-from .metadata import RESERVED, canonical
+from .metadata import RESERVED, canonical, canonical_lines
 
 METADATA = "metadata.json"
 ACTIVATIONS = "activations.safetensors"
 _DATABASE = ".index.sqlite"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a query asks of one run. Lists and mappings are canonical JSON texts, which are equal where the values are.
+    """What a query asks of one run. Lists and mappings are canonical JSON texts, which are equal where the values are;
+    the custom keys' has an item per line.
 
     Args:
         experiment, folder, run: its folder below the base directory.
@@ -203,7 +204,7 @@ def _described(found: dict[str, Any]) -> dict[str, Any]:
             "pivots": canonical(found.get("pivot_positions")),
             "config": canonical(found.get("extraction_config")),
             "interventions": canonical(found.get("interventions") or []),
-            "custom": canonical({key: value for key, value in found.items() if key not in RESERVED}),
+            "custom": canonical_lines({key: value for key, value in found.items() if key not in RESERVED}),
         }
     except (OverflowError, RecursionError) as error:
         raise ValueError(
