@@ -36,6 +36,7 @@ from mlx_hooks import (
 )
 from mlx_hooks.activations import CapturedActivation, labels
 from mlx_hooks.storage import files
+from mlx_hooks.storage import index as run_index
 from mlx_hooks.storage.files import is_temporary
 from mlx_hooks.storage.tensors import TensorFile
 
@@ -1094,6 +1095,54 @@ def test_a_folder_is_made_under_the_lock(saver: ActivationSaver, loader: Activat
     assert len(loader.query()) == 1
 
 
+def test_metadata_is_rewritten_under_the_lock(saver: ActivationSaver) -> None:
+    path = save(saver)
+    change(path, experiment_name="another")
+    with files.locked(saver.base_dir):
+        thread = threading.Thread(target=run_index.rewrite_experiment, args=(path,))
+        thread.start()
+        thread.join(0.3)
+        # Who moves the run away holds the lock too, so nothing is written where it was.
+        assert thread.is_alive()
+        assert json.loads((path / "metadata.json").read_text())["experiment_name"] == "another"
+    thread.join(20)
+    assert json.loads((path / "metadata.json").read_text())["experiment_name"] == "first"
+
+
+def test_a_run_that_is_removed_while_it_is_read_is_no_unreadable_one(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(saver, tag="a")
+    gone = save(saver, tag="gone")
+    real = run_index.read_metadata
+
+    def read(run: Path) -> dict[str, Any]:
+        if run == gone:
+            shutil.rmtree(run)
+        return real(run)
+
+    monkeypatch.setattr(run_index, "read_metadata", read)
+    # A warning would be an error here.
+    assert [run.tag for run in loader.query()] == ["a"]
+    assert not gone.exists()
+
+
+def test_a_run_that_could_not_be_read_once_is_read_again(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(saver, tag="a")
+
+    def read(run: Path) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_index, "read_metadata", read)
+        with pytest.warns(UnreadableRunWarning, match="Permission denied"):
+            assert not loader.query()
+    # Neither time nor size of the file has changed.
+    assert [run.tag for run in loader.query()] == ["a"]
+
+
 def test_an_emptied_experiment_leaves_its_name(saver: ActivationSaver, loader: ActivationLoader) -> None:
     save(saver)
     loader.query().remove(0)
@@ -1235,7 +1284,7 @@ def test_an_index_that_holds_something_else_is_made_anew(
         "save_time": time.strftime("%Y"),
     }
     assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
-    monkeypatch.setattr("mlx_hooks.storage.index.read_metadata", pytest.fail)
+    monkeypatch.setattr(run_index, "read_metadata", pytest.fail)
     assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
 
 
