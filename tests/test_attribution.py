@@ -300,6 +300,14 @@ def test_what_forward_keeps_is_attributed(name: str, tmp_path: Path) -> None:
     assert direct_logit_attribution(last, PAIRS, model=model).total.shape == (2, 1)
 
 
+def test_what_no_flag_keeps_is_named_with_the_way_to_it() -> None:
+    model = HookedModel(tiny_model("falcon_h1"))
+    cache = model.forward(TOKENS, ["all"], ExtractionConfig(**{f"extract_{flag}": True for flag in FLAGS}))
+    needed = r"run_with_cache\(prompt, attribution_points\(model\)\) captures all that is needed"
+    with pytest.raises(HookError, match=f"The activations lack blocks.0.mixer.hook_out: {needed}"):
+        direct_logit_attribution(cache, PAIRS, model=model)
+
+
 def test_some_heads_do_not_add_up_to_attention() -> None:
     model = HookedModel(make_model("llama"))
     heads = [{"layer": layer, "head": head} for layer, head in ((0, 0), (0, 2), (1, 1), (2, 0))]

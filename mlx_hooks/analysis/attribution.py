@@ -179,7 +179,7 @@ def direct_logit_attribution(
             what each adds, ``hook_result``, with ``hook_attn_out`` where their projection has a bias; in the place of
             ``hook_pos_embed``, ``hook_embed``. So what ``HookedModel.forward`` keeps is attributed too, with
             extract_embed, extract_resid_in, extract_head_out, extract_attn_out, extract_mlp_out and
-            extract_last_layernorm. No flag keeps what mixers and side branches add (hybrid models), nor gated heads:
+            extract_last_layernorm. No flag keeps what mixers and side branches add (hybrid and state-space models):
             there it is ``run_with_cache(prompt, attribution_points(model))``.
         tokens: for each batch row, or once for all, a token or a pair (the first's logit less the second's). Tokens are
             ids or texts.
