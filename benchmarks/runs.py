@@ -2,7 +2,7 @@
 
     python benchmarks/runs.py               # --runs 10000
 
-The runs are saved by the saver itself, each with one small activation cache and its own tag and custom key, in ten
+The runs are saved by the saver itself, each with one small activation cache and its own tag and custom keys, in ten
 experiments. Later queries of the same process are timed one by one; the table shows medians and the slowest. Times are
 the processor's, those in the system included: other work on the machine does not count.
 The figures are written to docs/benchmarks.md.
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from page import PAGE, busy, environment, write_section
@@ -47,8 +48,13 @@ def save(base: Path, count: int) -> float:
         config = BOTH if i % 2 else RESIDUAL
         values = {"blocks.0.hook_resid_post": mx.full((1, 1, 8), i)}
         model = f"owner/model-{i % 3}"
-        savers[i % EXPERIMENTS].save(values, model, ["last"], None, config, {"batch_id": i}, f"batch_{i}")
+        savers[i % EXPERIMENTS].save(values, model, ["last"], None, config, own_keys(i), f"batch_{i}")
     return (time.process_time() - begin) / count
+
+
+def own_keys(i: int) -> dict[str, Any]:
+    """A caller's own metadata of a run."""
+    return {"batch_id": i, "loss": i / 7, "span": [i, i + 1], "settings": {"seed": i}, "is_even": i % 2 == 0}
 
 
 def seconds(ask: Callable[[], QueryResult], expected: int, rounds: int) -> list[float]:
@@ -87,7 +93,16 @@ def main() -> None:
         loader.query("*")
         asks: dict[str, tuple[Callable[[], QueryResult], int]] = {
             "all runs": (lambda: loader.query("*"), count),
-            "by a custom key": (lambda: loader.query("*", custom_keys={"batch_id": 17}), 1),
+            "by a custom key, a whole number": (lambda: loader.query("*", custom_keys={"batch_id": 17}), 1),
+            "a broken number": (lambda: loader.query("*", custom_keys={"loss": 17 / 7}), 1),
+            "a list and a mapping": (
+                lambda: loader.query("*", custom_keys={"span": [17, 18], "settings": {"seed": 17}}),
+                1,
+            ),
+            "true, for every second run": (
+                lambda: loader.query("*", custom_keys={"is_even": True}),
+                len(range(0, count, 2)),
+            ),
             "by configuration and model": (
                 lambda: loader.query(
                     "*", model_name="model-1", extraction_config=ExtractionConfig(extract_attn_pattern=True)

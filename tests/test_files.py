@@ -5,12 +5,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from mlx_hooks.storage.files import clear_left, is_temporary, remove_folder, whole_file, whole_folder, write_whole
+from mlx_hooks.storage.files import (
+    clear_left,
+    is_temporary,
+    locked,
+    remove_folder,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 ROOT = Path(__file__).parent.parent
 LONG_AGO = time.time() - 24 * 3600
@@ -70,6 +79,19 @@ def test_what_is_removed_is_gone_at_once(tmp_path: Path) -> None:
     assert names(tmp_path) == []
     with pytest.raises(FileNotFoundError):
         remove_folder(tmp_path / "run")
+
+
+def test_a_folder_is_removed_under_the_lock(tmp_path: Path) -> None:
+    (tmp_path / "of" / "run").mkdir(parents=True)
+    with locked(tmp_path):
+        thread = threading.Thread(target=remove_folder, args=(tmp_path / "of" / "run",), kwargs={"drafts": tmp_path})
+        thread.start()
+        thread.join(0.3)
+        # Who makes a folder in the emptied one holds the lock too.
+        assert thread.is_alive()
+        assert (tmp_path / "of" / "run").exists()
+    thread.join(20)
+    assert names(tmp_path) == []
 
 
 WRITER = """

@@ -37,6 +37,7 @@ from mlx_hooks import (
 from mlx_hooks.activations import CapturedActivation, labels
 from mlx_hooks.hook_points import HookPoint
 from mlx_hooks.storage import files
+from mlx_hooks.storage import index as run_index
 from mlx_hooks.storage.files import is_temporary
 from mlx_hooks.storage.tensors import TensorFile
 
@@ -887,25 +888,43 @@ def test_a_run_without_values_is_an_error_when_it_is_loaded(saver: ActivationSav
 
 
 def test_thousands_of_runs_are_queried_at_once(saver: ActivationSaver) -> None:
-    path = save(saver, tag="batch_0", other_metadata={"batch_id": 0}, extraction_config=BOTH)
+    path = save(saver, tag="batch_0", other_metadata=own(0), extraction_config=BOTH)
     described = json.loads((path / "metadata.json").read_text())
     for i in range(1, 3000):
         run = path.with_name(f"2023-04-15_14-30-25-{i:06d}-00000000")
         run.mkdir()
-        changed = {"save_time": f"2023-04-15T14:30:25.{i:06d}+00:00", "tag": f"batch_{i}", "batch_id": i}
-        (run / "metadata.json").write_text(json.dumps(described | changed))
+        changed = {"save_time": f"2023-04-15T14:30:25.{i:06d}+00:00", "tag": f"batch_{i}"}
+        (run / "metadata.json").write_text(json.dumps(described | changed | own(i)))
         os.link(path / "activations.safetensors", run / "activations.safetensors")
     loader = ActivationLoader.from_saver(saver)
     loader.query()
-    # The processor's time, and the fastest of several: others may be at work on this machine.
-    spans = []
-    for _ in range(5):
-        begin = time.process_time()
-        found = loader.query(custom_keys={"batch_id": 17}, model_name="llama-16", extraction_config=RESID)
-        spans.append(time.process_time() - begin)
-        assert [run.tag for run in found] == ["batch_17"]
-    assert min(spans) < 0.03
+    mixed = {"custom_keys": {"batch_id": 17}, "model_name": "llama-16", "extraction_config": RESID}
+    by_key = [({"custom_keys": {key: value}}, [17]) for key, value in own(17).items() if key not in ("even", "zero")]
+    asked = [(mixed, [17]), *by_key]
+    asked += [({"custom_keys": {"even": True}}, range(0, 3000, 2)), ({"custom_keys": {"zero": 0}}, range(3000))]
+    for criteria, batches in asked:
+        # The processor's time, and the fastest of several: others may be at work on this machine.
+        spans = []
+        for _ in range(5):
+            begin = time.process_time()
+            found = loader.query(**criteria)
+            spans.append(time.process_time() - begin)
+        assert {run.tag for run in found} == {f"batch_{i}" for i in batches}
+        assert min(spans) < 0.03, criteria
     assert len(loader.query()) == 3000
+
+
+def own(i: int) -> dict[str, Any]:
+    """Custom keys of every kind: those of a caller who keeps scores and settings with each run."""
+    return {
+        "batch_id": i,
+        "loss": i / 7,
+        "span": [i, i + 1],
+        "settings": {"seed": i, "rates": [0.5]},
+        "even": i % 2 == 0,
+        "zero": 0,
+        "scores": [i + k / 7 for k in range(40)],
+    }
 
 
 # Names and texts
@@ -1077,6 +1096,54 @@ def test_a_folder_is_made_under_the_lock(saver: ActivationSaver, loader: Activat
     assert len(loader.query()) == 1
 
 
+def test_metadata_is_rewritten_under_the_lock(saver: ActivationSaver) -> None:
+    path = save(saver)
+    change(path, experiment_name="another")
+    with files.locked(saver.base_dir):
+        thread = threading.Thread(target=run_index.rewrite_experiment, args=(path,))
+        thread.start()
+        thread.join(0.3)
+        # Who moves the run away holds the lock too, so nothing is written where it was.
+        assert thread.is_alive()
+        assert json.loads((path / "metadata.json").read_text())["experiment_name"] == "another"
+    thread.join(20)
+    assert json.loads((path / "metadata.json").read_text())["experiment_name"] == "first"
+
+
+def test_a_run_that_is_removed_while_it_is_read_is_no_unreadable_one(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(saver, tag="a")
+    gone = save(saver, tag="gone")
+    real = run_index.read_metadata
+
+    def read(run: Path) -> dict[str, Any]:
+        if run == gone:
+            shutil.rmtree(run)
+        return real(run)
+
+    monkeypatch.setattr(run_index, "read_metadata", read)
+    # A warning would be an error here.
+    assert [run.tag for run in loader.query()] == ["a"]
+    assert not gone.exists()
+
+
+def test_a_run_that_could_not_be_read_once_is_read_again(
+    saver: ActivationSaver, loader: ActivationLoader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(saver, tag="a")
+
+    def read(run: Path) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_index, "read_metadata", read)
+        with pytest.warns(UnreadableRunWarning, match="Permission denied"):
+            assert not loader.query()
+    # Neither time nor size of the file has changed.
+    assert [run.tag for run in loader.query()] == ["a"]
+
+
 def test_an_emptied_experiment_leaves_its_name(saver: ActivationSaver, loader: ActivationLoader) -> None:
     save(saver)
     loader.query().remove(0)
@@ -1119,7 +1186,36 @@ def test_a_disk_without_locks_can_be_saved_on(
     assert [run.tag for run in loader.query("second")] == ["a"]
 
 
-def test_what_a_killed_mover_left_is_mended(saver: ActivationSaver, loader: ActivationLoader) -> None:
+def test_a_query_writes_into_no_run(saver: ActivationSaver, loader: ActivationLoader, tmp_path: Path) -> None:
+    path = save(saver, tag="a")
+    copied = saver.base_dir / "copied" / path.parent.name / path.name
+    shutil.copytree(path, copied)
+    other = ActivationSaver(tmp_path / "other", "mine")
+    linked = save(other, tag="a")
+    (saver.base_dir / "linked").symlink_to(other.base_dir / "mine")
+    (linked / ".metadata.0123abcd.writing.json").touch()
+    os.utime(linked / ".metadata.0123abcd.writing.json", (0, 0))
+
+    def state(run: Path) -> tuple[Any, ...]:
+        file = (run / "metadata.json").stat()
+        return file.st_mtime_ns, file.st_ino, sorted(run.iterdir())
+
+    before = [state(copied), state(linked)]
+    for base in (saver.base_dir, other.base_dir, saver.base_dir):
+        ActivationLoader(base).query("*")
+    # The folder says to which experiment a run belongs, whatever its file says.
+    assert [run.experiment_name for run in loader.query("*")] == ["copied", "first", "linked"]
+    assert loader.query("copied").load()[1]["experiment_name"] == "copied"
+    # Of a linked experiment the link is renamed, and of a linked run it is moved.
+    ActivationSaver(saver.base_dir, "linked").rename_experiment("renamed")
+    (saver.base_dir / "of_runs" / "model").mkdir(parents=True)
+    (saver.base_dir / "of_runs" / "model" / linked.name).symlink_to(linked)
+    loader.query("of_runs").update_run_experiment(0, "moved")
+    assert [len(loader.query(name)) for name in ("renamed", "moved")] == [1, 1]
+    assert [state(copied), state(linked)] == before
+
+
+def test_what_a_killed_mover_left_is_mended_by_the_next(saver: ActivationSaver, loader: ActivationLoader) -> None:
     path = save(saver, tag="a")
     target = saver.base_dir / "second" / path.parent.name / path.name
     target.parent.mkdir(parents=True)
@@ -1127,9 +1223,10 @@ def test_what_a_killed_mover_left_is_mended(saver: ActivationSaver, loader: Acti
     left = target / ".metadata.0123abcd.writing.json"
     left.touch()
     os.utime(left, (0, 0))
-    assert [run.experiment_name for run in loader.query("second")] == ["second"]
-    assert json.loads((target / "metadata.json").read_text())["experiment_name"] == "second"
-    assert sorted(path.name for path in target.iterdir()) == ["activations.safetensors", "metadata.json"]
+    loader.query("second").update_run_experiment(0, "third")
+    (run,) = loader.query("third").get_paths()
+    assert json.loads((run / "metadata.json").read_text())["experiment_name"] == "third"
+    assert sorted(path.name for path in run.iterdir()) == ["activations.safetensors", "metadata.json"]
 
 
 def test_another_programs_file_is_told(saver: ActivationSaver, loader: ActivationLoader) -> None:
@@ -1188,7 +1285,7 @@ def test_an_index_that_holds_something_else_is_made_anew(
         "save_time": time.strftime("%Y"),
     }
     assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
-    monkeypatch.setattr("mlx_hooks.storage.index._read_file", pytest.fail)
+    monkeypatch.setattr(run_index, "read_metadata", pytest.fail)
     assert [run.tag for run in ActivationLoader(many.base_dir).query("*", **criteria)] == list("abce")
 
 
@@ -1219,8 +1316,35 @@ def test_a_number_is_found_however_it_is_written(saver: ActivationSaver, loader:
         ({"text": '1"7'}, ["float"]),
         ({"none": None}, ["whole"]),
         ({"deep": {"n": 17}}, ["other"]),
+        ({"deep": {"n": 17.0}}, ["other"]),
+        ({"m": False}, []),
+        ({"n": 17, "m": 0.0}, ["whole", "float"]),
     ]:
         assert [run.tag for run in loader.query(custom_keys=custom)] == tags, custom
+
+
+def test_a_number_in_any_criterion_is_found_however_it_is_written(
+    saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    edit = {"hook_point": "hook_embed", "type": "scale", "factor": 2}
+    save(saver, interventions=[edit], pivot_positions=[3], tag="whole")
+    save(saver, interventions=[edit | {"factor": 2.0}], pivot_positions=[3], tag="float")
+    change(save(saver, interventions=[edit | {"factor": 2.5}], tag="other"), pivot_positions=[3.0])
+    for factor in (2, 2.0):
+        found = loader.query(interventions=[edit | {"factor": factor}])
+        assert [run.tag for run in found] == ["whole", "float"]
+    assert len(loader.query(pivot_positions=[3])) == 3
+
+
+def test_an_item_of_another_key_or_in_a_text_is_not_taken_for_the_runs(
+    saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    save(saver, other_metadata={"x": {"a": 1}, "b": '\n"a":1\n', 'c\n"a":1\n': 2, "d": [{"a": 1}]}, tag="without")
+    save(saver, other_metadata={"a": 1, "b": {"z": [1, {"y": None}], "é": "ü"}}, tag="with")
+    assert [run.tag for run in loader.query(custom_keys={"a": 1})] == ["with"]
+    assert [run.tag for run in loader.query(custom_keys={"b": {"é": "ü", "z": [1, {"y": None}]}})] == ["with"]
+    assert [run.tag for run in loader.query(custom_keys={"b": '\n"a":1\n'})] == ["without"]
+    assert not loader.query(custom_keys={"b": {"z": [1, {"y": None}]}})
 
 
 # What the cache says of how it was made

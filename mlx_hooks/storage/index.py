@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from .files import clear_left, locked, write_whole
-from .metadata import RESERVED, canonical
+from .metadata import RESERVED, canonical, canonical_lines
 
 METADATA = "metadata.json"
 ACTIVATIONS = "activations.safetensors"
 _DATABASE = ".index.sqlite"
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a query asks of one run. Lists and mappings are canonical JSON texts, which are equal where the values are.
+    """What a query asks of one run. Lists and mappings are canonical JSON texts, which are equal where the values are;
+    the custom keys' has an item per line.
 
     Args:
         experiment, folder, run: its folder below the base directory.
@@ -78,8 +79,6 @@ class RunIndex:
         self._lock = threading.Lock()
         self._is_usable = True
         """Whether the database holds what it should; if not, it is made anew."""
-        self._misnamed: list[Path] = []
-        """Runs that were read and whose metadata tells another experiment."""
 
     def rows(self, experiment: str | None = None) -> list[Row]:
         """All runs as they are now, or those of one experiment.
@@ -104,9 +103,6 @@ class RunIndex:
                     gone += [(*place, run) for run in before.keys() - known[place].keys()]
             for place in [place for place in known if place not in seen and experiment in (None, place[0])]:
                 gone += [(*place, run) for run in known.pop(place)]
-            while self._misnamed:
-                # Its mover was killed before it came to that, or it was copied by hand.
-                rewrite_experiment(self._misnamed.pop(), durable=False)
             if fresh or gone:
                 self._store(fresh, gone)
             return [row for place in known if experiment in (None, place[0]) for row in known[place].values()]
@@ -135,17 +131,12 @@ class RunIndex:
     def _read(self, experiment: str, folder: str, run: str, written: int, size: int, inode: int) -> Row:
         """A run's row, of its folder's names and what the file system tells of its metadata's file."""
         place = (experiment, folder, run, written, size, inode)
-        path = self.base / experiment / folder / run
         try:
             if not _is_text(experiment, folder, run):
                 raise ValueError("its folder's name is no UTF-8")
-            found, named = _read_file(path)
-            row = Row(*place, **_described(found))
+            return Row(*place, **_described(read_metadata(self.base / experiment / folder / run)))
         except (OSError, ValueError) as error:
             return Row(*place, problem=_reason(error))
-        if named != experiment:
-            self._misnamed.append(path)
-        return row
 
     def _stored(self) -> list[Row]:
         """The rows that another process, or an earlier one, has read."""
@@ -213,7 +204,7 @@ def _described(found: dict[str, Any]) -> dict[str, Any]:
             "pivots": canonical(found.get("pivot_positions")),
             "config": canonical(found.get("extraction_config")),
             "interventions": canonical(found.get("interventions") or []),
-            "custom": canonical({key: value for key, value in found.items() if key not in RESERVED}),
+            "custom": canonical_lines({key: value for key, value in found.items() if key not in RESERVED}),
         }
     except (OverflowError, RecursionError) as error:
         raise ValueError(
@@ -254,11 +245,6 @@ def read_metadata(run: Path) -> dict[str, Any]:
         OSError: there is no file, or it cannot be read.
         ValueError: it is no metadata of a run; one clause says why.
     """
-    return _read_file(run)[0]
-
-
-def _read_file(run: Path) -> tuple[dict[str, Any], Any]:
-    """A run's metadata, and the experiment that its file names."""
     try:
         found = json.loads((run / METADATA).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -269,21 +255,24 @@ def _read_file(run: Path) -> tuple[dict[str, Any], Any]:
         if not isinstance(found.get(key), kind):
             raise ValueError(f"its {METADATA} has no {key}")
     datetime.fromisoformat(found["save_time"])
-    named, found["experiment_name"] = found.get("experiment_name"), run.parent.parent.name
-    return found, named
+    found["experiment_name"] = run.parent.parent.name
+    return found
 
 
-def rewrite_experiment(run: Path, *, durable: bool = True) -> bool:
+def rewrite_experiment(run: Path) -> bool:
     """Write the experiment of a run's folder into its metadata, unless the run was moved; whether it was possible.
 
-    What a killed writer left beside the metadata is removed.
+    What a killed writer left beside the metadata is removed. A run that lies elsewhere and is linked here stays as it
+    is: its file may be another experiment's too.
     """
+    if any(folder.is_symlink() for folder in (run, *run.parents[:2])):
+        return True
     base = run.parents[2]
     try:
         with locked(base):
             if run.is_dir():
                 clear_left(run)
-                write_whole(run / METADATA, json.dumps(read_metadata(run), indent=2), durable=durable)
+                write_whole(run / METADATA, json.dumps(read_metadata(run), indent=2))
     except (OSError, ValueError, RecursionError):
         return False
     return True

@@ -320,5 +320,26 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """JSON text that is equal where the values are."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """JSON text, without line breaks, that is equal where the values are: 2 and 2.0 are, true and 1 are not."""
+    return json.dumps(_whole(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def canonical_items(values: Mapping[str, Any]) -> list[str]:
+    """The items of a mapping, each as the line that only a mapping with an equal item has in ``canonical_lines``."""
+    return [f"\n{canonical({key: value})[1:-1]}\n" for key, value in sorted(values.items())]
+
+
+def canonical_lines(values: Mapping[str, Any]) -> str:
+    """JSON text of a mapping with each item on a line of its own, so that one is found without reading the others."""
+    return "{" + ",".join(canonical_items(values)) + "}"
+
+
+def _whole(value: Any) -> Any:
+    """A plain value with whole numbers as ints, however they are written."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: _whole(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole(part) for part in value]
+    return value

@@ -235,30 +235,13 @@ def criteria(
         edits = about.canonical(about.plain_interventions(interventions))
         accepts.append(lambda row: row.interventions == edits)
     if custom_keys is not None:
-        custom = about.plain_custom(custom_keys, "custom_keys")
-        parts = [part for key, value in custom.items() if (part := _fragment(key, value))]
-        accepts.append(lambda row: all(part in row.custom for part in parts))
-        accepts.append(_cached(attrgetter("custom"), lambda text: custom.items() <= _Items(json.loads(text))))
+        # Ten thousand mappings are not parsed for it: that would take longer than all the rest.
+        items = about.canonical_items(about.plain_custom(custom_keys, "custom_keys"))
+        accepts.append(lambda row: all(item in row.custom for item in items))
     if extraction_config is not None:
         config = _set_flags(extraction_config)
         accepts.append(_cached(attrgetter("config"), lambda text: _has_flags(json.loads(text), config)))
     return accepts
-
-
-def _fragment(key: str, value: Any) -> str | None:
-    """A text without which no JSON text holds the key with this value, where there is one: parsing takes far longer."""
-    is_short = isinstance(value, int) and 0 < abs(value) < 10**15
-    return about.canonical({key: value})[1:-1] if is_short or isinstance(value, str | None) else None
-
-
-class _Items:
-    """The items of a mapping whose values need not be hashable, as the right side of ``<=``."""
-
-    def __init__(self, found: dict[str, Any]) -> None:
-        self.found = found
-
-    def __ge__(self, wanted: Any) -> bool:
-        return all(key in self.found and self.found[key] == value for key, value in wanted)
 
 
 def _cached(text: Callable[[Row], str], test: Callable[[str], bool]) -> _Accept:
