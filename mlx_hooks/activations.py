@@ -200,7 +200,7 @@ class ActivationCache(Mapping[str, mx.array]):
         run (``intervening``, ``hooks``) before its own. None where nobody knows."""
         self.metadata: dict[str, Any] = {}
         """How it was made, where ``HookedModel.forward`` or ``extract_cache`` made it: model_name,
-        target_token_positions, pivot_positions, interventions, extraction_config."""
+        target_token_positions, pivot_positions, interventions (``edited_by``), extraction_config, model (its sizes)."""
         self.mapping_index: dict[Any, list[int]] = {}
         """Where along the position axis each of ``target_token_positions`` lies."""
         self.token_positions: list[list[int]] = []

@@ -1409,7 +1409,9 @@ def test_an_edited_cache_is_not_saved_as_unedited(
         cache = cache.select("hook_embed") if how == "select" else cache
     assert [receipt.type for receipt in cache.interventions] == ["zero"]
     for given in (None, [], [EDIT, EDIT], [EDIT | {"type": "scale", "factor": 2}]):
-        with pytest.raises(HookError, match="was made with interventions .*'type': 'zero'"):
+        with pytest.raises(
+            HookError, match=r"with interventions .*'type': 'zero'.*: give these \(cache.edited_by\); got"
+        ):
             saver.save(cache, llama, None, given, None)
     assert not saver.base_dir.exists()
     saver.save(cache, llama, None, [EDIT], None)

@@ -305,9 +305,9 @@ def _check_agreement(known: Mapping[str, Any], positions: Any, interventions: An
             continue
         made, told = _differing(plain(known.get(name)), plain(given))
         if made != told:
+            instead = ", or save it with save_cache" if known.get("model_name") else " (cache.edited_by)"
             raise HookError(
-                f"The activation cache was made with {name} {made!r:.200}: give these, or save it with save_cache; got "
-                f"{told!r:.200}."
+                f"The activation cache was made with {name} {made!r:.200}: give these{instead}; got {told!r:.200}."
             )
 
 
