@@ -22,7 +22,7 @@ from .hook_points import (
 )
 
 if TYPE_CHECKING:
-    from .interventions import InterventionReceipt
+    from .interventions import EditingFunction, Intervention, InterventionReceipt
 
 
 @dataclass(frozen=True)
@@ -195,9 +195,12 @@ class ActivationCache(Mapping[str, mx.array]):
         self.records: dict[str, list[CapturedActivation]] = records if records is not None else {}
         self.interventions: tuple[InterventionReceipt, ...] = ()
         """What each intervention of the run did."""
+        self.edited_by: Sequence[Intervention | EditingFunction] | None = None
+        """What was in force when the model made it: interventions and functions, in order, those of blocks around the
+        run (``intervening``, ``hooks``) before its own. None where nobody knows."""
         self.metadata: dict[str, Any] = {}
         """How it was made, where ``HookedModel.forward`` or ``extract_cache`` made it: model_name,
-        target_token_positions, pivot_positions, interventions, extraction_config."""
+        target_token_positions, pivot_positions, interventions (``edited_by``), extraction_config, model (its sizes)."""
         self.mapping_index: dict[Any, list[int]] = {}
         """Where along the position axis each of ``target_token_positions`` lies."""
         self.token_positions: list[list[int]] = []
@@ -301,6 +304,7 @@ class ActivationCache(Mapping[str, mx.array]):
 
     def _part(self, records: dict[str, list[CapturedActivation]]) -> "ActivationCache":
         part = ActivationCache(records)
+        part.interventions, part.edited_by = self.interventions, self.edited_by
         part.metadata, part.mapping_index = self.metadata, self.mapping_index
         part.token_positions, part.row_lengths = self.token_positions, self.row_lengths
         return part

@@ -208,7 +208,7 @@ def extract(
     else:
         parts = [_run(model, [row], target_token_positions, config, pivot_positions, interventions) for row in rows]
     cache = put_together(parts)
-    cache.metadata = describe(model, target_token_positions, config, pivot_positions, interventions)
+    cache.metadata = describe(model, target_token_positions, config, pivot_positions, cache.edited_by)
     return cache
 
 
@@ -241,13 +241,14 @@ def extract_all(
         raise HookError("The dataloader has no elements.")
     pivots = [part.metadata["pivot_positions"] for part in parts]
     cache = put_together(parts)
-    cache.metadata = describe(model, target_token_positions, config, None, interventions)
+    cache.metadata = describe(model, target_token_positions, config, None, cache.edited_by)
     cache.metadata["pivot_positions"] = pivots[0] if all(p == pivots[0] for p in pivots) else pivots
     return cache
 
 
-def _pivots(inputs: Any, given: Sequence[int] | None) -> Sequence[int] | None:
+def _pivots(inputs: Any, given: Any) -> Sequence[int] | None:
     """The pivots that come with the inputs, or as an argument."""
+    given = given.tolist() if hasattr(given, "tolist") else given
     own = inputs.get("pivot_positions") if isinstance(inputs, Mapping) else None
     if own is None:
         return given
@@ -261,14 +262,18 @@ def _pivots(inputs: Any, given: Sequence[int] | None) -> Sequence[int] | None:
 
 
 def describe(
-    model: "HookedModel", target_token_positions: Any, config: ExtractionConfig, pivots: Any, interventions: Any
+    model: "HookedModel",
+    target_token_positions: Any,
+    config: ExtractionConfig,
+    pivots: Any,
+    edits: Sequence[Any] | None,
 ) -> dict[str, Any]:
     """What a cache says of how it was made."""
     return {
         "model_name": model.model_name,
         "target_token_positions": listed(target_token_positions),
         "pivot_positions": None if pivots is None else [int(p) for p in pivots],
-        "interventions": interventions,
+        "interventions": list(edits or ()),
         "extraction_config": config,
         "model": model.cfg.to_dict(),
     }
@@ -444,9 +449,9 @@ def _run(
         _, whole = model.run_with_cache(rows, plan.unselectable, interventions=interventions, logits="none")
         for name, records in whole.records.items():
             cache.records[name] = [_at(record, positions) for record in records]
-    receipts = cache.interventions
+    receipts, edits = cache.interventions, cache.edited_by
     cache = plan.finish(cache)
-    cache.interventions, cache.mapping_index = receipts, mapping
+    cache.interventions, cache.edited_by, cache.mapping_index = receipts, edits, mapping
     cache.token_positions, cache.row_lengths = [list(positions) for _ in rows], [length] * len(rows)
     return cache
 
@@ -559,7 +564,7 @@ def put_together(parts: list[ActivationCache]) -> ActivationCache:
     for part in parts:
         _check_fit(first, part)
     cache = ActivationCache()
-    cache.mapping_index = first.mapping_index
+    cache.edited_by, cache.mapping_index = first.edited_by, first.mapping_index
     cache.token_positions = [row for part in parts for row in part.token_positions]
     cache.interventions = tuple(receipt for part in parts for receipt in part.interventions)
     cache.row_lengths = [length for part in parts for length in part.row_lengths]

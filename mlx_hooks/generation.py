@@ -386,4 +386,5 @@ def collect(prompt_tokens: Sequence[int], steps: Iterable[GenerationStep], order
     }
     in_order = [name for name in order if name in records]
     cache = ActivationCache({name: records[name] for name in [*in_order, *(n for n in records if n not in in_order)]})
+    cache.interventions = receipts
     return GenerationResult(text, tokens, list(prompt_tokens), reason, activations, cache, receipts, tuple(likely))

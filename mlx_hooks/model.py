@@ -23,7 +23,15 @@ from .generation import GenerationResult, GenerationStep
 from .hook_points import HookPoint, NamesFilter
 from .hooks import HeadIndices, Hook, HookFunction, Positions, Recorder
 from .instrument import Instrument, kv_offset, remember_offset
-from .interventions import Intervention, InterventionPlan, InterventionSession, Reach, blame
+from .interventions import (
+    EditingFunction,
+    Intervention,
+    InterventionPlan,
+    InterventionSession,
+    Reach,
+    blame,
+    edits_of,
+)
 from .loading import load
 from .manager import ActivationHookManager, Capture, CapturePlan, HookSpec
 from .observers import InferenceHook, Watched
@@ -305,15 +313,20 @@ class HookedModel:
         check_budget(max_bytes)
         run = self._capture_run(tokens, names_filter, positions, heads, kv_cache, chunk, stop_at_layer)
         session = self._session_of(run, interventions)
+        edits = self._edits([intervention for intervention, _ in session.asked])
         if spill_to is not None:
             with SpillFolder(spill_to, max_bytes or 0) as spill:
-                return run.run(spill.keep, session, also=self._registered(run), logits=which)
+                output, cache = run.run(spill.keep, session, also=self._registered(run), logits=which)
+            cache.edited_by = edits
+            return output, cache
         if max_bytes is not None and (estimate := run.estimate()).nbytes > max_bytes:
             raise HookError(
                 f"The capture takes {estimate.nbytes:,} bytes, max_bytes is {max_bytes:,}: select less with "
                 f"names_filter, positions or heads, or give spill_to, a folder for the rest. It would hold {estimate}"
             )
-        return run.run(session=session, also=self._registered(run), logits=which)
+        output, cache = run.run(session=session, also=self._registered(run), logits=which)
+        cache.edited_by = edits
+        return output, cache
 
     def forward(
         self,
@@ -348,7 +361,7 @@ class HookedModel:
             self,
             inputs,
             target_token_positions,
-            *_extraction(extraction_config, pivot_positions, interventions),
+            *self._extraction(extraction_config, pivot_positions, interventions),
         )
 
     def extract_cache(
@@ -382,9 +395,19 @@ class HookedModel:
             self,
             dataloader,
             target_token_positions,
-            *_extraction(extraction_config, pivot_positions, interventions),
+            *self._extraction(extraction_config, pivot_positions, interventions),
             progress,
         )
+
+    def _extraction(
+        self,
+        config: ExtractionConfig | Mapping[str, Any] | None,
+        pivot_positions: Sequence[int] | None,
+        interventions: Interventions | None,
+    ) -> tuple[ExtractionConfig | Mapping[str, Any], Sequence[int] | None, InterventionPlan]:
+        """The arguments with their defaults; interventions as they are now, for as many runs as there will be."""
+        config = ExtractionConfig() if config is None else config
+        return config, pivot_positions, self.resolve_interventions(() if interventions is None else interventions)
 
     def estimate_capture(
         self,
@@ -536,6 +559,12 @@ class HookedModel:
         spec = HookSpec(intervention.layer_name, intervention.component)
         return [point for point, _ in spec.points(self.architecture)]
 
+    def _edits(
+        self, asked: Iterable[Intervention], hooks: Iterable[Hook] = ()
+    ) -> tuple[Intervention | EditingFunction, ...]:
+        """What edits a run that begins now: what blocks around it keep in force, its interventions, its hooks."""
+        return (*edits_of(self.instrument.editing), *asked, *edits_of(hooks))
+
     def _prepared(self, interventions: Interventions) -> InterventionPlan:
         """The plan, with the means that it needs."""
         plan = self.resolve_interventions(interventions)
@@ -672,7 +701,12 @@ class HookedModel:
                 see :class:`sampling.Sampling`; the default takes the most probable token.
         """
         tokens = self.to_tokens(prompt)
-        return generation.collect(id_list(tokens[0]), self.generate_steps(tokens, **options), self.hook_points)
+        plan, hooks = self.resolve_interventions(options.get("interventions", ())), list(options.get("fwd_hooks", ()))
+        edits = self._edits([intervention for intervention, _ in plan.asked], self._forward_hooks(hooks))
+        steps = self.generate_steps(tokens, **options | {"interventions": plan, "fwd_hooks": hooks})
+        result = generation.collect(id_list(tokens[0]), steps, self.hook_points)
+        result.cache.edited_by = edits
+        return result
 
     def _capture_plan(self, capture: Iterable[Capture] | CapturePlan) -> CapturePlan:
         return capture if isinstance(capture, CapturePlan) else self.resolve_hooks(capture)
@@ -756,20 +790,6 @@ class HookedModel:
 def load_model(name_or_path: str | Path) -> HookedModel:
     """The same as ``HookedModel.from_pretrained``."""
     return HookedModel.from_pretrained(name_or_path)
-
-
-def _extraction(
-    config: ExtractionConfig | Mapping[str, Any] | None,
-    pivot_positions: Sequence[int] | None,
-    interventions: Interventions | None,
-) -> tuple[ExtractionConfig | Mapping[str, Any], Sequence[int] | None, Interventions]:
-    """The arguments with their defaults; interventions that can be read more than once."""
-    config = ExtractionConfig() if config is None else config
-    if interventions is None:
-        interventions = ()
-    elif isinstance(interventions, Iterable) and not isinstance(interventions, str | Mapping):
-        interventions = list(interventions)
-    return config, pivot_positions, interventions
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:

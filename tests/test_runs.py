@@ -35,6 +35,7 @@ from mlx_hooks import (
     UnreadableRunWarning,
 )
 from mlx_hooks.activations import CapturedActivation, labels
+from mlx_hooks.hook_points import HookPoint
 from mlx_hooks.storage import files
 from mlx_hooks.storage import index as run_index
 from mlx_hooks.storage.files import is_temporary
@@ -1382,3 +1383,187 @@ def test_the_numbers_of_a_large_vector_tell_it_from_others(saver: ActivationSave
     save(saver, interventions=edit(2.0), tag="two")
     assert [run.tag for run in loader.query(interventions=edit(2.0))] == ["two"]
     assert not loader.query(interventions=edit(3.0))
+
+
+def scaled(value: mx.array, point: HookPoint) -> mx.array:
+    return value * 0.5
+
+
+def noted(loader: ActivationLoader) -> Any:
+    """The interventions of the newest run."""
+    return loader.query()[-1].metadata["interventions"]
+
+
+EDIT = {"hook_point": "blocks.0.hook_mlp_out", "type": "zero"}
+FUNCTION = {"type": "function", "name": "scaled", "hook_points": ["blocks.0.hook_mlp_out"]}
+
+
+@pytest.mark.parametrize("how", ["run_with_cache", "generate", "select"])
+def test_an_edited_cache_is_not_saved_as_unedited(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, how: str
+) -> None:
+    if how == "generate":
+        cache = llama.generate(TOKENS, max_tokens=2, capture=["hook_embed"], interventions=iter([EDIT])).cache
+    else:
+        _, cache = llama.run_with_cache(TOKENS, ["hook_embed", "blocks.0.hook_mlp_out"], interventions=iter([EDIT]))
+        cache = cache.select("hook_embed") if how == "select" else cache
+    assert [receipt.type for receipt in cache.interventions] == ["zero"]
+    for given in (None, [], [EDIT, EDIT], [EDIT | {"type": "scale", "factor": 2}]):
+        with pytest.raises(
+            HookError, match=r"with interventions .*'type': 'zero'.*: give these \(cache.edited_by\); got"
+        ):
+            saver.save(cache, llama, None, given, None)
+    assert not saver.base_dir.exists()
+    saver.save(cache, llama, None, [EDIT], None)
+    assert noted(loader) == [EDIT]
+    assert not loader.query(interventions=[])
+    _, unedited = llama.run_with_cache(TOKENS, "hook_embed")
+    with pytest.raises(HookError, match=r"was made with interventions \[\]"):
+        saver.save(unedited, llama, None, [EDIT], None)
+
+
+def test_what_blocks_keep_in_force_is_saved_with_the_run(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    own = {"hook_point": "blocks.1.hook_mlp_out", "type": "scale", "factor": 0.5}
+    with llama.intervening([EDIT]), llama.hooks([("blocks.*.hook_mlp_out", scaled)]):
+        made = llama.forward(TOKENS, "last", RESID, interventions=[own])
+        rows = llama.extract_cache([TOKENS, TOKENS[:3]], "last", RESID, interventions=iter([own]), progress=False)
+        _, cache = llama.run_with_cache(TOKENS, "hook_embed")
+    everywhere = FUNCTION | {"hook_points": [f"blocks.{i}.hook_mlp_out" for i in range(llama.cfg.n_layers)]}
+    for edited in (made, rows):
+        saver.save_cache(edited)
+        assert noted(loader) == [EDIT, everywhere, own]
+    with pytest.raises(HookError, match="was made with interventions"):
+        saver.save(made, llama, "last", [own], RESID)
+    saver.save(cache, llama, None, cache.edited_by, None)
+    assert noted(loader) == [EDIT, everywhere]
+    assert not loader.query(interventions=[])
+    assert len(loader.query(interventions=[EDIT, everywhere])) == 1
+    # Outside, nothing is in force, and what was loaded knows what was.
+    assert llama.forward(TOKENS, "last", RESID).metadata["interventions"] == []
+    loaded, _ = loader.query().load()
+    with pytest.raises(HookError, match="was made with interventions"):
+        saver.save(loaded, llama, None, None, None)
+
+
+def test_functions_of_a_generation_are_saved_with_it(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    cache = llama.generate(
+        TOKENS, max_tokens=2, capture=["hook_embed"], fwd_hooks=iter([("blocks.0.hook_mlp_out", scaled)])
+    ).cache
+    with pytest.raises(HookError, match="was made with interventions .*'function'"):
+        saver.save(cache, llama, None, None, None)
+    saver.save(cache, llama, None, [FUNCTION], None)
+    assert noted(loader) == [FUNCTION]
+
+
+def test_a_thread_is_not_told_of_anothers_blocks(llama: HookedModel) -> None:
+    found: list[Any] = []
+    with llama.hooks([("hook_embed", scaled)]):
+        assert len(llama.instrument.editing) == 1
+        other = threading.Thread(target=lambda: found.extend(llama.instrument.editing))
+        other.start()
+        other.join()
+    assert not found
+    assert not llama.instrument.editing
+
+
+@pytest.mark.parametrize("kind", [np.array, mx.array])
+def test_what_is_changed_after_the_run_is_saved_as_it_was(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, kind: Any
+) -> None:
+    vector, source = kind([1.0] * 32), kind([[2.0] * 32] * len(TOKENS))
+    edits: list[dict[str, Any]] = [
+        {"hook_point": "blocks.0.hook_mlp_out", "type": "add", "vector": vector},
+        {"hook_point": "blocks.1.hook_mlp_out", "type": "patch", "source": source},
+    ]
+    made = llama.forward(TOKENS, "last", RESID, interventions=edits)
+    saver.save_cache(made)
+    before = noted(loader)
+    vector[:] = 5.0
+    source[:] = 5.0
+    edits[0]["coefficient"] = 3.0
+    edits.pop()
+    saver.save_cache(made)
+    assert noted(loader) == before
+    assert before[0]["vector"] == [1.0] * 32
+
+
+def test_a_place_has_one_name(llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader) -> None:
+    spellings: list[dict[str, Any]] = [
+        EDIT,
+        {"hook_point": "mlp_out_0", "type": "zero"},
+        {"layer_name": "transformer.h.0", "component": "mlp", "type": "zero"},
+        {"layer_name": "0", "component": "mlp", "type": "zero"},
+    ]
+    for spelling in spellings:
+        made = llama.forward(TOKENS, "last", RESID, interventions=[spelling])
+        for other in spellings:
+            saver.save(made, llama, "last", [other], RESID)
+            assert noted(loader) == [EDIT]
+    for spelling in spellings:
+        assert len(loader.query(interventions=[spelling])) == len(spellings) ** 2
+    everywhere = {"layer_name": "*", "component": "mlp", "type": "zero"}
+    saver.save_cache(llama.forward(TOKENS, "last", RESID, interventions=[everywhere]))
+    assert noted(loader) == [everywhere]
+    with pytest.raises(HookError, match="Unknown layer 'here'"):
+        loader.query(interventions=[everywhere | {"layer_name": "here"}])
+
+
+def test_only_what_differs_of_a_configuration_is_told(llama: HookedModel, saver: ActivationSaver) -> None:
+    heads = [{"layer": 1, "head": 2}, {"layer": 0, "head": 1}]
+    made = llama.forward(TOKENS, "last", ExtractionConfig(extract_attn_pattern=True, attn_heads=heads))
+    same = ExtractionConfig(extract_attn_pattern=True, attn_heads=[*heads[::-1], heads[0]])
+    saver.save(made, llama, "last", None, same)
+    other = {"extract_attn_pattern": True, "attn_heads": heads, "save_input_ids": True}
+    with pytest.raises(
+        HookError, match=r"extraction_config \{'save_input_ids': False\}: .* \{'save_input_ids': True\}"
+    ):
+        saver.save(made, llama, "last", None, other)
+    with pytest.raises(HookError, match="extraction_config {'attn_heads': .*got {'attn_heads': 'all'}"):
+        saver.save(made, llama, "last", None, ExtractionConfig(extract_attn_pattern=True))
+
+
+def test_none_is_what_the_cache_says_or_nothing(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    pivots = {"target_token_positions": ["last", "inputs-partition-0"], "pivot_positions": [3]}
+    made = llama.forward(TOKENS, **pivots, extraction_config=RESID)
+    saver.save(made, llama, None, None, None)
+    found = loader.query(**pivots, extraction_config=RESID)
+    assert len(found) == 1
+    # Of a cache that says nothing, nothing is known, and what is told later is no contradiction.
+    _, cache = llama.run_with_cache(TOKENS, "hook_embed")
+    saver.save(cache, llama, None, None, None)
+    loaded, told = loader.query().load()
+    assert told["target_token_positions"] is told["extraction_config"] is told["pivot_positions"] is None
+    saver.save_cache(loaded)
+    saver.save(loaded, llama, ["last"], None, RESID, pivot_positions=[3])
+    assert len(loader.query(target_token_positions=["last"], pivot_positions=[3])) == 1
+
+
+@pytest.mark.parametrize("kind", [np.array, mx.array, tuple])
+def test_pivots_are_a_list_or_an_array(
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, kind: Any
+) -> None:
+    pivots = kind([2, 4])
+    made = llama.forward(TOKENS, ["inputs-partition-1"], RESID, pivot_positions=pivots)
+    saver.save(made, llama, ["inputs-partition-1"], None, RESID, pivot_positions=pivots)
+    assert loader.query()[-1].metadata["pivot_positions"] == [2, 4]
+    assert len(loader.query(pivot_positions=pivots)) == 1
+
+
+def test_another_models_cache_is_not_saved_as_this_ones(
+    llama: HookedModel, tiny: HookedModel, saver: ActivationSaver, loader: ActivationLoader
+) -> None:
+    made = llama.forward(TOKENS, "last", RESID)
+    with pytest.raises(HookError, match=r"made by another model, 'tests/llama-16' with .*'d_model': 32"):
+        saver.save(made, tiny, "last", None, RESID)
+    assert not saver.base_dir.exists()
+    saver.save(made, llama, "last", None, RESID)
+    loaded, _ = loader.query().load()
+    with pytest.raises(HookError, match="made by another model"):
+        saver.save(loaded, tiny, "last", None, RESID)
+    saver.save(loaded, llama, "last", None, RESID)

@@ -184,6 +184,14 @@ class Instrument:
         """
         return Plan(self.architecture, hooks, self.run)
 
+    @property
+    def editing(self) -> list[Hook]:
+        """The editing hooks that this thread's blocks keep attached, in order."""
+        attached = self._attached
+        if attached is None or self.run.thread != threading.get_ident():
+            return []
+        return [hook for hook in attached.hooks if not hook.reads]
+
     @contextmanager
     def attached(
         self,

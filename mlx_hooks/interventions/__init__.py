@@ -12,6 +12,7 @@ numbers to put in (``sources.py``). An :class:`InterventionSession` holds the ho
 the receipts (``session.py``).
 """
 
+from .edits import EditingFunction, edits_of
 from .plan import InterventionPlan
 from .reach import Reach
 from .session import Firing, InterventionReceipt, InterventionSession
@@ -19,6 +20,7 @@ from .spec import TYPES, Intervention, blame
 
 __all__ = [
     "TYPES",
+    "EditingFunction",
     "Firing",
     "Intervention",
     "InterventionPlan",
@@ -26,4 +28,5 @@ __all__ = [
     "InterventionSession",
     "Reach",
     "blame",
+    "edits_of",
 ]

@@ -1,7 +1,8 @@
 """The hook function of an intervention, and its arithmetic: float32, rounded once to the model's type."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -9,13 +10,44 @@ import numpy as np
 
 from ..errors import HookError
 from ..hook_points import POSITION_AXES, HookPoint
-from ..hooks import Run
+from ..hooks import Hook, Run
 from .fitting import check_selection, check_sizes, chosen_on
 from .reach import Reach
 from .reading import as_chosen, first, places_of, span
 from .session import Firing, InterventionSession
 from .sources import Given, Supply, holds_tokens, is_scores, is_state
 from .spec import Intervention, blame
+
+
+@dataclass(frozen=True)
+class EditingFunction:
+    """A function that was in force in a run. What it did nobody can tell, nor that it did nothing.
+
+    Args:
+        name: of the function.
+        hook_points: where it was called, in the order of its hooks.
+    """
+
+    name: str
+    hook_points: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The function as plain JSON values, beside interventions."""
+        return {"type": "function", "name": self.name, "hook_points": list(self.hook_points)}
+
+
+def edits_of(hooks: Iterable[Hook]) -> list[Intervention | EditingFunction]:
+    """What edits by some hooks: each intervention and each function once, in order."""
+    found: dict[Any, Intervention | EditingFunction] = {}
+    for hook in hooks:
+        if isinstance(hook.fn, Edit):
+            found[id(hook.fn.session), hook.fn.index] = hook.fn.asked
+        else:
+            before = found.get(id(hook.fn))
+            points = before.hook_points if isinstance(before, EditingFunction) else ()
+            name = getattr(hook.fn, "__name__", type(hook.fn).__name__)
+            found[id(hook.fn)] = EditingFunction(name, (*points, hook.point.name))
+    return list(found.values())
 
 
 class Edit:

@@ -106,7 +106,8 @@ def numbers_of(name: str, given: Any, masks: bool) -> np.ndarray:
     if not array.size:
         raise HookError(f"{what}, got none.")
     with np.errstate(over="ignore"):
-        narrow = np.asarray(array, dtype=np.float32)
+        # A copy: who gave the numbers may change them.
+        narrow = np.array(array, dtype=np.float32)
     refused = np.isnan(narrow) | np.isposinf(narrow) | (np.isneginf(narrow) & ~(np.isneginf(array) & masks))
     if refused.any():
         raise HookError(f"{name} must be finite in float32, got {array[refused].flat[0]!r}.")

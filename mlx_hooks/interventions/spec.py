@@ -129,6 +129,13 @@ class Intervention:
         for name in ("heads", "neurons", "keys", "passes"):
             object.__setattr__(self, name, chosen_of(name, getattr(self, name)))
         self._check_numbers()
+        # Who gave them may change them.
+        if isinstance(self.source, np.ndarray):
+            object.__setattr__(self, "source", self.source.copy())
+        elif isinstance(self.source, mx.array):
+            object.__setattr__(self, "source", mx.array(self.source))
+        if self.over is not None:
+            object.__setattr__(self, "over", list(self.over))
 
     def _check_keys(self) -> None:
         own = TYPES[self.type]

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -18,7 +19,8 @@ import numpy as np
 from ..activations import ActivationCache, CapturedActivation, to_numpy
 from ..errors import HookError
 from ..extraction import ExtractionConfig, listed
-from ..interventions import Intervention
+from ..hook_points import canonical_name, component_points, is_layer_glob
+from ..interventions import EditingFunction, Intervention
 
 EVERY_EXPERIMENT = "*"
 RESERVED = (
@@ -154,13 +156,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def plain_positions(positions: Any) -> list[Any]:
-    """Target positions as JSON.
+def plain_positions(positions: Any) -> list[Any] | None:
+    """Target positions as JSON; None where nobody knows them.
 
     Raises:
         HookError: for what is no position.
     """
-    return [_plain_position(wish) for wish in listed(positions)]
+    return None if positions is None else [_plain_position(wish) for wish in listed(positions)]
 
 
 def _plain_position(wish: Any) -> Any:
@@ -171,6 +173,15 @@ def _plain_position(wish: Any) -> Any:
     return plain(wish, "target_token_positions")
 
 
+def plain_pivots(pivots: Any) -> Any:
+    """Pivots as JSON, of a list or an array; None where there are none.
+
+    Raises:
+        HookError: for a value that JSON does not have.
+    """
+    return plain(pivots.tolist() if hasattr(pivots, "tolist") else pivots, "pivot_positions")
+
+
 def plain_config(config: ExtractionConfig | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """An extraction configuration as JSON."""
     return None if config is None else plain(ExtractionConfig.of(config).to_dict(), "extraction_config")
@@ -178,6 +189,8 @@ def plain_config(config: ExtractionConfig | Mapping[str, Any] | None) -> dict[st
 
 def plain_interventions(interventions: Any) -> list[dict[str, Any]]:
     """Interventions as JSON, in their order. Of large arrays and of captures a hash is kept, not the numbers.
+
+    A place has one name, whichever of its names it was given.
 
     Raises:
         HookError: for what is no intervention.
@@ -192,13 +205,29 @@ def plain_interventions(interventions: Any) -> list[dict[str, Any]]:
 
 
 def _plain_intervention(spec: Any) -> dict[str, Any]:
-    if isinstance(spec, Mapping) and any(isinstance(part, Mapping) and "sha256" in part for part in spec.values()):
-        # As it was saved once: the numbers are gone.
-        return dict(spec)
+    if isinstance(spec, EditingFunction):
+        return spec.to_dict()
+    if isinstance(spec, Mapping):
+        has_hash = any(isinstance(part, Mapping) and "sha256" in part for part in spec.values())
+        if has_hash or spec.get("type") == "function":
+            # As it was saved once: the numbers, or the function, are gone.
+            return plain(spec, "interventions")
     intervention = Intervention.of(spec)
-    given = {f.name: getattr(intervention, f.name) for f in fields(intervention)}
+    given = {f.name: getattr(intervention, f.name) for f in fields(intervention)} | _place(intervention)
     changed = {f.name: given[f.name] for f in fields(intervention) if given[f.name] is not f.default}
     return {name: _plain_part(name, value) for name, value in changed.items()}
+
+
+def _place(intervention: Intervention) -> dict[str, str]:
+    """The fields that say where: the hook point, where its name does not depend on the model."""
+    layer, component = intervention.layer_name, intervention.component
+    if intervention.hook_point:
+        return {"hook_point": canonical_name(intervention.hook_point)}
+    if is_layer_glob(layer) or component == "layernorm":
+        return {}
+    # Which layers there are is for the model to say.
+    (point,) = component_points(layer, component, is_input=False, n_layers=sys.maxsize)
+    return {"hook_point": point.name, "layer_name": "", "component": ""}
 
 
 def _plain_part(name: str, value: Any) -> Any:

@@ -229,7 +229,7 @@ def criteria(
         positions = about.canonical(about.plain_positions(target_token_positions))
         accepts.append(lambda row: row.positions == positions)
     if pivot_positions is not None:
-        pivots = about.canonical(about.plain(pivot_positions, "pivot_positions"))
+        pivots = about.canonical(about.plain_pivots(pivot_positions))
         accepts.append(lambda row: row.pivots == pivots)
     if interventions is not None:
         edits = about.canonical(about.plain_interventions(interventions))

@@ -74,10 +74,11 @@ class ActivationSaver:
 
         Args:
             activations: an activation cache, an array or arrays by name, of MLX or NumPy; bit for bit.
-            model: the HookedModel that made them, or its name.
+            model: the HookedModel that made them; or its name, which is the caller's to know.
             target_token_positions, interventions, extraction_config, pivot_positions: as they were given to
                 ``forward``, whose caches know them: None is then what the cache says, save for interventions, where it
-                is none. Of an intervention's large arrays a hash is kept.
+                is none. Every cache that the model made knows what edited it (``cache.edited_by``). Of an
+                intervention's large arrays a hash is kept.
             other_metadata: more for metadata.json, under keys of the caller's own, as JSON.
             tag: a text to find the run by.
 
@@ -88,14 +89,13 @@ class ActivationSaver:
             HookError: for what cannot be saved, before anything is written; and when it cannot be written: then nothing
                 of it is left.
         """
-        if isinstance(activations, ActivationCache) and activations.metadata:
-            known = activations.metadata
-            pivot_positions = known.get("pivot_positions") if pivot_positions is None else pivot_positions
-            extraction_config = known.get("extraction_config") if extraction_config is None else extraction_config
-            _check_agreement(known, target_token_positions, interventions, extraction_config, pivot_positions)
-        sizes = model.cfg.to_dict() if hasattr(model, "cfg") else None
-        if sizes is None and isinstance(activations, ActivationCache):
-            sizes = activations.metadata.get("model")
+        known = _known(activations)
+        if target_token_positions is None:
+            target_token_positions = known.get("target_token_positions")
+        extraction_config = known.get("extraction_config") if extraction_config is None else extraction_config
+        pivot_positions = known.get("pivot_positions") if pivot_positions is None else pivot_positions
+        _check_agreement(known, target_token_positions, interventions, extraction_config, pivot_positions)
+        sizes = _sizes(known, model)
         name = getattr(model, "model_name", model)
         if not isinstance(name, str) or not name.strip():
             raise HookError(f"model is a HookedModel or its name, got {model!r}.")
@@ -111,7 +111,7 @@ class ActivationSaver:
             "experiment_name": self.experiment_name,
             "model_name": name,
             "target_token_positions": about.plain_positions(target_token_positions),
-            "pivot_positions": about.plain(pivot_positions, "pivot_positions"),
+            "pivot_positions": about.plain_pivots(pivot_positions),
             "interventions": about.plain_interventions(interventions),
             "extraction_config": about.plain_config(extraction_config),
             "model": about.plain(sizes, "model"),
@@ -283,19 +283,63 @@ class ActivationLoader:
         return QueryResult.of_rows(self.base_dir, found)
 
 
+def _known(activations: Any) -> Mapping[str, Any]:
+    """What activations say of how they were made."""
+    if not isinstance(activations, ActivationCache):
+        return {}
+    edits = {} if activations.edited_by is None else {"interventions": activations.edited_by}
+    return edits | activations.metadata
+
+
 def _check_agreement(known: Mapping[str, Any], positions: Any, interventions: Any, config: Any, pivots: Any) -> None:
     """Raises HookError where a cache says otherwise how it was made than the caller does."""
-    for name, given, plain in (
-        ("target_token_positions", positions, about.plain_positions),
-        ("interventions", interventions, about.plain_interventions),
-        ("extraction_config", config, about.plain_config),
-        ("pivot_positions", pivots, lambda value: about.plain(value, "pivot_positions")),
+    is_told = known.get("target_token_positions") is not None
+    for name, given, plain, is_known in (
+        ("target_token_positions", positions, about.plain_positions, is_told),
+        ("interventions", interventions, about.plain_interventions, "interventions" in known),
+        ("extraction_config", config, about.plain_config, known.get("extraction_config") is not None),
+        # No pivots are something to know where positions are known.
+        ("pivot_positions", pivots, about.plain_pivots, is_told or known.get("pivot_positions") is not None),
     ):
-        if name in known and (made := plain(known[name])) != plain(given):
+        if not is_known:
+            continue
+        made, told = _differing(plain(known.get(name)), plain(given))
+        if made != told:
+            instead = ", or save it with save_cache" if known.get("model_name") else " (cache.edited_by)"
             raise HookError(
-                f"The activation cache was made with {name} {made!r:.200}: give these, or save it with save_cache; got "
-                f"{plain(given)!r:.200}."
+                f"The activation cache was made with {name} {made!r:.200}: give these{instead}; got {told!r:.200}."
             )
+
+
+def _differing(made: Any, told: Any) -> tuple[Any, Any]:
+    """Of two mappings the keys that differ, in which the order of heads says nothing; anything else as it is."""
+    if not isinstance(made, dict) or not isinstance(told, dict):
+        return made, told
+    keys = [key for key in made if _without_order(key, made[key]) != _without_order(key, told.get(key))]
+    return {key: made[key] for key in keys}, {key: told.get(key) for key in keys}
+
+
+def _without_order(key: str, value: Any) -> Any:
+    return {(h["layer"], h["head"]) for h in value} if key == "attn_heads" and isinstance(value, list) else value
+
+
+def _sizes(known: Mapping[str, Any], model: Any) -> Any:
+    """The sizes of the model that made the activations.
+
+    Raises:
+        HookError: the model given has others than the cache's.
+    """
+    made = known.get("model")
+    if not hasattr(model, "cfg"):
+        return made
+    own = model.cfg.to_dict()
+    ours, theirs = _differing(about.plain(made, "model"), about.plain(own, "model"))
+    if made is not None and ours != theirs:
+        raise HookError(
+            f"The activation cache was made by another model, {known.get('model_name')!r} with {ours!r:.200}: give "
+            f"that one, or its name; got {model.model_name!r} with {theirs!r:.200}."
+        )
+    return own
 
 
 def _base(base_dir: Any) -> Path:
