@@ -105,11 +105,15 @@ def pattern_in_parts(
 
 
 def _numpy_softmax(scores: mx.array) -> mx.array:
-    """Softmax over keys, evaluated, of rows with a score in each: several times as fast as MLX's own on a CPU."""
+    """Softmax over keys, evaluated, of rows with a score in each: several times as fast as MLX's own on a CPU.
+
+    Rows whose scores overflowed are NaN, as MLX's are; who reads them says so.
+    """
     held = np.asarray(scores)
-    weights = held - held.max(axis=-1, keepdims=True)
-    np.exp(weights, out=weights)
-    weights /= weights.sum(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        weights = held - held.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(axis=-1, keepdims=True)
     return mx.array(weights)
 
 

@@ -138,6 +138,21 @@ class HeadPath:
         biases = [zero] if self.after is None else [zero, LinearNorm(self.after, zero.shape[-1]).bias]
         return any(bool(mx.any(bias != 0).item()) for bias in biases)
 
+    def constant_in(self, rest: mx.array) -> mx.array:
+        """What is added whatever the heads hold, of a run of which only what was added is known; as ``rest``.
+
+        Args:
+            rest: what attention added less what its heads did, [..., d_model]. It is the answer, unless the run was
+                edited there: so of it only the scale is read that a norm behind a bias had, and no other difference.
+        """
+        zero = self.project_value(mx.zeros((1, 1, self.n_heads * self.d_head)))[0, 0]
+        if self.after is None:
+            return mx.broadcast_to(zero * self.factor, rest.shape)
+        norm = LinearNorm(self.after, zero.shape[-1])
+        spread = norm.spread(zero)
+        along = ((rest / self.factor - norm.bias) * spread).sum(axis=-1, keepdims=True)
+        return (along / mx.maximum((spread * spread).sum(), 1e-30) * spread + norm.bias) * self.factor
+
     def flat(self, value: mx.array) -> mx.array:
         """The value as the projection reads it, [batch, pos, head * d_head], in float32."""
         width = self.n_heads * self.d_head

@@ -1,5 +1,6 @@
 """Direct logit attribution: on every architecture the parts add up to the logit; single parts against float64."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -231,7 +232,12 @@ def test_a_bias_before_a_cap_has_its_own_share() -> None:
 @pytest.mark.parametrize(
     ("missing", "tokens", "positions", "message"),
     [
-        ("blocks.1.hook_mlp_out", PAIRS, -1, "The activations lack blocks.1.hook_mlp_out: capture it too"),
+        (
+            "blocks.1.hook_mlp_out",
+            PAIRS,
+            -1,
+            r"lack blocks.1.hook_mlp_out: run_with_cache\(prompt, attribution_po",
+        ),
         ("blocks.2.attn.hook_z", PAIRS, -1, "The activations lack blocks.2.attn.hook_z"),
         ("blocks.0.hook_resid_pre", PAIRS, -1, "The activations lack blocks.0.hook_resid_pre"),
         ("ln_final.hook_in", PAIRS, -1, "The activations lack ln_final.hook_in"),
@@ -316,3 +322,74 @@ def test_one_part_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     direct_logit_attribution(cache, PAIRS, model=model)
     assert "made made" not in " ".join(order)
     assert order.count("made") == 12
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "llama"])
+def test_an_edit_of_what_attention_adds_is_not_taken_for_its_bias(name: str) -> None:
+    model = HookedModel(make_model(name) if name in CONFIGS else tiny_model(name))
+    config = ExtractionConfig(**{f"extract_{flag}": True for flag in FLAGS})
+    edit = {"hook_point": "blocks.1.hook_attn_out", "type": "zero"}
+    cache = model.forward(TOKENS, ["all"], config, interventions=[edit])
+    assert not np.any(cache.numpy("blocks.1.hook_attn_out"))
+    with pytest.raises(HookError, match="do not add up to the logit"):
+        direct_logit_attribution(cache, PAIRS, model=model, positions=None)
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm])
+def test_behind_a_norm_only_its_scale_is_read_from_what_was_added(norm: type) -> None:
+    mx.random.seed(0)
+    project, after = nn.Linear(32, 32), norm(32)
+    after.weight = mx.random.uniform(0.5, 1.5, (32,))
+    path = replace(HookedModel(make_model("llama")).head_path(0), project=project, after=after, factor=0.5)
+    value = mx.random.normal((2, 5, path.n_heads, path.d_head))
+    heads, constant = path.split(value)
+    whole = 0.5 * after(project(value.reshape(2, 5, -1)))
+    np.testing.assert_allclose(path.constant_in(whole - heads.sum(axis=-2)), constant, atol=1e-5)
+    edited = path.constant_in(0 * whole - heads.sum(axis=-2))
+    assert np.abs(np.array(edited + heads.sum(axis=-2))).max() > 0.1
+
+
+def test_positions_of_a_mapping_are_places_along_its_axis(tmp_path: Path) -> None:
+    model = HookedModel(make_model("llama"))
+    _, cache = model.run_with_cache(TOKENS, attribution_points(model))
+    mapping = {key: cache.numpy(key) for key in cache}
+    for positions in (-1, 1, [0, 2], [2, -1], None):
+        found = direct_logit_attribution(mapping, PAIRS, model=model, positions=positions)
+        expected = direct_logit_attribution(cache, PAIRS, model=model, positions=positions)
+        assert found.positions is None
+        for part in expected.names():
+            np.testing.assert_allclose(found[part], expected[part], atol=1e-5, err_msg=part)
+    for positions, shown in ((1, "its one position"), ([0, 2], "the last of 2 positions")):
+        found = direct_logit_attribution(mapping, PAIRS, model=model, positions=positions)
+        assert str(found).splitlines()[0] == f"logit difference at row 0 of 2, {shown}"
+    for positions in (99, [0, 5]):
+        with pytest.raises(HookError, match=r"ln_final.hook_in was not captured at position (99|5)"):
+            direct_logit_attribution(mapping, PAIRS, model=model, positions=positions)
+    ActivationSaver(tmp_path).save(mapping, model, ["all"], None, None)
+    loaded, _ = ActivationLoader(tmp_path).query().load(-1)
+    again = direct_logit_attribution(loaded, PAIRS, model=model)
+    assert again.logits.shape == (2, 1)
+    assert len(str(again).splitlines()) == len(again.names()) + 2
+
+
+def test_arrays_of_unlike_runs_are_refused() -> None:
+    model = HookedModel(make_model("llama"))
+    _, cache = model.run_with_cache(TOKENS, attribution_points(model))
+    mapping, name = {key: cache.numpy(key) for key in cache}, "blocks.1.hook_mlp_out"
+    for part, held in ((np.s_[:, -1:], "batch 2, pos 1"), (np.s_[:1], "batch 1, pos 5")):
+        with pytest.raises(HookError, match=f"{name} holds {held} and ln_final.hook_in batch 2, pos 5: they are of"):
+            direct_logit_attribution(mapping | {name: mapping[name][part]}, PAIRS, model=model)
+    config = ExtractionConfig(**{f"extract_{flag}": True for flag in FLAGS})
+    kept = model.forward(TOKENS, ["all"], config)
+    mapping, name = {key: kept.numpy(key) for key in kept}, "blocks.1.attn.hook_result"
+    with pytest.raises(HookError, match=rf"{name} has head 4, got an array of shape \(2, 5, 2, 32\)"):
+        direct_logit_attribution(mapping | {name: mapping[name][:, :, :2]}, PAIRS, model=model)
+
+
+def test_a_frozen_norm_reads_what_it_was_frozen_for() -> None:
+    model = HookedModel(make_model("llama"))
+    _, cache = model.run_with_cache(TOKENS, ["blocks.1.hook_resid_post", "ln_final.hook_in"])
+    mapping, name = {key: cache.numpy(key) for key in cache}, "blocks.1.hook_resid_post"
+    for part, held in ((np.s_[:, -1:], "batch 2, pos 1"), (np.s_[:1], "batch 1, pos 5")):
+        with pytest.raises(HookError, match=f"{name} holds {held} and the last norm's input batch 2, pos 5"):
+            LogitLens(model).compute(mapping | {name: mapping[name][part]}, name, norm="final")

@@ -1,6 +1,7 @@
 """``neuroscope generate``: text, a summary of the attention, and files of it."""
 
 import json
+import logging
 from pathlib import Path
 
 import networkx
@@ -37,6 +38,25 @@ def test_text_comes_first_then_who_was_attended_to(tiny: HookedModel, capsys: py
 def test_without_hooks_the_text_stands_alone(capsys: pytest.CaptureFixture) -> None:
     assert main(["generate", "neuroscope-tiny", *GREEDY, "--no-hooks"]) == 0
     assert capsys.readouterr().out == f"{STORY} Mary .\n"
+
+
+def test_a_prompt_beyond_the_models_context_is_told_in_one_sentence(capsys: pytest.CaptureFixture) -> None:
+    records: list[logging.LogRecord] = []
+    logger, handler = logging.getLogger("transformers.tokenization_utils_base"), logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    level = logger.level
+    try:
+        for words, told in ((10, 0), (200, 1)):
+            arguments = ["--prompt", "a " * words, "--temperature", "0", "--max-tokens", "2", "--no-hooks"]
+            assert main(["generate", "neuroscope-tiny", *arguments]) == 0
+            shown = capsys.readouterr().err
+            assert shown.count("neuroscope: the prompt has 201 tokens; the model was made for at most 128, ") == told
+            assert "Token indices" not in shown
+    finally:
+        logger.removeHandler(handler)
+    assert not records
+    assert logger.level == level
 
 
 def test_a_seed_repeats_the_text(tiny: HookedModel, capsys: pytest.CaptureFixture) -> None:

@@ -131,7 +131,8 @@ class Attribution:
     def __str__(self) -> str:
         batch, length = self.logits.shape
         where = f"row 0 of {batch}, " if batch > 1 else ""
-        where += "its last position" if self.positions is None else f"position {self.positions[length - 1]}"
+        unnamed = f"the last of {length} positions" if length > 1 else "its one position"
+        where += unnamed if self.positions is None else f"position {self.positions[-1]}"
         rows = [f"{c.name:24} {c.values[0, -1]:+9.3f}" for c in self.contributions]
         before = "" if self.cap is None else f" before the soft cap of {self.cap:g}"
         what = "logit difference" if len(self.tokens[0]) == 2 else "logit"
@@ -178,11 +179,13 @@ def direct_logit_attribution(
             what each adds, ``hook_result``, with ``hook_attn_out`` where their projection has a bias; in the place of
             ``hook_pos_embed``, ``hook_embed``. So what ``HookedModel.forward`` keeps is attributed too, with
             extract_embed, extract_resid_in, extract_head_out, extract_attn_out, extract_mlp_out and
-            extract_last_layernorm.
+            extract_last_layernorm. No flag keeps what mixers and side branches add (hybrid models), nor gated heads:
+            there it is ``run_with_cache(prompt, attribution_points(model))``.
         tokens: for each batch row, or once for all, a token or a pair (the first's logit less the second's). Tokens are
             ids or texts.
         model: the model of the run.
         positions: absolute positions, one or a list; negative ones count from the last that was captured; None for all.
+            Of a mapping, which does not say which positions it holds, places along the axis, from 0.
 
     Returns:
         the contributions; their sum is the run's logit within 1e-4 of the largest of them (more in half precision).
@@ -193,8 +196,9 @@ def direct_logit_attribution(
     """
     _check(model)
     held = Held(model, cache)
-    chosen = _positions(held, positions)
-    stream = _last_pass(held).rows(_NORM_INPUT, chosen)
+    last = _last_pass(held)
+    chosen = _positions(last, positions)
+    stream = last.rows(_NORM_INPUT, chosen)
     directions = directions_of_rows(model, tokens, stream.shape[0])
     ln_final = model.architecture.ln_final
     assert ln_final is not None
@@ -210,7 +214,8 @@ def direct_logit_attribution(
     if mx.any(end.bias != 0).item():
         contributions.append(Contribution("unembedding bias", to_numpy(end.bias, "float64")[:, None] * constant))
     logits = end.logits(stream, frozen)
-    found = Attribution(directions, chosen, contributions, logits, 0.0, end.cap, notes)
+    known = None if last.positions(_NORM_INPUT) is None else chosen
+    found = Attribution(directions, known, contributions, logits, 0.0, end.cap, notes)
     off = float(np.abs(found.total - logits).max())
     scale = max(1.0, *(float(np.abs(c.values).max()) for c in contributions))
     if not off <= rounding(stream.dtype) * scale:
@@ -219,7 +224,7 @@ def direct_logit_attribution(
             f"{rounding(stream.dtype):.1g} of the largest, {scale:.3g}. Was the cache captured in one run of this "
             "model, without edits?"
         )
-    return Attribution(directions, chosen, contributions, logits, off, end.cap, notes)
+    return replace(found, deviation=off)
 
 
 @dataclass(frozen=True)
@@ -328,11 +333,9 @@ def _head_input(model: HookedModel, layer: int) -> tuple[str | None, str]:
         return None, str(error)
 
 
-def _positions(held: Held, asked: int | Sequence[int] | None) -> Sequence[int] | None:
-    """Absolute positions; None for all, where they are not known."""
-    there = _last_pass(held).positions(_NORM_INPUT) if _NORM_INPUT in held else None
-    if there is None:
-        there = range(held.array(_NORM_INPUT).shape[1])
+def _positions(held: Held, asked: int | Sequence[int] | None) -> list[int]:
+    """Absolute positions of those that there are; places along the axis, where positions are not known."""
+    there = held.listed_positions(_NORM_INPUT)
     if asked is None:
         return list(there)
     listed = _whole_numbers(asked)
@@ -362,7 +365,7 @@ def _last_pass(held: Held) -> Held:
     return next((part for part in reversed(_passes(held)) if _NORM_INPUT in part), held)
 
 
-def _parts(model: HookedModel, held: Held, positions: Sequence[int] | None) -> Iterator[_Part]:
+def _parts(model: HookedModel, held: Held, positions: Sequence[int]) -> Iterator[_Part]:
     """All that is added to the stream, in the order of a forward pass."""
     passes, tails = _passes(held), _tails(model)
     yield from _embedding(model, passes[0], positions, tails[0])
@@ -377,15 +380,13 @@ def _parts(model: HookedModel, held: Held, positions: Sequence[int] | None) -> I
                     yield replace(one, name=one.name + suffix, value=scaled(one.value))
 
 
-def _added(
-    model: HookedModel, held: Held, layer: int, component: str, positions: Sequence[int] | None
-) -> Iterator[_Part]:
+def _added(model: HookedModel, held: Held, layer: int, component: str, positions: Sequence[int]) -> Iterator[_Part]:
     """What a component of a layer adds, told apart as far as can be."""
     if component == "attn_out" and _head_input(model, layer)[0] is not None:
         yield from _heads(model, held, layer, positions)
         return
     label = f"L{layer} {component.removesuffix('_out')}"
-    value = held.rows(block_point(component, layer).name, positions).astype(mx.float32)
+    value = _rows(held, block_point(component, layer).name, positions)
     own = model.mlp_bias(layer) if component == "mlp_out" else None
     if own is None or not mx.any(own != 0).item():
         yield _Part(label, value, layer)
@@ -394,11 +395,11 @@ def _added(
     yield _Part(f"{label} bias", value * 0 + own, layer)
 
 
-def _heads(model: HookedModel, held: Held, layer: int, positions: Sequence[int] | None) -> Iterator[_Part]:
+def _heads(model: HookedModel, held: Held, layer: int, positions: Sequence[int]) -> Iterator[_Part]:
     """What each head adds: of what the heads hold, or as the activations have it; and the projection's bias."""
     path, result = model.head_path(layer), block_point("result", layer).name
     if path.point.name in held or result not in held:
-        parts = path.parts(held.rows(path.point.name, positions))
+        parts = path.parts(_rows(held, path.point.name, positions))
         yield from (_Part(f"L{layer}H{head}", parts.of(head), layer, head) for head in range(path.n_heads))
         constant = parts.constant if path.adds_constant else None
     else:
@@ -406,17 +407,32 @@ def _heads(model: HookedModel, held: Held, layer: int, positions: Sequence[int] 
         yield from (_Part(f"L{layer}H{head}", added[..., head, :], layer, head) for head in range(path.n_heads))
         constant = None
         if path.adds_constant:
-            whole = held.rows(block_point("attn_out", layer).name, positions).astype(mx.float32)
-            constant = whole - added.sum(axis=-2)
+            whole = _rows(held, block_point("attn_out", layer).name, positions)
+            constant = path.constant_in(whole - added.sum(axis=-2))
     if constant is not None:
         yield _Part(f"L{layer} attn bias", constant, layer)
 
 
-def _all_heads(held: Held, name: str, n_heads: int, positions: Sequence[int] | None) -> mx.array:
+def _rows(held: Held, name: str, positions: Sequence[int]) -> mx.array:
+    """What a hook point holds at some positions, in float32.
+
+    Raises:
+        HookError: for arrays that cannot be of one run with the last norm's input.
+    """
+    if name not in held:
+        raise HookError(
+            f"The activations lack {name}: run_with_cache(prompt, attribution_points(model)) captures all that is "
+            f"needed. They hold {', '.join(held.points)}."
+        )
+    held.check_one_run(name, _NORM_INPUT)
+    return held.rows(name, positions).astype(mx.float32)
+
+
+def _all_heads(held: Held, name: str, n_heads: int, positions: Sequence[int]) -> mx.array:
     heads = held.heads(name)
     if heads is not None and list(heads) != list(range(n_heads)):
         raise HookError(f"{name} holds the heads {', '.join(map(str, heads))}: attribution needs all {n_heads}.")
-    return held.rows(name, positions).astype(mx.float32)
+    return _rows(held, name, positions)
 
 
 def _notes(model: HookedModel) -> dict[int, str]:
@@ -434,19 +450,17 @@ def _ran_again(model: HookedModel, part: Held, layer: int, component: str) -> bo
     return any(name in part for name in names)
 
 
-def _embedding(
-    model: HookedModel, held: Held, positions: Sequence[int] | None, tail: mx.array | None
-) -> Iterator[_Part]:
+def _embedding(model: HookedModel, held: Held, positions: Sequence[int], tail: mx.array | None) -> Iterator[_Part]:
     scaled = _scaling(tail)
-    stream = held.rows(block_point("resid_pre", 0).name, positions).astype(mx.float32)
+    stream = _rows(held, block_point("resid_pre", 0).name, positions)
     name, tokens = outer_point("pos_embed").name, outer_point("embed").name
     if name not in model.hook_points:
         yield _Part(_EMBED, scaled(stream), None)
         return
     if name in held or tokens not in held:
-        added = mx.broadcast_to(held.rows(name, positions).astype(mx.float32), stream.shape)
+        added = mx.broadcast_to(_rows(held, name, positions), stream.shape)
     else:
-        added = stream - held.rows(tokens, positions).astype(mx.float32)
+        added = stream - _rows(held, tokens, positions)
     yield _Part(_EMBED, scaled(stream - added), None)
     yield _Part(_POSITIONS, scaled(added), None)
 

@@ -116,20 +116,47 @@ class Held:
         """The heads that ``array(name)`` holds along its head axis; None for all, or where it has no such axis."""
         return self.activations.heads(name) if isinstance(self.activations, ActivationCache) else None
 
+    def listed_positions(self, name: str) -> Sequence[int]:
+        """``positions(name)``; where they are not known, places along the axis, from 0."""
+        value = self.array(name)
+        known = self.positions(name)
+        return known if known is not None else range(value.shape[self._axes(name).index("pos")])
+
+    def _axes(self, name: str) -> Sequence[str]:
+        return self.points[name].axes or _RAW
+
+    def check_one_run(self, name: str, other: str) -> None:
+        """Refuse arrays of unlike batches or positions, of which nothing else is known.
+
+        Raises:
+            HookError: says what each holds.
+        """
+        if isinstance(self.activations, ActivationCache):
+            return
+        own, others = (self._size_of_run(self.array(n), self._axes(n)) for n in (name, other))
+        if any(size != others[axis] for axis, size in own.items()):
+            holds, held = (", ".join(f"{axis} {size}" for axis, size in sizes.items()) for sizes in (own, others))
+            raise HookError(f"{name} holds {holds} and {other} {held}: they are of one run.")
+
+    @staticmethod
+    def _size_of_run(value: mx.array, axes: Sequence[str]) -> dict[str, int]:
+        return {axis: size for axis, size in zip(axes, value.shape, strict=False) if axis in ("batch", "pos")}
+
     def rows(self, name: str, positions: Sequence[int] | None) -> mx.array:
         """``array(name)`` at these absolute positions (None: all that there are).
 
         Raises:
             HookError: when it was captured at others.
         """
-        value, held = self.array(name), self.positions(name)
-        if positions is None or held is None or list(positions) == list(held):
+        value = self.array(name)
+        held = self.listed_positions(name)
+        if positions is None or list(positions) == list(held):
             return value
         missing = sorted(set(positions) - set(held))
         if missing:
             raise HookError(f"{name} was not captured at position {missing[0]}: capture it at the same positions.")
         at = mx.array([list(held).index(position) for position in positions])
-        return mx.take(value, at, axis=self.points[name].position_axis)
+        return mx.take(value, at, axis=self._axes(name).index("pos"))
 
     def stream_values(self, pattern: str) -> Iterator[StreamValue]:
         """The values that a key or a pattern of keys means, by layer and head; see :func:`hook_points.expand_key`.
@@ -189,4 +216,7 @@ def _array(given: Any, point: HookPoint) -> mx.array:
     array = mx.array(given)
     if point.axes and array.ndim != len(point.axes):
         raise HookError(f"{point.name} is [{', '.join(point.axes)}], got an array of shape {tuple(array.shape)}.")
+    for axis, size, known in zip(point.axes, array.shape, point.sizes, strict=False):
+        if known is not None and size != known:
+            raise HookError(f"{point.name} has {axis} {known}, got an array of shape {tuple(array.shape)}.")
     return array

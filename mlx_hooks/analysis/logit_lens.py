@@ -173,7 +173,7 @@ class LogitLens:
             return self.logits(array)
         if norm == "final":
             frozen = self.frozen_norm(held, value.positions)
-            array = _like_rows(frozen, array)(array).astype(array.dtype)
+            array = _like_rows(frozen, value.key, array)(array).astype(array.dtype)
         return self.logits(array, apply_norm=False)
 
     def frozen_norm(self, held: Held, positions: Sequence[int] | None) -> FrozenNorm:
@@ -386,6 +386,12 @@ def _softmax(logits: mx.array) -> mx.array:
     return mx.softmax(logits.astype(mx.float32), axis=-1)
 
 
-def _like_rows(frozen: FrozenNorm, array: mx.array) -> FrozenNorm:
-    """The frozen norm for a value that has an axis of heads before the last."""
+def _like_rows(frozen: FrozenNorm, key: str, array: mx.array) -> FrozenNorm:
+    """The frozen norm for a value of the same batch and positions, which may have an axis of heads before the last."""
+    if (own := frozen.scale.shape[:2]) != array.shape[:2]:
+        raise HookError(
+            f"{key} holds batch {array.shape[0]}, pos {array.shape[1]} and the last norm's input batch {own[0]}, pos "
+            f"{own[1]}: norm='final' needs the same.",
+            field="norm",
+        )
     return replace(frozen, scale=frozen.scale[..., None, :]) if array.ndim == 4 else frozen

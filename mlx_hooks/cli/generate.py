@@ -1,9 +1,12 @@
 """``neuroscope generate``: text, with what attended to what, and what the MLPs did."""
 
 import argparse
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +14,9 @@ from ..errors import HookError
 from ..observers import ActivationHook, AttentionExtractionHook, InferenceHook
 from ..sampling import Sampling, whole_number
 from .output import check_writable
+
+if TYPE_CHECKING:
+    from ..model import HookedModel
 
 FORMATS = (".json", ".graphml")
 SHOWN_TOKENS = 10
@@ -44,19 +50,21 @@ def run(options: argparse.Namespace) -> int:
     model = HookedModel.from_pretrained(options.model)
     if options.save_attention is None and not any(p.component == "pattern" for p in model.hook_points.values()):
         attention = None
+    _tell_length(model, options.prompt)
     hooks: list[InferenceHook] = [hook for hook in (attention, activations) if hook is not None]
     try:
-        _, text = run_generation(
-            model,
-            model.tokenizer,
-            options.prompt,
-            max_new_tokens=options.max_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            seed=options.seed,
-            hooks=hooks,
-            show_progress=True,
-        )
+        with _without_warnings_of_tokenizers():
+            _, text = run_generation(
+                model,
+                model.tokenizer,
+                options.prompt,
+                max_new_tokens=options.max_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                seed=options.seed,
+                hooks=hooks,
+                show_progress=True,
+            )
         print(text)
         if attention is not None:
             _show_attention(attention)
@@ -83,6 +91,27 @@ def _check(options: argparse.Namespace) -> None:
     if target.suffix not in FORMATS:
         raise HookError(f"--save-attention writes {' or '.join(FORMATS)}, by the file's name; got {str(target)!r}.")
     check_writable(target)
+
+
+@contextmanager
+def _without_warnings_of_tokenizers() -> Iterator[None]:
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _tell_length(model: "HookedModel", prompt: str) -> None:
+    """Say that a prompt is longer than what the model was made for, in the place of the tokenizer's own warning."""
+    length, limit = len(model.hf_tokenizer.encode(prompt, verbose=False)), model.cfg.max_positions
+    if limit is not None and length > limit:
+        sys.stderr.write(
+            f"neuroscope: the prompt has {length} tokens; the model was made for at most {limit}, beyond which its "
+            "text is not to be relied on\n"
+        )
 
 
 def _show_attention(hook: AttentionExtractionHook) -> None:

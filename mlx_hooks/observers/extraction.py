@@ -92,10 +92,17 @@ class AttentionExtractionHook(InferenceHook):
     def on_layer_attention(
         self, layer_idx: int, attention: LayerAttention, tokens: list[str], position: int, state: State
     ) -> None:
-        """Keep a layer's edges."""
+        """Keep a layer's edges.
+
+        Raises:
+            HookError: for weights that are not numbers, as they are where scores overflow.
+        """
         self.tokens = tokens
         # NumPy takes the row: MLX would queue it behind the pass that runs meanwhile.
         weights = np.asarray(attention.weights)[0]
+        # A row that is not a number sums to none: one pass over the array, and no mask of its size.
+        if not np.isfinite(weights.sum()):
+            raise HookError(f"The attention of layer {layer_idx} is not a number: its scores overflowed.")
         found = strongest(weights, self.threshold, self.top_k)
         self._edges.append(layer_idx, attention.pass_index, position, attention.positions, attention.heads, found)
         if self.store_values:
