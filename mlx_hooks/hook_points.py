@@ -443,6 +443,8 @@ def unknown_point(name: str, points: dict[str, HookPoint]) -> UnknownHookError:
 def _overview(points: Iterable[str]) -> str:
     """What there is, with each block's names written once: ``blocks.{0-3}.hook_resid_pre, ...``."""
     names = list(points)
+    if not names:
+        return "There are none."
     layers = sorted({int(n.split(".")[1]) for n in names if n.startswith("blocks.")})
     rows = dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.{i}", n) for n in names)
     span = f" Layers (i): {layers[0]}-{layers[-1]}." if layers else ""

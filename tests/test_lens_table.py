@@ -242,7 +242,9 @@ def test_the_command_reads_a_tuned_lens(tiny: HookedModel, tmp_path: Path, capsy
         (["--prompt", ""], "--prompt is a text that is not empty"),
         (["--prompt", "a", "--component", "pattern"], "A lens on llama reads resid_pre"),
         (["--prompt", "a", "--top-k", "0"], "a top_k from 1, got 1 and 0"),
-        (["--prompt", "a", "--tuned", "none.safetensors"], "none.safetensors is no tuned lens that can be read"),
+        (["--prompt", "a", "--tuned", "none.safetensors"], "There is no file none.safetensors."),
+        (["--prompt", "a", "--tuned", "none"], "There is no file none."),
+        (["--prompt", "a", "--tuned", "."], ". cannot be read: Is a directory."),
         (
             ["--prompt", "a", "--html", "no/such/folder/a.html"],
             "cannot write no/such/folder/a.html: there is no folder",

@@ -453,6 +453,9 @@ def test_numpy_arrays_are_read_as_mlx_s(model: HookedModel, cache: ActivationCac
         ({"resid_out_0": [[0.0] * 32]}, "arrays, got list for blocks.0.hook_resid_post"),
         ({"resid_out_0": np.array(["a"])}, "arrays, got ndarray for blocks.0.hook_resid_post"),
         ({"resid_out_0": mx.zeros((2, 32))}, r"post is \[batch, pos, d_model\], got an array of shape \(2, 32\)"),
+        ({"a": 1, "b": 2}, "of the model's there is none: its keys are 'a', 'b'.$"),
+        ({}, "of the model's there is none: it is empty.$"),
+        (ActivationCache(), "Unknown hook point 'resid_out_0'. There are none.$"),
         ({"blocks.0.attn.hook_result": mx.zeros((1, 2, 32))}, r"hook_result is \[batch, pos, head, d_model\], got"),
     ],
 )

@@ -882,9 +882,17 @@ def test_an_index_that_cannot_be_written_is_done_without(
 
 
 def test_a_run_without_values_is_an_error_when_it_is_loaded(saver: ActivationSaver, loader: ActivationLoader) -> None:
-    (save(saver) / "activations.safetensors").unlink()
-    with pytest.raises(HookError, match="The activations of the run at .* cannot be read: .*No such file"):
-        loader.query().load()
+    path = save(saver)
+    found = loader.query()
+    for file, what in (("activations.safetensors", "The activations of the run"), ("metadata.json", "The run")):
+        (path / file).unlink()
+        with pytest.raises(HookError) as missing:
+            found.load()
+        assert str(missing.value) == f"{what} at {path} cannot be read: it has no {file}."
+        (path / file).mkdir()
+        with pytest.raises(HookError) as folder:
+            found.load()
+        assert str(folder.value) == f"{what} at {path} cannot be read: Is a directory."
 
 
 def test_thousands_of_runs_are_queried_at_once(saver: ActivationSaver) -> None:

@@ -141,9 +141,17 @@ def test_what_is_no_tuned_lens_is_refused(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"a": mx.zeros(1)})
     later = {"tuned_lens": json.dumps({"format": "neuroscope.tuned_lens/9"})}
     mx.save_safetensors(str(tmp_path / "later.safetensors"), {"weight": mx.zeros(1), "bias": mx.zeros(1)}, later)
-    for name in ("half", "text", "empty", "other", "missing"):
+    for name in ("half", "text", "empty", "other"):
         with pytest.raises(HookError, match=f"{name}.safetensors is no tuned lens that can be read"):
             TunedLens.load(tmp_path / f"{name}.safetensors", model)
+    (tmp_path / "plain").write_bytes(b"hello")
+    with pytest.raises(HookError, match=r"plain is no tuned lens that can be read: it is no whole safetensors file\.$"):
+        TunedLens.load(tmp_path / "plain", model)
+    for name in ("missing", "missing.safetensors"):
+        with pytest.raises(HookError, match=rf"^There is no file {tmp_path}/{name}\.$"):
+            TunedLens.load(tmp_path / name, model)
+    with pytest.raises(HookError, match=rf"^{tmp_path} cannot be read: Is a directory\.$"):
+        TunedLens.load(tmp_path, model)
     with pytest.raises(HookError, match="is of the format 'neuroscope.tuned_lens/9': this version reads"):
         TunedLens.load(tmp_path / "later.safetensors", model)
     with pytest.raises(HookError, match=r"cannot be written to .*lens.safetensors: No such file or directory$"):

@@ -58,7 +58,8 @@ class Held:
         activations: an activation cache, or a mapping from hook-point names to arrays, MLX's or NumPy's.
 
     Raises:
-        HookError: for what is neither, and for an array that has not the axes of its hook point.
+        HookError: for what is neither, for a mapping without any hook point of the model's, and for an array that has
+            not the axes of its hook point.
     """
 
     def __init__(self, model: HookedModel, activations: Activations) -> None:
@@ -76,6 +77,9 @@ class Held:
             return
         arrays = {_name(key): value for key, value in activations.items()}
         self.points = {name: p for name in arrays if (p := self._point(name)) is not None}
+        if not self.points:
+            keys = f"its keys are {', '.join(map(repr, list(arrays)[:5]))}" if arrays else "it is empty"
+            raise HookError(f"activations maps names of hook points to arrays; of the model's there is none: {keys}.")
         self.activations = {name: _array(arrays[name], point) for name, point in self.points.items()}
 
     def _point(self, name: str) -> HookPoint | None:

@@ -250,7 +250,11 @@ class TunedLens:
             report = _report(about["report"])
         except KeyError as error:
             raise HookError(f"{path} is no tuned lens that can be read: it lacks {error}.") from error
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except FileNotFoundError as error:
+            raise HookError(f"There is no file {path}.") from error
+        except OSError as error:
+            raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, TypeError) as error:
             raise HookError(f"{path} is no tuned lens that can be read: {error}") from error
         if whose != fingerprint(model):
             this = [f"{name}={model.cfg.to_dict()[name]}" for name in _SIZES]
@@ -301,5 +305,11 @@ def _rows(model: HookedModel, texts: Sequence[Tokens]) -> list[list[int]]:
 
 
 def _load(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    found: Any = mx.load(str(path), return_metadata=True)
+    # MLX's own message would not tell a file that is missing from one of another kind.
+    with Path(path).open("rb"):
+        pass
+    try:
+        found: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    except RuntimeError as error:
+        raise ValueError("it is no whole safetensors file.") from error
     return found

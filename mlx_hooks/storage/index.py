@@ -136,7 +136,7 @@ class RunIndex:
                 raise ValueError("its folder's name is no UTF-8")
             return Row(*place, **_described(read_metadata(self.base / experiment / folder / run)))
         except (OSError, ValueError) as error:
-            return Row(*place, problem=_reason(error))
+            return Row(*place, problem=reason(error))
 
     def _stored(self) -> list[Row]:
         """The rows that another process, or an earlier one, has read."""
@@ -310,7 +310,8 @@ def _written(folder: str) -> Iterator[tuple[str, int, int, int]]:
         os.close(at)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception, file: str = METADATA) -> str:
+    """Why a file of a run cannot be read, without its path; one clause."""
     if isinstance(error, FileNotFoundError):
-        return f"it has no {METADATA}"
+        return f"it has no {file}"
     return (error.strerror or type(error).__name__) if isinstance(error, OSError) else str(error)

@@ -15,7 +15,7 @@ from ..extraction import ExtractionConfig
 from . import metadata as about
 from .content import read_content
 from .files import move_folder, remove_folder
-from .index import ACTIVATIONS, METADATA, Row, read_metadata, rewrite_experiment
+from .index import ACTIVATIONS, METADATA, Row, read_metadata, reason, rewrite_experiment
 
 
 @dataclass(slots=True)
@@ -52,10 +52,10 @@ class SavedRun:
         """
         try:
             return read_metadata(self.path)
-        except FileNotFoundError as error:
-            raise HookError(f"The run {self.run_id} is not at {self.path} any more: query again.") from error
         except (OSError, ValueError) as error:
-            raise HookError(f"The run at {self.path} cannot be read: {error}.") from error
+            if not self.path.is_dir():
+                raise HookError(f"The run {self.run_id} is not at {self.path} any more: query again.") from error
+            raise HookError(f"The run at {self.path} cannot be read: {reason(error)}.") from error
 
     def load(self) -> tuple[Any, dict[str, Any]]:
         """What was saved, and the metadata. Values are read from the file when they are asked for, one by one.
@@ -71,7 +71,8 @@ class SavedRun:
         try:
             return read_content(self.path / ACTIVATIONS, metadata), metadata
         except (OSError, ValueError) as error:
-            raise HookError(f"The activations of the run at {self.path} cannot be read: {error}.") from error
+            why = reason(error, ACTIVATIONS)
+            raise HookError(f"The activations of the run at {self.path} cannot be read: {why}.") from error
 
 
 class QueryResult:
