@@ -1406,14 +1406,15 @@ EDIT = {"hook_point": "blocks.0.hook_mlp_out", "type": "zero"}
 FUNCTION = {"type": "function", "name": "scaled", "hook_points": ["blocks.0.hook_mlp_out"]}
 
 
-@pytest.mark.parametrize("how", ["run_with_cache", "generate", "select"])
+@pytest.mark.parametrize("how", ["run_with_cache", "spilled", "generate", "select"])
 def test_an_edited_cache_is_not_saved_as_unedited(
-    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, how: str
+    llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, how: str, tmp_path: Path
 ) -> None:
     if how == "generate":
         cache = llama.generate(TOKENS, max_tokens=2, capture=["hook_embed"], interventions=iter([EDIT])).cache
     else:
-        _, cache = llama.run_with_cache(TOKENS, ["hook_embed", "blocks.0.hook_mlp_out"], interventions=iter([EDIT]))
+        names, spill = ["hook_embed", "blocks.0.hook_mlp_out"], tmp_path / "spilled" if how == "spilled" else None
+        _, cache = llama.run_with_cache(TOKENS, names, interventions=iter([EDIT]), spill_to=spill)
         cache = cache.select("hook_embed") if how == "select" else cache
     assert [receipt.type for receipt in cache.interventions] == ["zero"]
     for given in (None, [], [EDIT, EDIT], [EDIT | {"type": "scale", "factor": 2}]):
@@ -1482,7 +1483,7 @@ def test_a_thread_is_not_told_of_anothers_blocks(llama: HookedModel) -> None:
 def test_what_is_changed_after_the_run_is_saved_as_it_was(
     llama: HookedModel, saver: ActivationSaver, loader: ActivationLoader, kind: Any
 ) -> None:
-    vector, source = kind([1.0] * 32), kind([[2.0] * 32] * len(TOKENS))
+    vector, source = kind(np.ones(32, np.float32)), kind(np.ones((len(TOKENS), 32), np.float32))
     edits: list[dict[str, Any]] = [
         {"hook_point": "blocks.0.hook_mlp_out", "type": "add", "vector": vector},
         {"hook_point": "blocks.1.hook_mlp_out", "type": "patch", "source": source},
