@@ -15,6 +15,7 @@ import build_smalltalk
 import pytest
 from smalltalk_image import Image, canned_server
 from smalltalk_packages import write_client
+from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import HookedModel, ModelLoadError
 
@@ -23,6 +24,18 @@ from mlx_hooks import HookedModel, ModelLoadError
 def tiny() -> HookedModel:
     """The bundled model; tests leave nothing registered on it."""
     return HookedModel.from_pretrained("neuroscope-tiny")
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request: pytest.FixtureRequest) -> HookedModel:
+    """A tiny random model of each of several architectures."""
+    return HookedModel(make_model(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama() -> HookedModel:
+    """A tiny random model with grouped queries."""
+    return HookedModel(make_model("llama"))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 from observing import LONG, PROMPT, STORY, Everything, in_chunks
-from tiny_models import CONFIGS, make_model
+from tiny_models import make_model
 
 from mlx_hooks import (
     AttentionExtractionHook,
@@ -25,17 +25,6 @@ from mlx_hooks import (
 from mlx_hooks.attention import KeyPositions, _numpy_softmax
 from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.instrument import attending
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
-
-
-@pytest.fixture(scope="module")
-def llama() -> HookedModel:
-    return HookedModel(make_model("llama"))
-
 
 # Attention as edges
 

@@ -24,16 +24,6 @@ TOKENS = [[1, 5, 9, 3, 7, 2, 5, 9], [4, 4, 8, 0, 59, 2, 11, 30]]
 RESIDUAL = "blocks.*.hook_resid_post"
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
-
-
-@pytest.fixture(scope="module")
-def llama() -> HookedModel:
-    return HookedModel(make_model("llama"))
-
-
 def equal(a: mx.array, b: mx.array) -> bool:
     return a.dtype == b.dtype and mx.array_equal(a, b, equal_nan=True).item()
 

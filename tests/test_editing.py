@@ -5,16 +5,11 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from reference import forward
-from tiny_models import CONFIGS, make_model
+from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, HookPoint
 
 TOKENS = [[1, 5, 9, 3, 7, 2]]
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
 
 
 def test_a_replaced_activation_changes_the_output_as_recomputed(model: HookedModel) -> None:

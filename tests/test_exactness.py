@@ -15,11 +15,6 @@ TOKENS = [[1, 5, 9, 3, 7, 2, 5, 9], [4, 4, 8, 0, 59, 2, 11, 30]]
 LAYERS = range(N_LAYERS)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
-
-
 @pytest.fixture(params=[mx.float32, mx.float16, mx.bfloat16, "q4", "q8"], ids=str)
 def variant(request: pytest.FixtureRequest) -> HookedModel:
     """A llama in each number format; 64 wide in 32-groups would hide nothing that 32 wide does."""

@@ -7,22 +7,12 @@ from byte_models import byte_model
 from mlx_lm import stream_generate
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from tiny_models import CONFIGS, make_model
+from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, HookSpec, UnknownHookError
 
 PROMPT = [1, 5, 9, 3, 7]
 EVERYTHING = ["hook_*", "embed.*", "blocks.*", "ln_final.*"]
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
-
-
-@pytest.fixture(scope="module")
-def llama() -> HookedModel:
-    return HookedModel(make_model("llama"))
 
 
 def test_tokens_and_probabilities_are_mlx_lms_bit_for_bit(model: HookedModel) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_models import CONFIGS, N_LAYERS, make_model
+from tiny_models import N_LAYERS, make_model
 
 from mlx_hooks import HookedModel, HookError, HookPoint, HookSpec, UnknownHookError
 from mlx_hooks.hook_points import (
@@ -18,11 +18,6 @@ from mlx_hooks.hook_points import (
     short_name,
 )
 from mlx_hooks.hooks import select_positions
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
 
 
 def names(model: HookedModel, layer_name: str, component: str, **sides: bool) -> list[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from observing import LONG, PROMPT, STORY, Everything, Passes, in_chunks
-from tiny_models import CONFIGS, make_model
+from tiny_models import make_model
 
 from mlx_hooks import (
     ActivationHook,
@@ -28,17 +28,6 @@ from mlx_hooks.hook_points import HookPoint
 from mlx_hooks.hooks import Hook
 from mlx_hooks.instrument import attending
 from mlx_hooks.observers import Watch, Watched
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def model(request: pytest.FixtureRequest) -> HookedModel:
-    return HookedModel(make_model(request.param))
-
-
-@pytest.fixture(scope="module")
-def llama() -> HookedModel:
-    return HookedModel(make_model("llama"))
-
 
 # The events
 
