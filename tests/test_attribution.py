@@ -301,7 +301,7 @@ def test_what_forward_keeps_is_attributed(name: str, tmp_path: Path) -> None:
 
 
 def test_what_no_flag_keeps_is_named_with_the_way_to_it() -> None:
-    model = HookedModel(tiny_model("falcon_h1"))
+    model = HookedModel(tiny_model("lfm2"))
     cache = model.forward(TOKENS, ["all"], ExtractionConfig(**{f"extract_{flag}": True for flag in FLAGS}))
     needed = r"run_with_cache\(prompt, attribution_points\(model\)\) captures all that is needed"
     with pytest.raises(HookError, match=f"The activations lack blocks.0.mixer.hook_out: {needed}"):
