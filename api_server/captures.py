@@ -32,6 +32,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlx_hooks.storage.files import sync
 from neuroscope_bridge import payload
 
 from .errors import CapturesBusy, CapturesUnwritable, CaptureTooLarge, Stopping, UnknownCapture
@@ -332,7 +333,7 @@ class CaptureStore:
             os.utime(writer.folder, (manifest.created, manifest.created))
             writer.folder.rename(self._path(manifest.capture_id))
             if self.durable:
-                _sync(self._folder)
+                sync(self._folder)
             self._claimed -= writer.reserved
             self._enter(Entry.of(manifest, writer.reserved, manifest.created))
             self._forget_old()
@@ -520,7 +521,7 @@ class CaptureWriter:
             self._write_through(self._file)
             self._file.close()
             if self._store.durable:
-                _sync(self.folder)
+                sync(self.folder)
             self._store._settle(self, manifest)
         except OSError as error:
             raise CapturesUnwritable(_reason(error)) from error
@@ -600,14 +601,6 @@ def _remove_folder(folder: Path) -> None:
         folder.rmdir()
     except OSError as error:
         log.warning("the folder %s cannot be removed: %s", folder.name, _reason(error))
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _clear_away_left_ones() -> None:

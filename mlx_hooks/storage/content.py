@@ -13,17 +13,10 @@ from ..activations import ActivationCache, CapturedActivation, labels
 from ..errors import HookError
 from ..hook_points import HookPoint
 from ..interventions import InterventionReceipt
+from .metadata import MADE_WITH
 from .tensors import Array, TensorFile, check_storable, type_name, write_arrays
 
 _CONTENT = "content"
-_MADE_WITH = (
-    "model_name",
-    "target_token_positions",
-    "pivot_positions",
-    "interventions",
-    "extraction_config",
-    "model",
-)
 
 
 class SavedActivation(CapturedActivation):
@@ -203,7 +196,7 @@ def _restored(file: TensorFile, content: dict[str, Any], metadata: Mapping[str, 
     cache.token_positions = [list(_ids(row)) for row in content["token_positions"]]
     cache.row_lengths = content["row_lengths"]
     cache.interventions = tuple(InterventionReceipt(**_with_tuples(receipt)) for receipt in content["receipts"])
-    cache.metadata = {key: metadata.get(key) for key in _MADE_WITH}
+    cache.metadata = {key: metadata.get(key) for key in MADE_WITH}
     return cache
 
 

@@ -23,21 +23,16 @@ from ..hook_points import canonical_name, component_points, is_layer_glob
 from ..interventions import EditingFunction, Intervention
 
 EVERY_EXPERIMENT = "*"
-RESERVED = (
-    "format",
-    "run_id",
-    "tag",
-    "save_time",
-    "experiment_name",
+MADE_WITH = (
     "model_name",
     "target_token_positions",
     "pivot_positions",
     "interventions",
     "extraction_config",
     "model",
-    "versions",
-    "keys",
 )
+"""The keys of metadata.json that say how a run was made."""
+RESERVED = ("format", "run_id", "tag", "save_time", "experiment_name", *MADE_WITH, "versions", "keys")
 """The keys of metadata.json that are ours; all others are the caller's custom keys."""
 _SHOWN_NUMBERS = 64
 """An intervention's array of up to as many numbers is written out; of a larger one a hash is kept."""
