@@ -8,6 +8,8 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.traits.vectors import TraitVector
+from .analysis.traits.watching import watch_traits
 from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
@@ -36,6 +38,7 @@ from .observers import (
     SymbolicStreamHook,
     create_attention_extraction_hook,
 )
+from .reductions import Projection
 from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
 from .storage.query import QueryResult, SavedRun
@@ -70,11 +73,13 @@ __all__ = [
     "ModelLoadError",
     "ObserverError",
     "ObserverWarning",
+    "Projection",
     "QueryResult",
     "SavedRun",
     "SelfTest",
     "SymbolicStreamHook",
     "TokenLogprobs",
+    "TraitVector",
     "TunedLens",
     "UnknownHookError",
     "UnreadableRunWarning",
@@ -85,4 +90,5 @@ __all__ = [
     "direct_logit_attribution",
     "load_model",
     "run_generation",
+    "watch_traits",
 ]

@@ -39,8 +39,9 @@ class CapturedActivation:
         is_input: captured at a module's input.
         pass_index: which pass, for a layer that runs several times in one forward pass.
         heads: the heads that ``value`` holds along its head axis (key-value heads for k and v); None for all.
-        reduce: "mean", "max" or "last" over ``position_ids``, or "norm" over the last axis: what ``value`` is of the
-            activation, in float32; the axis is gone from ``hook_point.axes``. None for the activation itself.
+        reduce: "mean", "max" or "last" over ``position_ids``, "norm" over the last axis, "head_mean" over heads: what
+            ``value`` is of the activation, in float32; the axis is gone from ``hook_point.axes``. Of a "projection" the
+            last axis is that of its vectors. None for the activation itself.
     """
 
     hook_point: HookPoint
@@ -154,7 +155,7 @@ def join(records: Sequence[CapturedActivation], n_keys: int = 0) -> CapturedActi
         values = [
             mx.pad(
                 value,
-                [(0, 0)] * 3 + [(0, n_keys - value.shape[-1])],
+                [(0, 0)] * (value.ndim - 1) + [(0, n_keys - value.shape[-1])],
                 constant_values=mx.array(fill, value.dtype),
             )
             for value in values

@@ -31,7 +31,8 @@ class GenerationStep:
 
     Args:
         index: 0 for the prompt, k for the pass of the k-th generated token.
-        token: the id chosen after this pass; None when only the prompt was to be read.
+        token: the id chosen after this pass; None when only the prompt was to be read, and with the last step of a
+            generation that reads its last token too (``read_last``).
         text: text that became certain with this token; may be empty (part of a character, or of a stop string).
         text_offset: characters of text that were certain before this token; those of a stop string count.
         logprob: natural log of the token's probability, after logit processors, before temperature.
@@ -62,7 +63,8 @@ class GenerationResult:
         prompt_tokens: the ids of the prompt.
         finish_reason: "stop" or "length".
         activations: records by hook id: one per forward pass and hook point, prefill first; none of passes at whose
-            positions the hook keeps nothing. The last generated token was never fed to the model, so it has none.
+            positions the hook keeps nothing. Without ``read_last`` the last generated token was never fed to the model,
+            so it has none.
         cache: the same activations by hook-point name, prompt and generated tokens as one sequence.
         interventions: what each intervention did.
         top_logprobs: per generated token what the model's own logits say, if it was asked for.
@@ -92,10 +94,12 @@ def generate_steps(
     prefill_step_size: int = 2048,
     top_logprobs: int | None = None,
     watched: Watched | None = None,
+    read_last: bool = False,
 ) -> Iterator[GenerationStep]:
     """Generate token by token. Hooks are attached during forward passes only, never while the caller holds the step.
 
-    Observers (``watched``) are told of a pass before the step that it led to is handed out.
+    Observers (``watched``) are told of a pass before the step that it led to is handed out. With ``read_last`` the last
+    token is fed as well: one more step, which chooses none, has its activations, the finish reason and the receipts.
 
     Raises:
         HookError: for an empty prompt, a token outside the vocabulary, or a number out of range; before the first step
@@ -103,7 +107,7 @@ def generate_steps(
         ObserverError: when an observer failed.
     """
     _check(instrument.architecture.cfg.d_vocab, prompt_tokens, max_tokens, top_logprobs, sampling)
-    reach = Reach.of_generation(len(prompt_tokens), max_tokens)
+    reach = Reach.of_generation(len(prompt_tokens), max_tokens + read_last if max_tokens else 0)
     interventions = interventions or InterventionPlan([], instrument.architecture.cfg)
     session = interventions.session(instrument.run, reach)
     sampler = Sampler(sampling, instrument.architecture.cfg.d_vocab, top_logprobs)
@@ -112,7 +116,7 @@ def generate_steps(
     text = _Text(tokenizer, stop)
     end_tokens = set(getattr(tokenizer, "eos_token_ids", None) or ())
     with _told(watch):
-        yield from _steps(forward, session, text, end_tokens, max_tokens, prefill_step_size)
+        yield from _steps(forward, session, text, end_tokens, max_tokens, prefill_step_size, read_last)
 
 
 def _steps(
@@ -122,6 +126,7 @@ def _steps(
     end_tokens: set[int],
     max_tokens: int,
     prefill_step_size: int,
+    read_last: bool,
 ) -> Iterator[GenerationStep]:
     choice, activations, firings, seen = forward.prefill(prefill_step_size, sample=max_tokens > 0)
     session.keep(firings)
@@ -135,7 +140,7 @@ def _steps(
     for index in range(max_tokens):
         last = index == max_tokens - 1
         # Start the next pass before waiting for this token, so that the device never idles.
-        ahead = None if last else forward.decode(choice.token, index + 1)
+        ahead = None if last and not read_last else forward.decode(choice.token, index + 1)
         if watch is not None and seen is not None:
             watch.tell(seen)
         token_id = int(scalar(choice.token))
@@ -147,26 +152,34 @@ def _steps(
         # What was held back may complete a stop string.
         stopped = stopped or text.stopped
         reason = "stop" if stopped else "length" if last else None
-        receipts = session.close() if reason else ()
+        ended = None if read_last else reason
+        receipts = session.close() if ended else ()
         if watch is not None:
             watch.chosen(token_id)
-            if reason:
-                watch.end(reason)
+            if ended:
+                watch.end(ended)
         yield GenerationStep(
             index,
             token_id,
             new_text,
             scalar(choice.logprob),
-            reason,
+            ended,
             activations,
             receipts,
             text_offset=offset,
             top_logprobs=choice.likeliest(),
         )
-        if stopped or ahead is None:
+        if ended or ahead is None:
             return
         choice, activations, firings, seen = ahead
         session.keep(firings)
+        if reason:
+            receipts = session.close()
+            if watch is not None and seen is not None:
+                watch.tell(seen)
+                watch.end(reason)
+            yield GenerationStep(index + 1, None, "", None, reason, activations, receipts)
+            return
 
 
 def _watch(

@@ -14,7 +14,7 @@ import mlx.core as mx
 from .activations import CapturedActivation
 from .errors import HookError
 from .hook_points import HookPoint
-from .reductions import begin
+from .reductions import Reduction, begin, name_of
 
 HookFunction = Callable[[mx.array, HookPoint], mx.array | None]
 Positions = None | str | int | Sequence[int] | slice
@@ -151,7 +151,7 @@ class Recorder:
         positions: Positions = None,
         heads: HeadSelection | None = None,
         due: Sequence[int] | None = None,
-        reduce: str | None = None,
+        reduce: Reduction | None = None,
         **labels: Any,
     ) -> None:
         self.run = run
@@ -212,7 +212,9 @@ class Recorder:
             value, point = begin(self.reduce, value, point)
         run = self.run
         place: dict[str, Any] = {"phase": run.phase, "step": run.step, "pass_index": run.pass_index}
-        self.keep(CapturedActivation(point, value, ids, heads=held, reduce=self.reduce, **place, **self.labels))
+        self.keep(
+            CapturedActivation(point, value, ids, heads=held, reduce=name_of(self.reduce), **place, **self.labels)
+        )
 
     def _select_heads(self, value: mx.array, point: HookPoint) -> tuple[mx.array, tuple[int, ...] | None]:
         """The value's heads that are kept, in memory of their own, and their indices (None: all)."""

@@ -13,7 +13,7 @@ from .hooks import HeadIndices, HeadSelection, Hook, Recorder, Run, head_indices
 from .interventions import Reach
 from .interventions.reach import within_reach
 from .interventions.reading import OPEN, Chosen, Indices, chosen_of, span
-from .reductions import check_reducible, check_reduction
+from .reductions import Projection, Reduction, check_reducible, check_reduction
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class HookSpec:
             bit for bit; attention scores, pattern and sink, computed for these rows alone, equal it within rounding.
         heads: query heads to keep where there is a head axis; of keys and values, the key-value heads that serve them.
             A number or a list; negative ones count from the last head. None is all.
-        reduce: "mean", "max" or "last" over the positions of a record, or "norm", the length (L2) along the last axis;
-            in float32. The prompt is one record, each generated token is one.
+        reduce: "mean", "max" or "last" over the positions of a record, "norm", the length (L2) along the last axis,
+            "head_mean", or dot products with vectors: :class:`Projection`; in float32. The prompt is one record, each
+            generated token is one.
 
     Raises:
         HookError: when neither side is captured, no place or two are named, or a field has the wrong type.
@@ -55,7 +56,7 @@ class HookSpec:
     hook_point: str = ""
     positions: Indices | str = None
     heads: HeadIndices = None
-    reduce: str | None = None
+    reduce: Reduction | None = None
 
     def __post_init__(self) -> None:
         for name in ("layer_name", "component", "hook_id", "hook_point"):
@@ -110,6 +111,8 @@ class HookSpec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values; None for what is not given."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.reduce, Projection):
+            values["reduce"] = repr(self.reduce)
         positions = self.positions
         if isinstance(positions, range):
             stop = {"stop": positions.stop} if positions.stop < OPEN else {}
@@ -199,7 +202,7 @@ class ResolvedCapture:
     labels: Mapping[str, Any]
     positions: Chosen | str | None = None
     heads: HeadSelection | None = None
-    reduce: str | None = None
+    reduce: Reduction | None = None
 
     def due(self, reach: Reach, whole: bool = True) -> Sequence[int] | None:
         """The absolute positions to keep of a run, ascending; None for all.

@@ -648,6 +648,7 @@ class HookedModel:
         top_logprobs: int | None = None,
         hooks: Iterable[InferenceHook] = (),
         hook_errors: str = "raise",
+        read_last: bool = False,
         **sampling: Any,
     ) -> Iterator[GenerationStep]:
         """Generate with the KV cache, one :class:`GenerationStep` per forward pass. Arguments as for ``generate``.
@@ -676,6 +677,7 @@ class HookedModel:
             hooks=self._forward_hooks(fwd_hooks),
             top_logprobs=top_logprobs,
             watched=Watched(hooks, self.architecture, hook_errors),
+            read_last=read_last,
         )
         return self._registering(steps, registered.hook_ids, asked.hook_ids) if len(registered) else steps
 
@@ -697,6 +699,8 @@ class HookedModel:
                 see :class:`TokenLogprobs`. None computes nothing.
             hooks: observers, told of each event in turn: see :class:`InferenceHook`.
             hook_errors: "raise" what an observer raises, or "collect" it in the observer's ``errors``.
+            read_last: feed the last generated token to the model as well, so that there are activations of each token,
+                an end token included.
             temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed:
                 see :class:`sampling.Sampling`; the default takes the most probable token.
         """
@@ -796,6 +800,6 @@ def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:
         own = ["max_tokens", "stop", "capture", "fwd_hooks", "interventions", "top_logprobs", "hooks", "hook_errors"]
-        allowed = [*own, *Sampling.__dataclass_fields__]
+        allowed = [*own, "read_last", *Sampling.__dataclass_fields__]
         raise HookError(f"generate has no argument {unknown[0]!r}. Allowed: {', '.join(allowed)}.")
     return Sampling(**options)

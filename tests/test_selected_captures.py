@@ -5,6 +5,7 @@ BLAS may choose another order of additions for its shape. There the tolerance is
 """
 
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -13,14 +14,22 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import N_LAYERS, make_model
 
-from mlx_hooks import CapturedActivation, GenerationResult, HookedModel, HookError, HookSpec, UnknownHookError
+from mlx_hooks import (
+    CapturedActivation,
+    GenerationResult,
+    HookedModel,
+    HookError,
+    HookSpec,
+    InferenceHook,
+    UnknownHookError,
+)
 from mlx_hooks.activations import join
 from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.generation import Sampling, collect, generate_steps
 from mlx_hooks.hook_points import HookPoint
 from mlx_hooks.hooks import Hook
 from mlx_hooks.instrument import attending
-from mlx_hooks.reductions import REDUCTIONS, check_reducible
+from mlx_hooks.reductions import REDUCTIONS, Projection, check_reducible
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
 """11 tokens: longer than the sliding windows, which are 8."""
@@ -50,6 +59,18 @@ def model(request: pytest.FixtureRequest) -> HookedModel:
 def llama() -> HookedModel:
     """Four query heads, two key-value heads."""
     return HookedModel(make_model("llama"))
+
+
+class SilentDetokenizer:
+    """A tokenizer's that spells nothing."""
+
+    last_segment = ""
+
+    def add_token(self, token: int) -> None:
+        pass
+
+    def finalize(self) -> None:
+        pass
 
 
 def generate(
@@ -296,6 +317,90 @@ def test_reductions_are_those_of_each_record(model: HookedModel, reduce: str, se
                 np.testing.assert_allclose(record.numpy(), array, rtol=1e-5, atol=1e-5, err_msg=point.name)
 
 
+@pytest.mark.parametrize("chunk", [2048, 4])
+def test_projections_are_dot_products_of_the_whole_capture(model: HookedModel, chunk: int) -> None:
+    vectors = np.random.default_rng(5).normal(size=(3, model.cfg.d_model)).astype(np.float32)
+    spec = HookSpec(hook_point="blocks.*.hook_resid_post", hook_id="scores", reduce=Projection(mx.array(vectors)))
+    result = generate(model, ["blocks.*.hook_resid_post", spec], chunk)
+    projected = {r.hook_point.name: [] for r in result.activations["scores"]}
+    for record in result.activations["scores"]:
+        assert record.reduce == "projection"
+        assert record.hook_point.axes == ("batch", "pos", "vector")
+        projected[record.hook_point.name].append(record)
+    assert len(projected) == model.cfg.n_layers
+    for name, records in projected.items():
+        whole = result.cache.numpy(name).astype(np.float64)
+        joined = join(records)
+        assert joined.position_ids == range(LAST + 1)
+        np.testing.assert_allclose(joined.numpy(), whole @ vectors.T.astype(np.float64), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2048, 4])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "gpt_oss"])
+def test_a_pattern_is_averaged_over_heads_in_its_pass(name: str, chunk: int) -> None:
+    model = HookedModel(tiny_model(name))
+    spec = HookSpec(hook_point="blocks.1.attn.hook_pattern", hook_id="mean", reduce="head_mean")
+    result = generate(model, ["blocks.1.attn.hook_pattern", spec], chunk)
+    mean = join(result.activations["mean"])
+    assert mean.hook_point.axes == ("batch", "query", "key")
+    whole = result.cache.numpy("blocks.1.attn.hook_pattern")
+    np.testing.assert_allclose(mean.numpy(), whole.mean(axis=1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [None, 2])
+def test_the_last_token_is_read_where_that_is_asked_for(model: HookedModel, stop_at: int | None) -> None:
+    """Whatever ends the generation; what is read is what one full pass over all tokens shows."""
+    plain = generate(model, [])
+    end = None if stop_at is None else plain.tokens[stop_at]
+    tokenizer = None if end is None else SimpleNamespace(eos_token_ids={end}, detokenizer=SilentDetokenizer())
+    steps = list(
+        generate_steps(
+            model.instrument,
+            tokenizer,
+            PROMPT,
+            max_tokens=MAX_TOKENS,
+            sampling=Sampling(),
+            stop=[],
+            plan=model.resolve_hooks(["blocks.*.hook_resid_post"]),
+            read_last=True,
+        )
+    )
+    chosen = [step.token for step in steps if step.token is not None]
+    assert chosen == (plain.tokens if end is None else plain.tokens[: plain.tokens.index(end) + 1])
+    assert [step.finish_reason for step in steps] == [None] * len(chosen) + ["length" if end is None else "stop"]
+    assert steps[-1].token is None
+    read = collect(PROMPT, steps, model.hook_points)
+    _, whole = model.run_with_cache([*PROMPT, *chosen], "blocks.*.hook_resid_post")
+    for name in whole:
+        assert read.cache.positions(name) == range(len(PROMPT) + len(chosen))
+        np.testing.assert_allclose(read.cache.numpy(name), whole.numpy(name), rtol=1e-3, atol=1e-4)
+
+
+def test_what_edits_the_last_token_is_accounted_for(llama: HookedModel) -> None:
+    last = len(PROMPT) + MAX_TOKENS - 1
+    edit = {"hook_point": "blocks.1.hook_resid_post", "type": "scale", "factor": 2.0, "positions": last}
+    result = llama.generate(PROMPT, max_tokens=MAX_TOKENS, interventions=[edit], read_last=True)
+    assert result.interventions[0].positions == (last,)
+    with pytest.raises(HookError, match=f"position {last} is out of reach"):
+        llama.generate(PROMPT, max_tokens=MAX_TOKENS, interventions=[edit])
+
+
+class Passes(InferenceHook):
+    """Notes where passes begin and what ends them."""
+
+    def on_forward_begin(self, input_ids: mx.array, position: int, state: dict[str, Any]) -> None:
+        self.data.append(position)
+
+    def on_generation_end(self, generated_tokens: list[str], state: dict[str, Any]) -> None:
+        self.data.append((len(generated_tokens), state["finish_reason"]))
+
+
+def test_observers_are_told_of_the_pass_that_reads_the_last_token(llama: HookedModel) -> None:
+    seen = Passes("passes")
+    llama.generate(PROMPT, max_tokens=2, hooks=[seen], read_last=True)
+    assert seen.data == [0, len(PROMPT) - 1, len(PROMPT), len(PROMPT) + 1, (2, "length")]
+
+
 @pytest.mark.parametrize("reduce", REDUCTIONS)
 def test_half_precision_is_reduced_in_float32(reduce: str) -> None:
     model = HookedModel(make_model("llama", dtype=mx.float16))
@@ -437,7 +542,8 @@ def test_a_spec_is_plain_json_and_back() -> None:
         ({"heads": []}, "heads is None, a whole number or a list"),
         ({"heads": [4]}, "Heads are 0 to 3, got 4"),
         ({"heads": [0], "hook_point": "hook_embed"}, "heads need a head axis; the axes of hook_embed are batch, pos"),
-        ({"reduce": "sum"}, "reduce is null or one of mean, max, last, norm, got 'sum'"),
+        ({"reduce": Projection(mx.ones((1, 5)))}, "blocks.0.attn.hook_z is 8 wide, and the projection's vectors 5."),
+        ({"reduce": "sum"}, "reduce is null, one of mean, max, last, norm, head_mean or a Projection, got 'sum'"),
         ({"reduce": "mean", "hook_point": "embed.hook_in"}, "holds ids, which cannot be reduced"),
         ({"reduce": "norm", "hook_point": "blocks.0.attn.hook_attn_scores"}, "holds -inf at masked keys"),
         ({"reduce": "max", "hook_point": "model.layers.0.mlp.up_proj"}, "no axis over positions to reduce by 'max'"),

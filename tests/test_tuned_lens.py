@@ -12,7 +12,7 @@ from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import HookedModel, HookError, LogitLens, TunedLens
 from mlx_hooks.analysis import tuned_lens
-from mlx_hooks.analysis.tuned_lens import fingerprint
+from mlx_hooks.analysis.identity import fingerprint
 from mlx_hooks.coverage.models import tiny_model
 
 TOKENS = [[1, 5, 9, 3, 7], [2, 4, 4, 8]]

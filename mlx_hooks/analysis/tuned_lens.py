@@ -7,7 +7,6 @@ Source: Belrose et al., "Eliciting Latent Predictions from Transformers with the
     3. A and b move down the gradient of the divergence KL(model's output || lens on the translated stream).
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from .. import hook_points
@@ -26,13 +24,9 @@ from ..activations import to_numpy
 from ..errors import HookError
 from ..model import HookedModel, Tokens
 from ..storage.files import try_file, whole_file
+from .identity import ModelIdentity
 
 FORMAT = "neuroscope.tuned_lens/1"
-_SIZES = ("model_type", "n_layers", "d_model", "d_vocab")
-_SAMPLES = 1024
-"""Numbers of each weight that a fingerprint holds one by one, about."""
-_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-"""The whole numbers of so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +211,7 @@ class TunedLens:
         path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
         about = {
             "format": FORMAT,
-            **{name: getattr(self.model.cfg, name) for name in _SIZES},
-            "model": fingerprint(self.model),
+            **ModelIdentity.of(self.model).to_dict(),
             "report": None if self.report is None else asdict(self.report),
         }
         try:
@@ -245,7 +238,7 @@ class TunedLens:
             about = json.loads(metadata["tuned_lens"])
             if about["format"] != FORMAT:
                 raise HookError(f"{path} is of the format {about['format']!r}: this version reads {FORMAT!r}.")
-            whose, other = about["model"], [f"{name}={about[name]}" for name in _SIZES]
+            whose = ModelIdentity.from_dict(about)
             weight, bias = (_numbers(arrays, name) for name in ("weight", "bias"))
             report = _report(about["report"])
         except KeyError as error:
@@ -256,24 +249,9 @@ class TunedLens:
             raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
         except (ValueError, TypeError) as error:
             raise HookError(f"{path} is no tuned lens that can be read: {error}") from error
-        if whose != fingerprint(model):
-            this = [f"{name}={model.cfg.to_dict()[name]}" for name in _SIZES]
-            what = f"{', '.join(other)}; this is {', '.join(this)}" if other != this else "its weights differ"
+        if (what := whose.difference(ModelIdentity.of(model))) is not None:
             raise HookError(f"{path} is a tuned lens of another model: {what}.")
         return cls(model, weight, bias, report)
-
-
-def fingerprint(model: HookedModel) -> str:
-    """A hash of the names, shapes and types of all weights, of the sum of all their bits and of numbers here and there:
-    it tells models and fine-tunings apart, and is the same on every machine."""
-    found = hashlib.sha256()
-    for name, weight in sorted(tree_flatten(model.model.parameters())):
-        # Of whole numbers, whose sum does not depend on its order.
-        bits = weight.reshape(-1).view(_BITS[weight.dtype.size])
-        chosen = bits[:: max(1, bits.size // _SAMPLES)]
-        found.update(f"{name} {weight.shape} {weight.dtype} {bits.sum().item()}".encode())
-        found.update(np.array(chosen).tobytes())
-    return found.hexdigest()
 
 
 def _check_whole(name: str, number: Any, lowest: int) -> None:

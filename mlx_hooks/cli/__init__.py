@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import HookError
-from . import coverage, generate, info, lens, selftest, smalltalk
+from . import coverage, generate, info, lens, selftest, smalltalk, traits
 
-COMMANDS = (info, generate, lens, selftest, coverage, smalltalk)
+COMMANDS = (info, generate, lens, traits, selftest, coverage, smalltalk)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

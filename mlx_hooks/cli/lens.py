@@ -4,13 +4,10 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from ..errors import HookError
 from .output import check_writable, write_whole
-
-if TYPE_CHECKING:
-    from ..model import HookedModel
 
 
 def add(commands: Any) -> None:
@@ -32,13 +29,14 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from .. import HookedModel, LogitLens, TunedLens
     from ..analysis.lens_table import LensTable, check_picture
+    from ..analysis.traits.prompts import Chat, render
 
     if not options.prompt:
         raise HookError("--prompt is a text that is not empty.")
     for target in filter(None, (options.html, options.png)):
         check_writable(target)
     model = HookedModel.from_pretrained(options.model)
-    tokens = _tokens(model, options.prompt)
+    tokens = render(model, options.prompt, Chat(use=False))
     if options.png is not None:
         check_picture(len(tokens))
     tuned = None if options.tuned is None else TunedLens.load(options.tuned, model)
@@ -53,13 +51,3 @@ def run(options: argparse.Namespace) -> int:
     if options.png is not None:
         write_whole(options.png, table.png())
     return 0
-
-
-def _tokens(model: "HookedModel", prompt: str) -> list[int]:
-    """The prompt's tokens, no more of them than the model reads."""
-    # Too long a text is told below, not by the tokenizer's warning.
-    tokens = cast(list[int], model.hf_tokenizer.encode(prompt, verbose=False))
-    limit = model.cfg.max_positions
-    if limit is not None and len(tokens) > limit:
-        raise HookError(f"The prompt has {len(tokens)} tokens; the model reads at most {limit}.")
-    return tokens

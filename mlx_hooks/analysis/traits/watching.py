@@ -1,0 +1,151 @@
+"""Scores of traits while a model reads a prompt and goes on from it, token by token."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...activations import CapturedActivation, id_list
+from ...errors import HookError
+from ...generation import GenerationStep
+from ...interventions import InterventionReceipt
+from ...manager import HookSpec
+from ...model import HookedModel, Interventions, Tokens
+from ...reductions import Projection
+from ...sampling import whole_number
+from ...token_text import TokenText
+from .vectors import TraitVector
+
+
+@dataclass(frozen=True)
+class TraitStep:
+    """The scores of the tokens that one pass read: of the whole prompt, then of each generated token.
+
+    Args:
+        positions: absolute ones, of these tokens.
+        token_ids, tokens: what stands there, as ids and as texts.
+        phase: "prompt" or "response".
+        scores: [pos, trait], float32: of the state at each token, which has read it.
+        finish_reason: with the last step "stop" (an end token or a stop string) or "length"; else None.
+        interventions: with the last step, a receipt per intervention.
+    """
+
+    positions: range
+    token_ids: list[int]
+    tokens: list[str]
+    phase: str
+    scores: np.ndarray
+    finish_reason: str | None
+    interventions: tuple[InterventionReceipt, ...] = ()
+
+
+def watch_traits(
+    model: HookedModel,
+    prompt: Tokens,
+    vectors: Sequence[TraitVector],
+    *,
+    max_tokens: int = 50,
+    normalize: bool = True,
+    interventions: Interventions = (),
+    **options: Any,
+) -> Iterator[TraitStep]:
+    """Follow traits through a prompt and what the model says to it, each at its own layer, in one pass per token.
+
+        for step in watch_traits(model, "The capital of France is", [vector], max_tokens=5):
+            print(step.tokens, step.scores[:, 0])
+
+    Args:
+        prompt: a text as it is, or token ids (of a chat: see :func:`prompts.render`).
+        vectors: what is measured, in the order of the scores.
+        max_tokens: most tokens to generate; 0 only reads the prompt. No more than the model's context holds.
+        normalize: measure h . v / |v|; False measures h . v.
+        interventions: edits, as in ``HookedModel.generate``; scores show the edited stream.
+        options: sampling, ``stop`` and others of ``HookedModel.generate_steps``.
+
+    Raises:
+        HookError: for no vectors, for one of another width or layer, and for what ``generate`` refuses.
+    """
+    tokens = id_list(model.to_tokens(prompt)[0])
+    whole_number("max_tokens", max_tokens)
+    capture = _captures(model, vectors, normalize)
+    steps = model.generate_steps(
+        tokens,
+        max_tokens=min(max_tokens, room_for(model, tokens)),
+        capture=capture,
+        interventions=interventions,
+        read_last=True,
+        **options,
+    )
+    return _steps(model, steps, tokens, capture, vectors)
+
+
+def room_for(model: HookedModel, tokens: Sequence[int]) -> int:
+    """How many tokens can be generated after some, and read, within the model's context.
+
+    Raises:
+        HookError: when these alone are more than it reads.
+    """
+    limit = model.cfg.max_positions
+    if limit is None:
+        return 2**31
+    if len(tokens) > limit:
+        raise HookError(f"The prompt has {len(tokens)} tokens; the model reads at most {limit}.", field="prompt")
+    return limit - len(tokens)
+
+
+def _captures(model: HookedModel, vectors: Sequence[TraitVector], normalize: bool) -> list[HookSpec]:
+    """One hook per layer, which measures all vectors of that layer; its id is the hook point."""
+    if isinstance(vectors, TraitVector) or not vectors:
+        raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
+    by_point: dict[str, list[np.ndarray]] = {}
+    for vector in vectors:
+        vector.check(model, other_model=True)
+        by_point.setdefault(vector.hook_point, []).append(vector.unit if normalize else vector.vector)
+    return [HookSpec(hook_point=name, reduce=Projection(mx.array(np.stack(rows)))) for name, rows in by_point.items()]
+
+
+def _steps(
+    model: HookedModel,
+    steps: Iterator[GenerationStep],
+    prompt: list[int],
+    capture: Sequence[HookSpec],
+    vectors: Sequence[TraitVector],
+) -> Iterator[TraitStep]:
+    spelling = TokenText(model.tokenizer)
+    ids = list(prompt)
+    begins = 0
+    for step in steps:
+        scores = _scores(step.activations, capture, vectors)
+        read = range(begins, len(ids))
+        begins = len(ids)
+        read_ids = ids[read.start : read.stop]
+        yield TraitStep(
+            positions=read,
+            token_ids=read_ids,
+            tokens=[spelling.text(token) for token in read_ids],
+            phase="response" if read.start else "prompt",
+            scores=scores,
+            finish_reason=step.finish_reason,
+            interventions=step.interventions,
+        )
+        if step.token is not None:
+            ids.append(step.token)
+
+
+def _scores(
+    activations: dict[str, list[CapturedActivation]], capture: Sequence[HookSpec], vectors: Sequence[TraitVector]
+) -> np.ndarray:
+    """[pos, trait] in the order of the vectors, from one record per layer."""
+    columns: dict[str, Iterator[np.ndarray]] = {}
+    for spec in capture:
+        # Of a layer that runs several times, what leaves it in the end.
+        record = max(activations[spec.hook_id], key=lambda found: found.pass_index)
+        if record.value.ndim != 3:
+            raise HookError(
+                f"{spec.hook_point} is {', '.join(record.hook_point.axes)}: a trait is measured in one stream.",
+                field="vectors",
+            )
+        columns[spec.hook_id] = iter(record.numpy()[0].T)
+    return np.stack([next(columns[vector.hook_point]) for vector in vectors], axis=-1)

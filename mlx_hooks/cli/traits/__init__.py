@@ -1,0 +1,16 @@
+"""``neuroscope traits``: directions of the residual stream, made, captured and followed token by token.
+
+One module per command, as in the package above.
+"""
+
+import argparse
+from typing import Any
+
+COMMANDS: tuple[Any, ...] = ()
+
+
+def add(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser("traits", help="make trait vectors and follow traits")
+    group = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(group)
