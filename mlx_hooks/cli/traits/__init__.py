@@ -6,7 +6,9 @@ One module per command, as in the package above.
 import argparse
 from typing import Any
 
-COMMANDS: tuple[Any, ...] = ()
+from . import capture_layer, capture_layers, verify_format
+
+COMMANDS: tuple[Any, ...] = (capture_layers, capture_layer, verify_format)
 
 
 def add(commands: Any) -> None:
