@@ -27,12 +27,10 @@ from ...sampling import Sampling, whole_number
 from ...token_text import TokenText
 from ..identity import ModelIdentity
 from .prompts import Chat, render
-from .records import ALIGNMENTS, Record
+from .records import ALIGNMENTS, PROJECTIONS, SUBLAYERS, Record
 from .vectors import TraitVector
 from .watching import room_for
 
-SUBLAYERS = ("residual_in", "after_attn", "residual_out")
-"""The last axis of a capture's projections."""
 ATTENTION = {True: "mean over heads", False: "not captured"}
 """What metadata says of attention weights."""
 Vectors = TraitVector | Sequence[TraitVector]
@@ -218,7 +216,7 @@ class Settings:
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "alignment": self.alignment,
-            "projection": "h.v/|v|" if self.normalize else "h.v",
+            "projection": PROJECTIONS[bool(self.normalize)],
         }
 
 
