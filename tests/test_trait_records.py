@@ -480,6 +480,23 @@ def test_the_vector_is_the_one_that_is_found(tiny: HookedModel, experiment: Expe
     np.testing.assert_allclose(record["projections"]["prompt"], expected["projections"]["prompt"], atol=1e-5)
 
 
+def test_a_traits_settings_and_template_are_used(tiny: HookedModel, experiment: Experiment) -> None:
+    trait = experiment.trait("polite")
+    (trait.folder / "trait.json").write_text('{"display_name": "Good manners"}')
+    (trait.folder / "chat_template.jinja").write_text("{{ messages[0].content }} the")
+    # Its vector does not say how prompts were put.
+    replace(vector_of(tiny, "polite", 1), chat=None).save(trait.vectors_folder)
+    passes: list[int] = []
+    with tiny.hooks([("hook_embed", lambda value, point: passes.append(value.shape[1]))]):
+        run(experiment, tiny, PROMPTS[:1], max_tokens=0)
+    # The two traits read other tokens.
+    assert len(passes) == 4
+    record = read_record(trait.folder / "inference/residual_stream_activations/prompt_0.safetensors")
+    assert record["metadata"]["trait_display_name"] == "Good manners"
+    assert record["prompt"]["tokens"][-1] == "the"
+    assert record["prompt"]["text"] == PROMPTS[0]
+
+
 def test_each_layer_needs_a_vector_of_each_layer(tiny: HookedModel, experiment: Experiment) -> None:
     batch = run(experiment, tiny, PROMPTS[:1], each_layer=True)
     assert outcomes(batch) == [("honest", "prompt_0", "done"), ("polite", "", "failed")]
