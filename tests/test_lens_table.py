@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, LogitLens, TunedLens
-from mlx_hooks.analysis.lens_table import LensTable, visible
+from mlx_hooks.analysis.lens_table import LensTable
 from mlx_hooks.analysis.logit_lens import Prediction
+from mlx_hooks.analysis.spelling import visible
 from mlx_hooks.cli import main
 from mlx_hooks.cli.output import write_whole
 from mlx_hooks.coverage.models import tiny_model

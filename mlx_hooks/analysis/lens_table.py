@@ -1,9 +1,6 @@
 """What the lens reads at every position after every layer: as a table for the terminal, a web page and a picture."""
 
 import html
-import io
-import unicodedata
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +8,9 @@ from ..activations import id_list
 from ..errors import HookError
 from ..model import Tokens
 from ..token_text import TokenText
+from . import pages, pictures
 from .logit_lens import HEADS, LogitLens, Prediction, component_of
+from .spelling import fitted, shortened, visible
 from .tuned_lens import TunedLens
 
 MAX_PICTURE = 120
@@ -84,17 +83,17 @@ class LensTable:
         lines = [self.title]
         for start in range(0, len(self.rows), fitting):
             block = range(start, min(start + fitting, len(self.rows)))
-            names = "".join(_fit(f"layer {self.rows[i]}", _CELL_WIDTH) for i in block)
+            names = "".join(fitted(f"layer {self.rows[i]}", _CELL_WIDTH) for i in block)
             lines += ["", (" " * _TOKEN_WIDTH + names).rstrip()]
             for position, token in enumerate(self.tokens):
                 cells = "".join(self._cell(self.cells[i][position][0]) for i in block)
-                lines.append((_fit(visible(token), _TOKEN_WIDTH) + cells).rstrip())
+                lines.append((fitted(visible(token), _TOKEN_WIDTH) + cells).rstrip())
         return "\n".join(lines)
 
     @staticmethod
     def _cell(best: Prediction) -> str:
         share = f"{best.probability:.0%}"
-        return _fit(f"{_fit(visible(best.token), _CELL_WIDTH - 5).rstrip()} {share}", _CELL_WIDTH)
+        return fitted(f"{fitted(visible(best.token), _CELL_WIDTH - 5).rstrip()} {share}", _CELL_WIDTH)
 
     def html(self) -> str:
         """A page of its own: a line per layer, the last on top, a column per position; a cell shows the most probable
@@ -104,8 +103,7 @@ class LensTable:
         for name, row in zip(reversed(self.rows), reversed(self.cells), strict=True):
             cells = "".join(_html_cell(predictions) for predictions in row)
             lines.append(f'<tr><th scope="row">layer {html.escape(name)}</th>{cells}</tr>')
-        title, body = html.escape(self.title), "\n".join(lines)
-        return _PAGE.format(title=title, heads=heads, body=body)
+        return pages.page(self.title, _BODY.format(heads=heads, lines="\n".join(lines)), _STYLE)
 
     def png(self) -> bytes:
         """A picture of the same, as a PNG file's bytes.
@@ -121,117 +119,52 @@ class LensTable:
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
-        # A token may hold a dollar sign, which is no formula.
-        plain: dict[str, Any] = {"parse_math": False}
-        axes.set_xticks(range(len(self.tokens)), [_short(token) for token in self.tokens], **plain)
+        plain = pictures.PLAIN
+        axes.set_xticks(range(len(self.tokens)), [shortened(token) for token in self.tokens], **plain)
         axes.set_yticks(range(len(self.rows)), self.rows, **plain)
         axes.set_ylabel("layer")
         axes.set_title(self.title, fontsize=10, loc="left", **plain)
         for i, row in enumerate(self.cells):
             for j, (best, *_) in enumerate(row):
                 colour = "white" if best.probability > 0.55 else "black"
-                label = f"{_short(best.token)}\n{best.probability:.0%}"
+                label = f"{shortened(best.token)}\n{best.probability:.0%}"
                 axes.text(j, i, label, ha="center", va="center", fontsize=7, color=colour, linespacing=1.1, **plain)
         bar = figure.colorbar(shown, ax=axes, pad=0.01)
         bar.set_label("probability of the likeliest token", fontsize=8)
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            # Characters that the font lacks are drawn as boxes, which says enough.
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
+        return pictures.png(figure)
 
 
 def check_picture(n_positions: int) -> None:
-    """Say before the run that its table cannot be drawn.
-
-    Raises:
-        HookError: without matplotlib, and for more positions than can be read.
-    """
-    if n_positions > MAX_PICTURE:
-        raise HookError(f"A picture shows at most {MAX_PICTURE} positions, got {n_positions}: write HTML.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise HookError("A picture needs matplotlib: pip install 'neuroscope-mlx[plot]', or write HTML.") from None
-
-
-def visible(token: str) -> str:
-    """A token as it can stand in a line: spaces as dots, what cannot be printed as its code.
-
-    >>> visible(" Paris\\n")
-    '·Paris\\\\n'
-    """
-    parts = ["·" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode() for c in token]
-    return "".join(parts)
+    """Say before the run that its table cannot be drawn: see :func:`pictures.check_picture`."""
+    pictures.check_picture(n_positions, MAX_PICTURE)
 
 
 def _html_cell(predictions: list[Prediction]) -> str:
     best = predictions[0]
     listed = "\n".join(f"{visible(p.token)}  {p.probability:.1%}" for p in predictions)
-    hint = html.escape(listed, quote=True).replace("\n", "&#10;")
     return (
-        f'<td style="--share: {best.probability:.3f}" title="{hint}">{html.escape(visible(best.token))}'
+        f'<td style="--share: {best.probability:.3f}" title="{pages.hint(listed)}">{html.escape(visible(best.token))}'
         f"<small>{best.probability:.0%}</small></td>"
     )
 
 
-def _short(token: str, length: int = 9) -> str:
-    spelled = visible(token)
-    return spelled if len(spelled) <= length else spelled[: length - 1] + "…"
-
-
-def _fit(text: str, width: int) -> str:
-    """Text that takes exactly ``width`` columns of a terminal, the last of them empty."""
-    if _columns(text) < width:
-        return text + " " * (width - _columns(text))
-    while _columns(text) > width - 2:
-        text = text[:-1]
-    return f"{text}…" + " " * (width - 1 - _columns(text))
-
-
-def _columns(text: str) -> int:
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --paper: #ffffff; --ink: #16191d; --faint: #5c6670; --tint: 40 110 220; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #14171a; --ink: #eef1f4; --faint: #a3adb8; --tint: 70 130 240; }}
-}}
-body {{ margin: 1.5rem; background: var(--paper); color: var(--ink); font: 14px/1.3 system-ui, sans-serif; }}
-h1 {{ font-size: 1.1rem; font-weight: 600; }}
-p {{ color: var(--faint); }}
-div {{ overflow-x: auto; }}
-table {{ border-collapse: separate; border-spacing: 2px; }}
-th {{ font-weight: 500; color: var(--faint); padding: 4px 8px; white-space: nowrap; text-align: right; }}
-thead th {{ text-align: center; }}
-tr > th:first-child {{ position: sticky; left: 0; background: var(--paper); }}
-td {{
+_STYLE = """table { border-collapse: separate; border-spacing: 2px; }
+th { font-weight: 500; color: var(--faint); padding: 4px 8px; white-space: nowrap; text-align: right; }
+thead th { text-align: center; }
+tr > th:first-child { position: sticky; left: 0; background: var(--paper); }
+td {
   background: rgb(var(--tint) / calc(var(--share) * 0.6)); border-radius: 3px;
   padding: 4px 8px; min-width: 4rem; max-width: 9rem; overflow: hidden; text-overflow: ellipsis;
   text-align: center; white-space: nowrap;
-}}
-td small {{ display: block; color: inherit; opacity: 0.85; }}
-td:hover {{ outline: 2px solid var(--ink); }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>Each cell: the likeliest next token after a layer, and its probability. Point at a cell to see those that follow.</p>
+}
+td small { display: block; color: inherit; opacity: 0.85; }
+td:hover { outline: 2px solid var(--ink); }
+"""
+_BODY = """<p>Each cell: the likeliest next token after a layer, and its probability.
+Point at a cell to see those that follow.</p>
 <div><table>
 <thead><tr><th></th>{heads}</tr></thead>
 <tbody>
-{body}
+{lines}
 </tbody>
-</table></div>
-</body>
-</html>
-"""
+</table></div>"""

@@ -1,0 +1,37 @@
+"""Pictures as PNG files, drawn by matplotlib, which is an extra."""
+
+import io
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HookError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLAIN: dict[str, Any] = {"parse_math": False}
+"""For every text that is drawn: a token may hold a dollar sign, which is no formula."""
+
+
+def check_picture(n_positions: int, most: int) -> None:
+    """Say before the run that it cannot be drawn.
+
+    Raises:
+        HookError: without matplotlib, and for more positions than can be read.
+    """
+    if n_positions > most:
+        raise HookError(f"A picture shows at most {most} positions, got {n_positions}: write HTML.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise HookError("A picture needs matplotlib: pip install 'neuroscope-mlx[plot]', or write HTML.") from None
+
+
+def png(figure: "Figure", dpi: int = 150) -> bytes:
+    """A figure as a PNG file's bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # Characters that the font lacks are drawn as boxes, which says enough.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
