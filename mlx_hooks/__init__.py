@@ -9,6 +9,7 @@ from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
 from .analysis.traits.experiment import Experiment
+from .analysis.traits.extraction import extract_vectors
 from .analysis.traits.vectors import TraitVector
 from .analysis.traits.watching import watch_traits
 from .analysis.tuned_lens import TunedLens
@@ -90,6 +91,7 @@ __all__ = [
     "attribution_points",
     "create_attention_extraction_hook",
     "direct_logit_attribution",
+    "extract_vectors",
     "load_model",
     "run_generation",
     "watch_traits",

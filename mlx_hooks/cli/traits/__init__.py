@@ -6,7 +6,9 @@ One module per command, as in the package above.
 import argparse
 from typing import Any
 
-COMMANDS: tuple[Any, ...] = ()
+from . import extract, list_vectors
+
+COMMANDS: tuple[Any, ...] = (extract, list_vectors)
 
 
 def add(commands: Any) -> None:
