@@ -119,7 +119,7 @@ class ScoreChart:
         points = [(axis.x(i), scale.at(score)) for i, score in enumerate(trait.scores)]
         # The response's line begins at the prompt's last token, so that the step between them can be seen.
         joint = max(0, self.n_prompt - 1)
-        parts += [_polyline(points[: self.n_prompt], "prompt-line"), _polyline(points[joint:], "response-line")]
+        parts += [svg.polyline(points[: self.n_prompt], "prompt-line"), svg.polyline(points[joint:], "response-line")]
         for i, (x, y) in enumerate(points):
             said = svg.told(f"{i}: {visible(self.tokens[i])}\n{trait.name} {svg.number(trait.scores[i])}")
             class_ = "dot" if i >= self.n_prompt else "dot of-prompt"
@@ -266,11 +266,6 @@ def _legend(left: float, committed: bool, bounded: bool) -> list[str]:
         x += 34 + 6.2 * len(name)
     parts.append(svg.label(x, 18, "score = h·v / |v|"))
     return parts
-
-
-def _polyline(points: Sequence[tuple[float, float]], class_: str) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return svg.element("polyline", points=places, class_=class_) if len(points) > 1 else ""
 
 
 def _diamond(x: float, y: float) -> str:
