@@ -8,6 +8,7 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.traits.experiment import Experiment
 from .analysis.traits.vectors import TraitVector
 from .analysis.traits.watching import watch_traits
 from .analysis.tuned_lens import TunedLens
@@ -57,6 +58,7 @@ __all__ = [
     "CaptureEstimate",
     "CapturedActivation",
     "Check",
+    "Experiment",
     "ExtractionConfig",
     "GenerationResult",
     "GenerationStep",
