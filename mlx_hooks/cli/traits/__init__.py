@@ -6,7 +6,9 @@ One module per command, as in the package above.
 import argparse
 from typing import Any
 
-COMMANDS: tuple[Any, ...] = ()
+from . import dynamics, plot, steer
+
+COMMANDS: tuple[Any, ...] = (dynamics, steer, plot)
 
 
 def add(commands: Any) -> None:

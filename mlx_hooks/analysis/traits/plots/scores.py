@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ... import pictures
-from ...spelling import shortened, visible
+from ...spelling import one_line, shortened, visible
 from . import svg
 from .painting import INK_FAINT, LINE, MARK, SHADE, TokenTicks
 
@@ -76,7 +76,7 @@ class ScoreChart:
             for name, by_method in entry["traits"].items()
             for method, found in by_method.items()
         ]
-        title = f"“{shortened_text(prompt['text'])}”"
+        title = f"“{one_line(prompt['text'])}”"
         return cls(title, [*prompt["tokens"], *response["tokens"]], n_prompt, traits)
 
     def html(self) -> str:
@@ -231,12 +231,6 @@ STYLE = """
 """
 
 
-def shortened_text(text: str, length: int = 90) -> str:
-    """A text in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
-
-
 def _trait(name: str, method: str, found: Mapping[str, Any], n_prompt: int) -> TraitScores:
     scores, dynamics = found["scores"], found["dynamics"]
     offset = n_prompt if dynamics["tokens"] == "response" else 0
@@ -264,7 +258,7 @@ def _legend(left: float, committed: bool, bounded: bool) -> list[str]:
         parts.append(svg.element("g", "".join(drawn), transform=f"translate({x:.0f} 4)"))
         parts.append(svg.label(x + 19, 18, name))
         x += 34 + 6.2 * len(name)
-    parts.append(svg.label(x, 18, "score = h·v / |v|"))
+    parts.append(svg.label(x, 18, "score: h.v/|v|"))
     return parts
 
 

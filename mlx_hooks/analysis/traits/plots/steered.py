@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ... import pictures
+from ...spelling import one_line
 from . import svg
 from .painting import INK_FAINT, LINE, SHADE, TokenTicks
-from .scores import MAX_PICTURE, shortened_text
+from .scores import MAX_PICTURE
 
 LEFT = 58.0
 _WIDTH, _HEIGHT = 420.0, 150.0
@@ -72,7 +73,7 @@ class SteeringChart:
         one = still["measured"][index]
         title = (
             f"{one['trait']} ({one['method']}, layer {one['layer']}) while {about['trait']} is added at layer "
-            f"{about['layer']}, on “{shortened_text(prompt['text'], 50)}”"
+            f"{about['layer']}, on “{one_line(prompt['text'], 50)}”"
         )
         return cls(title, [*prompt["tokens"], *still["tokens"]], len(prompt["tokens"]), runs)
 
