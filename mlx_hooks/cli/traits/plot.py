@@ -7,10 +7,10 @@ from typing import Any
 from ...errors import HookError
 from .options import add_pictures, check_pictures, report, write_pictures
 
-SUBLAYERS = ("residual_in", "after_attn", "residual_out")
-
 
 def add(commands: Any) -> None:
+    from ...analysis.traits.capture import SUBLAYERS
+
     parser = commands.add_parser(
         "plot",
         help="draw dynamics, steering or a capture of all layers",

@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from ... import pictures
 from ...spelling import one_line
@@ -209,14 +207,15 @@ STYLE = """
 
 
 def _apart(places: list[float], least: float = 13.0) -> list[float]:
-    """Places of labels, in their order, moved until neighbours are ``least`` apart: [0, 1, 50] -> [-6, 7, 50]."""
-    moved = np.array(places)
-    order = np.argsort(moved, kind="stable")
-    for _ in range(len(places)):
-        for a, b in pairwise(order):
-            gap = moved[b] - moved[a]
-            if gap < least:
-                moved[a] -= (least - gap) / 2
-                moved[b] += (least - gap) / 2
-    found: list[float] = moved.tolist()
-    return found
+    """Places of labels, moved as little as needed for neighbours to be ``least`` apart: [0, 1, 50] -> [-6, 7, 50]."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    # Without the gaps that they need, places may not fall: those that would share their mean.
+    groups: list[list[float]] = []
+    for rank, i in enumerate(order):
+        groups.append([places[i] - rank * least])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    shared = [fmean(group) for group in groups for _ in group]
+    moved = {i: place + rank * least for rank, (i, place) in enumerate(zip(order, shared, strict=True))}
+    return [moved[i] for i in range(len(places))]

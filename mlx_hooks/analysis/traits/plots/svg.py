@@ -123,7 +123,7 @@ class Scale:
     def around(cls, values: Sequence[float], top: float, bottom: float) -> "Scale":
         """A scale with a little air above and below all values."""
         low, high = min(values, default=0.0), max(values, default=0.0)
-        air = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
+        air = 0.14 * (high - low) or 0.5 * abs(high) or 1.0
         return cls(low - air, high + air, top, bottom)
 
     def at(self, value: float) -> float:
