@@ -1,15 +1,15 @@
 """A trait over all layers: the projection of every token's residual stream onto a trait vector, and who attended whom.
 
-    1. The prompt runs through the model once, each generated token once, with the KV cache. Where several traits put
-       the prompt to the model as the same tokens, one run serves them all.
-    2. At each layer the stream is met where it enters, after attention, and where it leaves. There h.v/|v| is computed
-       in the pass; the stream itself is not kept.
-    3. Attention weights are averaged over heads, in the pass too.
+1. The prompt runs through the model once, each generated token once, with the KV cache. Where several traits put
+   the prompt to the model as the same tokens, one run serves them all.
+2. At each layer the stream is met where it enters, after attention, and where it leaves. There h.v/|v| is computed
+   in the pass; the stream itself is not kept.
+3. Attention weights are averaged over heads, in the pass too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ...hook_points import RESID, block_point
 from ...manager import HookSpec
 from ...model import HookedModel
 from ...reductions import Projection
-from ...sampling import whole_number
+from ...sampling import Sampling, whole_number
 from ...token_text import TokenText
 from ..identity import ModelIdentity
 from .prompts import Chat, render
@@ -33,6 +33,8 @@ from .watching import room_for
 
 SUBLAYERS = ("residual_in", "after_attn", "residual_out")
 """The last axis of a capture's projections."""
+ATTENTION = {True: "mean over heads", False: "not captured"}
+"""What metadata says of attention weights."""
 Vectors = TraitVector | Sequence[TraitVector]
 """A trait's vector, or one for each layer."""
 StreamPoints = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
@@ -88,7 +90,7 @@ def capture_all_layers(
     points = [stream_points(model, layer) for layer in range(model.cfg.n_layers)]
     patterns, without = _patterns(model) if attention else ({}, {})
     about = {
-        "attention": "mean over heads" if attention else "not captured",
+        "attention": ATTENTION[bool(attention)],
         "layers_without_attention": {str(layer): why for layer, why in without.items()},
         **about_stream(points),
     }
@@ -188,21 +190,25 @@ def _attention(run: "TraitRun", patterns: dict[int, str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a capture is made. Raises HookError for an unknown alignment; numbers are checked where they are used."""
+    """How a capture is made; see ``capture_all_layers``.
 
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    alignment: str
-    normalize: bool
+    Raises:
+        HookError: for an unknown alignment, and numbers out of range.
+    """
+
+    max_tokens: int = 50
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int = 0
+    alignment: str = "at"
+    normalize: bool = True
 
     def __post_init__(self) -> None:
         if self.alignment not in ALIGNMENTS:
-            raise HookError(
-                f"alignment is one of {', '.join(ALIGNMENTS)}, got {self.alignment!r}.", field="alignment"
-            )
+            raise HookError(f"alignment is one of {', '.join(ALIGNMENTS)}, got {self.alignment!r}.", field="alignment")
         whole_number("max_tokens", self.max_tokens)
+        whole_number("seed", self.seed)
+        Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed).check()
 
     def to_dict(self) -> dict[str, Any]:
         """As metadata has them."""
@@ -252,6 +258,7 @@ class AtLayers:
             "trait_display_name": vector.trait.replace("_", " ").title(),
             "vector_path": paths if several else paths[0],
             "layer": None if several else vector.layer,
+            "vector_layer": None if several else vector.layer,
             "each_layer": several,
             "method": vector.method,
             "vector_norm": norms if several else norms[0],
@@ -333,7 +340,9 @@ class TraitRun:
         HookError: for a prompt that is too long, and what ``generate`` refuses.
     """
 
-    def __init__(self, model: HookedModel, tokens: Sequence[int], captures: Sequence[HookSpec | str], settings: Settings):
+    def __init__(
+        self, model: HookedModel, tokens: Sequence[int], captures: Sequence[HookSpec | str], settings: Settings
+    ):
         self.model = model
         self.prompt_ids = list(tokens)
         self.response_ids: list[int] = []
@@ -408,7 +417,7 @@ class TraitRun:
         return {
             "model": self.model.model_name,
             "model_identity": identity.to_dict(),
-            "capture_date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "capture_date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "finish_reason": self.finish_reason,
             "n_layers": cfg.n_layers,
             "d_model": cfg.d_model,

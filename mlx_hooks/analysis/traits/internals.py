@@ -15,7 +15,7 @@ mixer reads and gives under ``mixer``, the keys and values of latent or borrowed
 ``metadata["absent"]`` says why something is not there, ``metadata["hook_points"]`` where each array was met.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,9 +85,7 @@ def capture_single_layer(
     Raises:
         HookError: as ``capture_all_layers``, and for a layer that the model does not have.
     """
-    n_layers = model.cfg.n_layers
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
-        raise HookError(f"Layers are 0 to {n_layers - 1}, got {layer!r}.", field="layer")
+    check_layer(model, layer)
     settings = Settings(max_tokens, temperature, top_p, seed, alignment, normalize)
     traits = [AtLayers((vector,), each_layer=False) for vector in listed(vectors) if isinstance(vector, TraitVector)]
     if len(traits) < len(vectors):
@@ -105,17 +103,27 @@ def capture_single_layer(
         for column, i in enumerate(group):
             along = {part: {name: values[..., column] for name, values in projected[part].items()} for part in parts}
             metadata = traits[i].metadata(model, prompt, settings) | run.metadata(identity)
-            metadata |= {"vector_layer": metadata["layer"], "layer": layer, "neurons": about_neurons}
+            metadata |= {"layer": layer, "neurons": about_neurons}
             records[i] = with_old_names(
                 {
                     **run.texts(prompt),
                     "layer": layer,
                     "internals": internals,
-                    "projections": {**along, "neurons": {name: values[..., column] for name, values in neurons.items()}},
+                    "projections": {
+                        **along,
+                        "neurons": {name: values[..., column] for name, values in neurons.items()},
+                    },
                     "metadata": metadata | inside.metadata(),
                 }
             )
     return [records[i] for i in range(len(traits))]
+
+
+def check_layer(model: HookedModel, layer: int) -> None:
+    """Raises HookError for a layer that the model does not have."""
+    n_layers = model.cfg.n_layers
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
+        raise HookError(f"Layers are 0 to {n_layers - 1}, got {layer!r}.", field="layer")
 
 
 @dataclass
@@ -244,9 +252,12 @@ class Inside:
                 self.absent |= {f"mlp/{component}": why_not} if why_not else {}
 
     def _find_added(self) -> None:
+        kinds = [sublayer.kind for sublayer in self.model.architecture.sublayers[self.layer]]
         for component in _ADDED:
-            name = block_point(component, self.layer).name
-            if name in self.model.hook_points:
+            name, several = block_point(component, self.layer).name, kinds.count(component.removesuffix("_out"))
+            if several > 1:
+                self.absent[f"projections/{component}"] = f"the layer has {several} sublayers of this kind"
+            elif name in self.model.hook_points:
                 self.added[component] = name
             elif component != "mixer_out":
                 why = self.model.architecture.unsupported.get(name) or f"the layer has no {name}"
@@ -299,9 +310,7 @@ def _heads(run: TraitRun, path: HeadPath, part: str, rows: np.ndarray) -> tuple[
     return np.stack(heads, axis=1), to_numpy(parts.constant @ across)[0]
 
 
-def _neurons(
-    model: HookedModel, run: TraitRun, inside: Inside, rows: np.ndarray
-) -> tuple[dict[str, np.ndarray], str]:
+def _neurons(model: HookedModel, run: TraitRun, inside: Inside, rows: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
     """How far each hidden neuron's output weights lie along the vectors, [d_mlp, vector], what the projection's bias
     does, [vector], and what they add up to."""
     if inside.down is None or "mlp/activated" not in inside.places:

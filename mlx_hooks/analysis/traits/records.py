@@ -14,6 +14,7 @@ tells of them. On disk a record is one safetensors file that needs no other: its
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ def write_record(record: Record, path: Path, *, json_beside: bool = False) -> No
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as draft:
-            write_arrays(draft, {name: (lambda array=array: array) for name, array in arrays.items()}, notes)
+            write_arrays(draft, {name: partial(arrays.__getitem__, name) for name in arrays}, notes)
             json_path(path).unlink(missing_ok=True)
     if json_beside:
         write_json(record, path)
@@ -76,8 +77,11 @@ def json_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def read_record(path: str | Path) -> Record:
+def read_record(path: str | Path, *, arrays: bool = True) -> Record:
     """The record in a file, with NumPy arrays.
+
+    Args:
+        arrays: False reads texts and metadata alone; None is in the place of arrays.
 
     Raises:
         HookError: there is no such file, it is no whole safetensors file, or holds no record of this version; says why.
@@ -91,7 +95,7 @@ def read_record(path: str | Path) -> Record:
         if form != FORMAT or skeleton is None:
             raise HookError(f"{path} is of the format {form!r}: this version reads {FORMAT!r}.")
         record = json.loads(skeleton)
-        for name in file:
+        for name in file if arrays else ():
             _put(record, name, np.array(file.numpy(name)))
     except FileNotFoundError as error:
         raise HookError(f"There is no file {path}.") from error

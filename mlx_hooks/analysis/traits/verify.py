@@ -50,7 +50,7 @@ def _problems(record: Any) -> Iterator[str]:
         yield f"the record is a mapping, got {type(record).__name__}"
         return
     single = "internals" in record
-    kinds = {"prompt": dict, "response": dict, "metadata": dict, "projections": dict}
+    kinds: dict[str, type] = {"prompt": dict, "response": dict, "metadata": dict, "projections": dict}
     kinds |= {"internals": dict, "layer": int} if single else {"attention_weights": dict}
     wrong = list(_wrong_kinds(record, kinds, ""))
     for part in ("prompt", "response"):
@@ -230,6 +230,12 @@ def _single(sizes: _Sizes) -> Iterator[str]:
                     shape = (sizes.rows(part), widths.get(f"{group}/{name}"))
                     yield from _shape(array, place, shape, "n_tokens and metadata/widths")
         yield from _projections(record["projections"].get(part), part, sizes, absent)
+    neurons = record["projections"].get("neurons")
+    if isinstance(neurons, dict) and "projections/neurons" not in absent:
+        for name, width in (("alignment", (widths.get("mlp/activated"),)), ("bias", ())):
+            yield from _shape(neurons.get(name), f"projections/neurons/{name}", width, "metadata/widths")
+    elif "projections/neurons" not in absent:
+        yield "projections/neurons is missing, and metadata/absent gives no reason"
 
 
 REQUIRED = {
@@ -259,7 +265,13 @@ def _projections(node: Any, part: str, sizes: _Sizes, absent: Mapping[str, str])
         yield f"{place} is a mapping, got {_name(node)}"
         return
     rows = sizes.rows(part)
-    shapes = {"residual": (rows, 3), "attn_out": (rows,), "mlp_out": (rows,), "heads": (rows, sizes.metadata["n_heads"])}
+    shapes = {
+        "residual": (rows, 3),
+        "attn_out": (rows,),
+        "mlp_out": (rows,),
+        "heads": (rows, sizes.metadata["n_heads"]),
+    }
+    shapes |= {name: (rows,) for name in ("mixer_out", "heads_bias") if name in node}
     for name, shape in shapes.items():
         if name in node:
             yield from _shape(node[name], f"{place}/{name}", shape, "n_tokens and n_heads")

@@ -6,9 +6,9 @@ One module per command, as in the package above.
 import argparse
 from typing import Any
 
-from . import dynamics, plot, steer
+from . import capture_layer, capture_layers, dynamics, plot, steer, verify_format
 
-COMMANDS: tuple[Any, ...] = (dynamics, steer, plot)
+COMMANDS: tuple[Any, ...] = (capture_layers, capture_layer, verify_format, dynamics, steer, plot)
 
 
 def add(commands: Any) -> None:
