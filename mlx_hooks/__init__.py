@@ -8,8 +8,10 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.traits.capture import capture_all_layers
 from .analysis.traits.experiment import Experiment
 from .analysis.traits.extraction import extract_vectors
+from .analysis.traits.internals import capture_single_layer
 from .analysis.traits.vectors import TraitVector
 from .analysis.traits.watching import watch_traits
 from .analysis.tuned_lens import TunedLens
@@ -89,6 +91,8 @@ __all__ = [
     "UnsupportedModelError",
     "UntrustedHookWarning",
     "attribution_points",
+    "capture_all_layers",
+    "capture_single_layer",
     "create_attention_extraction_hook",
     "direct_logit_attribution",
     "extract_vectors",

@@ -6,9 +6,9 @@ One module per command, as in the package above.
 import argparse
 from typing import Any
 
-from . import extract, list_vectors
+from . import capture_layer, capture_layers, extract, list_vectors, verify_format
 
-COMMANDS: tuple[Any, ...] = (extract, list_vectors)
+COMMANDS: tuple[Any, ...] = (extract, list_vectors, capture_layers, capture_layer, verify_format)
 
 
 def add(commands: Any) -> None:
