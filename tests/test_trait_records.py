@@ -722,6 +722,12 @@ def test_what_cannot_be_done_is_one_line(
     assert captures(experiment) == {}
 
 
+def test_an_experiment_without_traits_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    assert command("capture-layers", Experiment(tmp_path, "empty"), "--all-traits", "--prompts", "a") == 1
+    assert "The experiment empty has no traits" in capsys.readouterr().err
+
+
 def test_an_empty_prompt_file_is_one_line(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:
     (experiment.folder / "inference_prompts.txt").write_text("\n \n")
     assert command("capture-layers", experiment, "--all-traits") == 1
