@@ -617,23 +617,24 @@ def test_vectors_of_other_prompts_are_replaced_when_that_is_said(
     assert neuroscope(experiment, "extract", *options, "--span", "prompt", "--no-chat") == 1
     shown = capsys.readouterr()
     assert "mean_diff_layer0.safetensors is made of other prompts, or otherwise (its span is last)" in shown.err
-    assert "--overwrite replaces it, --skip-existing keeps it" in shown.err
+    assert "It is replaced only with --overwrite." in shown.err
     assert shown.out.splitlines()[-1] == "0 done, 0 skipped, 1 failed"
     assert [file.path.read_bytes() for file in files] == before
-    assert neuroscope(experiment, "extract", *options, "--span", "prompt", "--no-chat", "--skip-existing") == 0
+    # What is there is skipped if it is what is asked for, and only then.
+    assert neuroscope(experiment, "extract", *options, "--span", "prompt", "--no-chat", "--skip-existing") == 1
+    capsys.readouterr()
+    assert neuroscope(experiment, "extract", *options, "--no-chat", "--skip-existing") == 0
     assert capsys.readouterr().out.splitlines() == ["object: all vectors are there", "0 done, 1 skipped, 0 failed"]
     assert [file.path.read_bytes() for file in files] == before
     assert neuroscope(experiment, "extract", *options, "--span", "prompt", "--no-chat", "--overwrite") == 0
     assert TraitVector.load(files[0].path).metadata["span"] == "prompt"
-    # What is missing is added beside what is kept.
-    added = ["--trait", "object", "--methods", "mean_diff,probe", "--skip-existing"]
-    assert neuroscope(experiment, "extract", *added) == 0
-    assert [TraitVector.load(file.path).metadata["span"] for file in experiment.trait("object").vectors()] == [
-        "last",
-        "last",
-        "prompt",
-        "prompt",
-    ]
+    before = [file.path.read_bytes() for file in files]
+    capsys.readouterr()
+    more = ["--trait", "object", "--methods", "mean_diff,probe", "--span", "prompt", "--no-chat", "--skip-existing"]
+    assert neuroscope(experiment, "extract", *more) == 0
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:-1]]
+    assert rows == [["0", "probe"], ["3", "probe"]]
+    assert [file.path.read_bytes() for file in files] == before
 
 
 def test_vectors_of_another_model_are_not_replaced_silently(
@@ -646,9 +647,11 @@ def test_vectors_of_another_model_are_not_replaced_silently(
     assert "probe_layer3.safetensors is of another model: model_type=llama, n_layers=3" in capsys.readouterr().err
     assert path.read_bytes() == before
     path.write_bytes(before[:50])
-    assert neuroscope(experiment, "extract", "--trait", "object") == 1
-    assert "probe_layer3.safetensors is no trait vector that can be read" in capsys.readouterr().err
+    assert neuroscope(experiment, "extract", "--trait", "object", "--skip-existing") == 1
+    assert "probe_layer3.safetensors cannot be used (" in capsys.readouterr().err
     assert [file.name for file in trait.vectors()] == ["probe_layer3"]
+    assert neuroscope(experiment, "extract", "--trait", "object", "--methods", "probe", "--overwrite") == 0
+    assert trait.find(layer=3).trait == "object"
 
 
 def test_a_traits_own_settings_and_held_out_prompts_are_used(experiment: Experiment, tiny: HookedModel) -> None:
