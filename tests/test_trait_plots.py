@@ -57,7 +57,7 @@ def entry(n_traits: int = 1, tokens: str = "response", prompt: list[str] = ODD) 
     for i in range(n_traits):
         scores = {"prompt": [0.5] * len(prompt), "response": [score * 10**i for score in RESPONSE]}
         followed = scores["response"] if tokens == "response" else scores["prompt"] + scores["response"]
-        traits[f"trait <{i}>"] = {"probe": {
+        traits[f"trait <u>{i}"] = {"probe": {
             "layer": i, "vector_path": None, "norm": 1.0, "threshold": None if i else 2.0, "scores": scores,
             "dynamics": {"tokens": tokens, **trait_dynamics(followed).to_dict()},
         }}  # fmt: skip
@@ -86,7 +86,7 @@ def test_a_page_stands_alone_and_escapes_what_tokens_hold() -> None:
     text = page_of("a <title>", every_chart(), "about & <b>")
     page = Page(text)
     assert page.open == []
-    assert not {"script", "link", "img", "b", "i", "prompt"} & {tag for tag, _, _ in page.found}
+    assert not {"script", "link", "img", "b", "i", "u", "prompt"} & {tag for tag, _, _ in page.found}
     assert "http" not in text
     assert "\x1b" not in text
     assert "prefers-color-scheme: dark" in text
@@ -127,11 +127,11 @@ def test_figures_and_all_scores_can_be_read_without_the_drawing() -> None:
     page = Page(ScoreChart.of(entry(2)).html())
     cells = [text for _, text in page.of("td")]
     assert cells[:9] == [
-        "trait <0>", "probe, layer 0", "response 2: t2", "4 at response 2: t2", "2", "3", "3", "1.33", "0.1",
+        "trait <u>0", "probe, layer 0", "response 2: t2", "4 at response 2: t2", "2", "3", "3", "1.33", "0.1",
     ]  # fmt: skip
     assert cells[-4:] == ["response 6", "t6", "3", "30"]
     assert [text for _, text in page.of("p") if "boundary" in text] == [
-        "trait <0> (probe, layer 0): red above the class boundary, blue below"
+        "trait <u>0 (probe, layer 0): red above the class boundary, blue below"
     ]
     # The text on coloured ground: 4 is the furthest from the boundary, 2; 1.5 lies below it.
     spans = page.of("span")[: len(ODD) + len(RESPONSE)]
@@ -309,7 +309,7 @@ def files(tiny: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("files")
     found: dict[str, Any] = {
         "dynamics": monitor_dynamics(tiny, ["Write a story", "Hello"], [vector()], max_tokens=6),
-        "steering": steer(tiny, "Hello", vector(), [2], measured=[vector(), vector(3)], max_tokens=3).to_dict(),
+        "steering": steer(tiny, "Hello", vector(), [2, -3], measured=[vector(), vector(3)], max_tokens=3).to_dict(),
     }
     for name, plain in found.items():
         (folder / f"{name}.json").write_text(json.dumps(plain))
@@ -331,6 +331,18 @@ def test_a_capture_s_chart_holds_its_projections(tiny: HookedModel, files: dict[
             assert chart.n_prompt == record["prompt"]["n_tokens"]
             assert (chart.own_layer, chart.unit) == (2, "h.v/|v|")
             assert chart.title == f"t (probe, layer 2), {sublayer}, on “Hello”"
+
+
+def test_a_steering_s_chart_is_by_growing_coefficient(files: dict[str, Path]) -> None:
+    plain = json.loads(files["steering.json"].read_text())
+    for i, chart in enumerate(charts_of(files["steering.json"])):
+        assert isinstance(chart, SteeringChart)
+        assert [run.coefficient for run in chart.runs] == [-3, 0, 2]
+        assert chart.runs[0].text == plain["runs"][2]["text"]
+        forced = plain["runs"][2]["measured"][i]["forced_scores"]
+        assert chart.runs[0].scores == [*forced["prompt"], *forced["response"]]
+        assert chart.tokens == [*plain["prompt"]["tokens"], *plain["runs"][0]["tokens"]]
+        assert chart.title == f"t (probe, layer {(2, 3)[i]}) while t is added at layer 2, on “Hello”"
 
 
 def test_the_command_draws_each_kind_of_file_by_its_content(files: dict[str, Path], tmp_path: Path) -> None:
