@@ -11,6 +11,7 @@ from .analysis.logit_lens import LogitLens
 from .analysis.traits.capture import capture_all_layers
 from .analysis.traits.dynamics import TraitDynamics, trait_dynamics
 from .analysis.traits.experiment import Experiment
+from .analysis.traits.extraction import extract_vectors
 from .analysis.traits.internals import capture_single_layer
 from .analysis.traits.monitoring import monitor_dynamics
 from .analysis.traits.steering import Steering, steer
@@ -99,6 +100,7 @@ __all__ = [
     "capture_single_layer",
     "create_attention_extraction_hook",
     "direct_logit_attribution",
+    "extract_vectors",
     "load_model",
     "monitor_dynamics",
     "run_generation",

@@ -277,7 +277,7 @@ def _internals(run: TraitRun, inside: Inside, part: str) -> dict[str, Any]:
             value: Any = run.prompt(points[0]) if part == "prompt" else run.last_rows(points[0])
         else:
             value = sum(run.rows(point, part) for point in points)
-            value = value.reshape(value.shape[0], -1) if value.ndim > 1 and value.size else value
+            value = value.reshape(value.shape[0], int(np.prod(value.shape[1:])))
         found.setdefault(group, {})[name] = value
     return found
 

@@ -32,6 +32,7 @@ OLD_NAMES = {"gelu": "activated"}
 
 Record = dict[str, Any]
 
+_WITH_ARRAYS = ("projections", "attention_weights", "internals")
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
@@ -101,7 +102,7 @@ def read_record(path: str | Path, *, arrays: bool = True) -> Record:
         raise HookError(f"There is no file {path}.") from error
     except OSError as error:
         raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if _begins_as_pickle(path):
             raise HookError(_pickle(path)) from error
         raise HookError(f"{path} is no trait capture that can be read: {error}.") from error
@@ -147,6 +148,8 @@ def _put(record: Any, place: str, array: np.ndarray) -> None:
         ValueError: the record has no such place.
     """
     node, keys = record, place.split("/")
+    if keys[0] not in _WITH_ARRAYS:
+        raise ValueError(f"its record has no place for the array {place!r}")
     for i, key in enumerate(keys):
         at: Any = int(key) if isinstance(node, list) and key.isdecimal() else key
         known = at < len(node) if isinstance(node, list) and isinstance(at, int) else isinstance(node, dict)

@@ -19,7 +19,12 @@ SUM_TOLERANCE = 0.01
 """How far a row of attention may be from 1: models in half precision round each of its entries."""
 
 _TEXTS = {"text": str, "tokens": list, "token_ids": list, "n_tokens": int}
+_OPTIONAL = {
+    "attention": str, "attention_sinks": list, "layers_without_attention": dict, "absent": dict, "widths": dict
+}  # fmt: skip
 _SHOWN = 20
+_MOST = 1_000_000
+"""What no model's sizes come near: lists are made of them."""
 
 
 def verify_format(path: str | Path) -> list[str]:
@@ -47,7 +52,7 @@ def verify_format(path: str | Path) -> list[str]:
 
 def _problems(record: Any) -> Iterator[str]:
     if not isinstance(record, dict):
-        yield f"the record is a mapping, got {type(record).__name__}"
+        yield f"the record is a mapping, got {_name(record)}"
         return
     single = "internals" in record
     kinds: dict[str, type] = {"prompt": dict, "response": dict, "metadata": dict, "projections": dict}
@@ -102,8 +107,12 @@ def _metadata_problems(metadata: Mapping[str, Any]) -> list[str]:
     if "alignment" in metadata and metadata["alignment"] not in ALIGNMENTS:
         found.append(f"metadata/alignment is one of {', '.join(ALIGNMENTS)}, got {metadata['alignment']!r}")
     for key in ("n_layers", "d_model", "n_heads"):
-        if key in metadata and (not isinstance(metadata[key], int) or isinstance(metadata[key], bool)):
-            found.append(f"metadata/{key} is a whole number, got {_name(metadata[key])}")
+        number = metadata.get(key, 1)
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _MOST:
+            found.append(f"metadata/{key} is a whole number from 0 to {_MOST}, got {number!r:.40}")
+    for key, kind in _OPTIONAL.items():
+        if not isinstance(metadata.get(key, kind()), kind):
+            found.append(f"metadata/{key} is {_NAMES[kind]}, got {_name(metadata[key])}")
     return found
 
 
@@ -129,8 +138,11 @@ class _Sizes:
 
 def _shape(node: Any, place: str, shape: Sequence[int | None], why: str) -> Iterator[str]:
     """A problem if what is in place is no array of a shape; None stands for any size."""
+    kinds = "iu" if place.endswith("expert_indices") else "f"
     if not isinstance(node, np.ndarray):
         yield f"{place} is an array, got {_name(node)}"
+    elif node.dtype.kind not in kinds:
+        yield f"{place} holds numbers of the type {node.dtype}"
     elif len(node.shape) != len(shape) or any(b not in (None, a) for a, b in zip(node.shape, shape, strict=True)):
         told = ", ".join("any" if size is None else str(size) for size in shape)
         yield f"{place} has the shape {_tuple(node.shape)}; by {why} it has ({told})"
@@ -147,7 +159,7 @@ def _layers(sizes: _Sizes) -> Iterator[str]:
         shape = (sizes.rows(part), sizes.n_layers, 3)
         yield from _shape(projections.get(part), f"projections/{part}", shape, "n_tokens and n_layers")
     without = sizes.metadata.get("layers_without_attention") or {}
-    captured = sizes.metadata.get("attention", "") != "not captured"
+    captured = sizes.metadata.get("attention") != "not captured"
     layers = [layer for layer in range(sizes.n_layers) if captured and str(layer) not in without]
     wrong = list(_wrong_kinds(attention, {"prompt": dict, "response": list}, "attention_weights/"))
     if wrong:
@@ -289,7 +301,7 @@ def _json_problems(path: Path, record: Record) -> list[str]:
         beside = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror or error}"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [f"{path} is no JSON: {error}"]
     try:
         return [f"{path.name} disagrees: {difference}" for difference in _differences(to_plain(record), beside, "")]
