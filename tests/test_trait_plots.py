@@ -13,7 +13,16 @@ from matplotlib.axes import Axes
 
 from mlx_hooks import HookedModel, HookError, TraitVector, monitor_dynamics, steer, trait_dynamics
 from mlx_hooks.analysis.traits.capture import SUBLAYERS, capture_all_layers
-from mlx_hooks.analysis.traits.plots import Chart, LayerChart, ScoreChart, SteeredScores, SteeringChart, page_of, svg
+from mlx_hooks.analysis.traits.plots import (
+    Chart,
+    LayerChart,
+    ScoreChart,
+    SteeredScores,
+    SteeringChart,
+    TraitScores,
+    page_of,
+    svg,
+)
 from mlx_hooks.analysis.traits.plots.files import charts_of
 from mlx_hooks.analysis.traits.plots.steered import _apart
 from mlx_hooks.analysis.traits.records import write_record
@@ -173,6 +182,30 @@ def test_a_layer_chart_s_colours_part_at_zero() -> None:
     assert float(frame[0]["y"] or "") == pytest.approx(places[3], abs=0.1)
     assert [text for _, text in page.of("title")][:2] == ["layer 0, 0: a\n1", "layer 0, 1: <b>\n-2"]
     assert [text for _, text in page.of("td")][-4:] == ["2", "$x$", "0", "-8"]
+
+
+def test_a_first_token_far_from_all_others_does_not_hide_them() -> None:
+    """The stream at the first token is many times longer in most models."""
+    values = np.array([[900.0, -2.0, 1.0], [-50.0, 0.5, 4.0]])
+    chart = LayerChart("t", ["<bos>", "a", "b"], 1, values)
+    assert chart.limits == [4, 4]
+    assert LayerChart("t", ["<bos>", "a", "b"], 1, values, per_layer=True).limits == [2, 4]
+    page = Page(chart.html())
+    assert [attributes["style"] for attributes, _ in page.of("rect", "cell")][:2] == [
+        "--share: 1.000",
+        "--share: 0.500",
+    ]
+    assert [text for _, text in page.of("text") if "≥" in text or "≤" in text] == ["≤ -4", "≥ 4"]
+    assert chart.png()
+    plain = entry(prompt=["<bos>", "a"])
+    plain["traits"]["trait <u>0"]["probe"]["scores"]["prompt"] = [-900.0, 0.5]
+    y = [float(attributes["cy"] or "") for attributes, _ in Page(ScoreChart.of(plain).html()).of("circle")]
+    others = Page(ScoreChart.of(entry(prompt=["<bos>", "a"])).html()).of("circle")
+    assert y[1:] == [float(attributes["cy"] or "") for attributes, _ in others][1:]
+    assert y[0] > max(y[1:])
+    # Unless it is what is marked.
+    found = TraitScores("t", "s", [-900.0, 0.5, 1.0, 2.0], peak=0)
+    assert found.scale(0, 1).low < -900 < TraitScores("t", "s", [-900.0, 0.5, 1.0, 2.0], peak=3).scale(0, 1).low
 
 
 def test_steering_is_drawn_by_coefficient_and_by_token() -> None:

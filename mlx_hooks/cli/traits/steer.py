@@ -84,8 +84,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def _shown(plain: dict[str, Any]) -> str:
-    """A table of scores for each measured trait, and the texts."""
-    about, runs = plain["metadata"], plain["runs"]
+    """A table of scores for each measured trait, and the texts, by growing coefficient."""
+    about, runs = plain["metadata"], sorted(plain["runs"], key=lambda run: float(run["coefficient"]))
     where = f"{about['trait']} ({about['method']}, layer {about['vector_layer']}), |v| {about['norm']:.4g}"
     lines = [f"> {one_line(plain['prompt']['text'])}", f"  adding {where} at layer {about['layer']}"]
     for i, one in enumerate(runs[0]["measured"]):
