@@ -8,7 +8,13 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.traits.capture import capture_all_layers
+from .analysis.traits.dynamics import TraitDynamics, trait_dynamics
 from .analysis.traits.experiment import Experiment
+from .analysis.traits.extraction import extract_vectors
+from .analysis.traits.internals import capture_single_layer
+from .analysis.traits.monitoring import monitor_dynamics
+from .analysis.traits.steering import Steering, steer
 from .analysis.traits.vectors import TraitVector
 from .analysis.traits.watching import watch_traits
 from .analysis.tuned_lens import TunedLens
@@ -79,8 +85,10 @@ __all__ = [
     "QueryResult",
     "SavedRun",
     "SelfTest",
+    "Steering",
     "SymbolicStreamHook",
     "TokenLogprobs",
+    "TraitDynamics",
     "TraitVector",
     "TunedLens",
     "UnknownHookError",
@@ -88,9 +96,15 @@ __all__ = [
     "UnsupportedModelError",
     "UntrustedHookWarning",
     "attribution_points",
+    "capture_all_layers",
+    "capture_single_layer",
     "create_attention_extraction_hook",
     "direct_logit_attribution",
+    "extract_vectors",
     "load_model",
+    "monitor_dynamics",
     "run_generation",
+    "steer",
+    "trait_dynamics",
     "watch_traits",
 ]

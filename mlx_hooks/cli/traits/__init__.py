@@ -6,7 +6,9 @@ One module per command, as in the package above.
 import argparse
 from typing import Any
 
-COMMANDS: tuple[Any, ...] = ()
+from . import capture_layer, capture_layers, dynamics, extract, list_vectors, plot, steer, verify_format
+
+COMMANDS: tuple[Any, ...] = (extract, list_vectors, capture_layers, capture_layer, verify_format, dynamics, steer, plot)
 
 
 def add(commands: Any) -> None:

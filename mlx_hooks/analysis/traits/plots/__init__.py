@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ... import pages
-from . import layers, scores, svg
+from . import layers, scores, steered, svg
 from .layers import LayerChart
 from .scores import ScoreChart, TraitScores
+from .steered import SteeredScores, SteeringChart
 
-__all__ = ["Chart", "LayerChart", "ScoreChart", "TraitScores", "page_of"]
+__all__ = ["Chart", "LayerChart", "ScoreChart", "SteeredScores", "SteeringChart", "TraitScores", "page_of"]
 
 
 class Chart(Protocol):
@@ -34,5 +35,5 @@ def page_of(title: str, charts: Sequence[Chart], about: str = "") -> str:
     parts = [f"<p>{html.escape(about)}</p>"] if about else []
     for chart in charts:
         parts.append(f"<section>\n<h2>{html.escape(chart.title)}</h2>\n{chart.html()}\n</section>")
-    style = svg.STYLE + svg.RUNNING_STYLE + scores.STYLE + layers.STYLE
+    style = svg.STYLE + svg.RUNNING_STYLE + scores.STYLE + layers.STYLE + steered.STYLE
     return pages.page(title, "\n".join(parts), style, svg.DARK)

@@ -1,6 +1,6 @@
 """A trait's score at each token in each layer, as colours that part at 0."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from ....errors import HookError
 from ... import pictures
-from ...spelling import visible
+from ...spelling import one_line, visible
+from ..capture import SUBLAYERS
 from . import svg
 from .painting import INK_FAINT, TokenTicks, diverging
 
@@ -39,7 +40,7 @@ class LayerChart:
     n_prompt: int
     values: np.ndarray
     own_layer: int | None = None
-    unit: str = "score = h·v / |v|"
+    unit: str = "h.v/|v|"
     per_layer: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +53,27 @@ class LayerChart:
         if not np.isfinite(values).all():
             raise HookError("A layer chart has finite values only.")
         object.__setattr__(self, "values", values)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], sublayer: int = 2, *, per_layer: bool = False) -> "LayerChart":
+        """The chart of what ``capture_all_layers`` answers, at one of ``SUBLAYERS`` by index."""
+        prompt, response, about = record["prompt"], record["response"], record["metadata"]
+        parts = [np.asarray(record["projections"][part], np.float64) for part in ("prompt", "response")]
+        # JSON lists of no tokens have one axis.
+        values = np.concatenate([part for part in parts if part.size])[:, :, sublayer].T
+        made_at = "a vector per layer" if about["layer"] is None else f"layer {about['layer']}"
+        title = f"{about['trait']} ({about['method']}, {made_at}), {SUBLAYERS[sublayer]}"
+        if about.get("alignment") == "predicts":
+            title += ", response as it was predicted"
+        return cls(
+            f"{title}, on “{one_line(prompt['text'], 60)}”",
+            [*prompt["tokens"], *response["tokens"]],
+            len(prompt["tokens"]),
+            values,
+            about["layer"],
+            about.get("projection", "h.v/|v|"),
+            per_layer,
+        )
 
     @property
     def limits(self) -> list[float]:
@@ -190,10 +212,3 @@ svg .value { fill: var(--ink); font-size: 10px; pointer-events: none; }
 .own-layer { fill: none; stroke: var(--ink); stroke-width: 1.4; pointer-events: none; }
 .parting { stroke: var(--ink); }
 """
-
-
-def stacked(prompt: Sequence[Any] | np.ndarray, response: Sequence[Any] | np.ndarray, sublayer: int) -> np.ndarray:
-    """Projections [n_tokens, n_layers, 3] of prompt and response as one chart's values, [n_layers, n_tokens]."""
-    parts = [np.asarray(part, dtype=np.float64) for part in (prompt, response)]
-    shaped = [part for part in parts if part.size]
-    return np.concatenate(shaped)[:, :, sublayer].T

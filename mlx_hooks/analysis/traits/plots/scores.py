@@ -1,11 +1,12 @@
 """A trait's score at each token, with the commitment point and the peak; several traits one below the other."""
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ... import pictures
-from ...spelling import shortened, visible
+from ...spelling import one_line, shortened, visible
 from . import svg
 from .painting import INK_FAINT, LINE, MARK, SHADE, TokenTicks
 
@@ -76,7 +77,7 @@ class ScoreChart:
             for name, by_method in entry["traits"].items()
             for method, found in by_method.items()
         ]
-        title = f"“{shortened_text(prompt['text'])}”"
+        title = f"“{one_line(prompt['text'])}”"
         return cls(title, [*prompt["tokens"], *response["tokens"]], n_prompt, traits)
 
     def html(self) -> str:
@@ -85,7 +86,7 @@ class ScoreChart:
         for trait in self.traits:
             centre = "the class boundary" if trait.boundary is not None else "0"
             parts.append(
-                svg.element("p", svg.html.escape(f"{trait.name} ({trait.source}): red above {centre}, blue below"))
+                svg.element("p", html.escape(f"{trait.name} ({trait.source}): red above {centre}, blue below"))
             )
             parts.append(svg.marked_text(self.tokens, trait.scores, trait.centre, self.n_prompt))
         return "\n".join([*parts, self._table()])
@@ -102,8 +103,7 @@ class ScoreChart:
             bottom = top + PANEL
             parts += [
                 *axis.prompt_shade(top, bottom),
-                svg.label(LEFT, top - 20, f"{trait.name}", class_="strong"),
-                svg.label(LEFT + 8 + 6.8 * len(trait.name), top - 20, f"{trait.source}"),
+                svg.element("text", _named(trait), x=LEFT, y=top - 20),
                 *(axis.names(top - 5) if i == 0 else []),
                 *self._panel(trait, axis, trait.scale(top, bottom)),
             ]
@@ -119,9 +119,9 @@ class ScoreChart:
         points = [(axis.x(i), scale.at(score)) for i, score in enumerate(trait.scores)]
         # The response's line begins at the prompt's last token, so that the step between them can be seen.
         joint = max(0, self.n_prompt - 1)
-        parts += [_polyline(points[: self.n_prompt], "prompt-line"), _polyline(points[joint:], "response-line")]
+        parts += [svg.polyline(points[: self.n_prompt], "prompt-line"), svg.polyline(points[joint:], "response-line")]
         for i, (x, y) in enumerate(points):
-            said = svg.told(f"{i}: {visible(self.tokens[i])}\n{trait.name} {svg.number(trait.scores[i])}")
+            said = svg.told(f"{self._place(i)}: {visible(self.tokens[i])}\n{trait.name} {svg.number(trait.scores[i])}")
             class_ = "dot" if i >= self.n_prompt else "dot of-prompt"
             parts.append(svg.element("circle", said, cx=float(x), cy=float(y), r=2.6, class_=class_))
         if trait.commitment is not None:
@@ -150,14 +150,17 @@ class ScoreChart:
             rows.append([trait.name, trait.source, self._token(trait.commitment), peak, *lasting, *speeds, limit])
         return svg.table(heads, rows)
 
+    def _place(self, index: int) -> str:
+        """A token's place as dynamics count it: within the prompt or the response."""
+        return f"prompt {index}" if index < self.n_prompt else f"response {index - self.n_prompt}"
+
     def _token(self, index: int | None) -> str:
-        return "none" if index is None else f"{index}: {shortened(self.tokens[index], 16)}"
+        return "none" if index is None else f"{self._place(index)}: {shortened(self.tokens[index], 16)}"
 
     def _table(self) -> str:
-        heads = [("", ""), ("token", "word"), ("", "word"), *((trait.name, "") for trait in self.traits)]
+        heads = [("", "word"), ("token", "word"), *((trait.name, "") for trait in self.traits)]
         rows = [
-            [str(i), visible(token), "prompt" if i < self.n_prompt else "response"]
-            + [svg.number(trait.scores[i]) for trait in self.traits]
+            [self._place(i), visible(token), *(svg.number(trait.scores[i]) for trait in self.traits)]
             for i, token in enumerate(self.tokens)
         ]
         return f"<details><summary>All scores</summary>\n{svg.table(heads, rows)}</details>"
@@ -231,10 +234,9 @@ STYLE = """
 """
 
 
-def shortened_text(text: str, length: int = 90) -> str:
-    """A text in one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+def _named(trait: TraitScores) -> str:
+    name = svg.element("tspan", html.escape(trait.name), class_="strong")
+    return name + svg.element("tspan", html.escape(trait.source), dx=10)
 
 
 def _trait(name: str, method: str, found: Mapping[str, Any], n_prompt: int) -> TraitScores:
@@ -255,7 +257,7 @@ def _trait(name: str, method: str, found: Mapping[str, Any], n_prompt: int) -> T
 def _legend(left: float, committed: bool, bounded: bool) -> list[str]:
     """What the marks mean, in one line at the top."""
     parts, x = [], left
-    marks: list[tuple[list[str], str]] = [([_triangle(6, 14, above=True)], "peak")]
+    marks: list[tuple[list[str], str]] = [([_triangle(6, 17, above=True)], "peak")]
     if committed:
         marks.append(([_diamond(6, 10)], "commitment point"))
     if bounded:
@@ -264,13 +266,8 @@ def _legend(left: float, committed: bool, bounded: bool) -> list[str]:
         parts.append(svg.element("g", "".join(drawn), transform=f"translate({x:.0f} 4)"))
         parts.append(svg.label(x + 19, 18, name))
         x += 34 + 6.2 * len(name)
-    parts.append(svg.label(x, 18, "score = h·v / |v|"))
+    parts.append(svg.label(x, 18, "score: h.v/|v|"))
     return parts
-
-
-def _polyline(points: Sequence[tuple[float, float]], class_: str) -> str:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return svg.element("polyline", points=places, class_=class_) if len(points) > 1 else ""
 
 
 def _diamond(x: float, y: float) -> str:

@@ -35,8 +35,8 @@ table {{ border-collapse: collapse; margin: 0.6rem 0; font-variant-numeric: tabu
 th, td {{ padding: 3px 12px 3px 0; text-align: right; white-space: nowrap; }}
 th {{ font-weight: 500; color: var(--faint); }}
 td {{ border-top: 1px solid var(--rule); }}
-th.word, td.word {{ text-align: left; }}
-td.prose {{ text-align: left; white-space: normal; min-width: 16rem; max-width: 44rem; }}
+th.word, td.word, th.prose, td.prose {{ text-align: left; }}
+td.prose {{ white-space: normal; min-width: 16rem; max-width: 44rem; }}
 summary {{ color: var(--faint); cursor: pointer; }}
 """
 DARK = "--high: 226 92 78; --low: 78 136 244; --line: #6ea8fe; --mark: #f0a04b;"
@@ -63,6 +63,12 @@ def label(x: float, y: float, content: str, *, anchor: str = "start", **attribut
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> str:
     return element("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=class_)
+
+
+def polyline(points: Sequence[tuple[float, float]], class_: str) -> str:
+    """A line through points; nothing for fewer than two."""
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return element("polyline", points=places, class_=class_) if len(points) > 1 else ""
 
 
 def told(content: str) -> str:
@@ -117,7 +123,7 @@ class Scale:
     def around(cls, values: Sequence[float], top: float, bottom: float) -> "Scale":
         """A scale with a little air above and below all values."""
         low, high = min(values, default=0.0), max(values, default=0.0)
-        air = 0.08 * (high - low) or 0.5 * abs(high) or 1.0
+        air = 0.14 * (high - low) or 0.5 * abs(high) or 1.0
         return cls(low - air, high + air, top, bottom)
 
     def at(self, value: float) -> float:
@@ -197,7 +203,7 @@ class TokenAxis:
         """The ground under the prompt."""
         if not self.n_prompt:
             return []
-        size = {"width": self.step * self.n_prompt, "height": float(bottom - top)}
+        size: dict[str, Any] = {"width": self.step * self.n_prompt, "height": float(bottom - top)}
         return [element("rect", x=float(self.left), y=float(top), **size, class_="shade")]
 
     def names(self, y: float) -> list[str]:

@@ -1,0 +1,124 @@
+"""What commands of traits have in common: where the experiment is, which model, which prompts, how tokens are drawn."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import HookError
+
+if TYPE_CHECKING:
+    from ...analysis.traits.experiment import Experiment
+    from ...analysis.traits.vectors import TraitVector
+    from ...model import HookedModel
+
+Failures = list[tuple[str, str]]
+"""What failed, and why."""
+
+
+def report(failed: Failures) -> int:
+    """Say what failed, a line each; answers the exit status."""
+    for what, error in failed:
+        sys.stderr.write(f"neuroscope: {what}: {error}\n")
+    return 1 if failed else 0
+
+
+def add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiment", required=True, metavar="NAME", help="folder of traits below --root")
+    parser.add_argument(
+        "--root", type=Path, default=Path("experiments"), metavar="FOLDER",
+        help="where experiments are (default: experiments)",
+    )  # fmt: skip
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="name or folder (default: the one that vectors were made of)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=50, metavar="N", help="most tokens to generate (default: 50)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="draw among the likeliest of this sum (default: 0.9)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="texts, each in quotes")
+    prompts.add_argument(
+        "--prompts-file", "--prompts_file", type=Path, metavar="FILE",
+        help="one text per line, or a JSON list (default: inference_prompts.txt of the experiment)",
+    )  # fmt: skip
+
+
+def prompts_of(options: argparse.Namespace, experiment: "Experiment") -> list[str]:
+    """The prompts that were asked for, else those that the experiment's traits share."""
+    from ...analysis.traits.prompts import read_prompts
+
+    if options.prompts is not None:
+        return list(options.prompts)
+    return experiment.inference_prompts() if options.prompts_file is None else read_prompts(options.prompts_file)
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a list with commas.
+
+    >>> listed("probe, ica")
+    ['probe', 'ica']
+    """
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def load_model(options: argparse.Namespace, vectors: Sequence["TraitVector"]) -> "HookedModel":
+    """The model that was asked for, else the one that the vectors were made of."""
+    from ...model import HookedModel
+
+    name = options.model or next((v.metadata["model"] for v in vectors if v.metadata.get("model")), None)
+    if name is None:
+        raise HookError("No vector says which model it was made of: give --model.")
+    return HookedModel.from_pretrained(str(name))
+
+
+def add_pictures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write a picture (needs matplotlib)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs nothing else")
+
+
+def check_pictures(options: argparse.Namespace) -> None:
+    """Say before the run what could not be drawn or written."""
+    from ...analysis.pictures import check_picture
+    from ..output import check_writable
+
+    for target in filter(None, (options.html, options.png)):
+        check_writable(target)
+    if options.png is not None:
+        check_picture(0, 1)
+
+
+def write_pictures(options: argparse.Namespace, title: str, charts: Sequence[Any], about: str = "") -> Failures:
+    """Write the page, and a picture for each chart: of several, the n-th is ``name-n.png``. Answers what failed."""
+    from ...analysis.traits.plots import page_of
+    from ..output import write_whole
+
+    failed: Failures = []
+
+    def attempt(target: Path, make: Callable[[], str | bytes]) -> None:
+        try:
+            write_whole(target, make())
+        except HookError as error:
+            failed.append(("drawing", str(error)))
+        else:
+            print(f"Written: {target}")
+
+    if options.html is not None:
+        attempt(options.html, lambda: page_of(title, charts, about))
+    if options.png is not None:
+        png = options.png
+        for i, chart in enumerate(charts):
+            attempt(png if len(charts) == 1 else png.with_name(f"{png.stem}-{i}{png.suffix}"), chart.png)
+    return failed
