@@ -72,6 +72,7 @@ def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
             max_tokens=options.max_tokens,
             max_hooks=options.max_hooks,
             max_connections=options.max_connections,
+            experiments=options.experiments,
             compress_binary=options.compress_binary,
             max_queued=options.max_queued,
             max_active=options.max_active,
@@ -220,6 +221,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default=3600.0,
         metavar="SECONDS",
         help="delete a capture that nobody has read for so long (default 3600)",
+    )
+    parser.add_argument(
+        "--experiments",
+        type=Path,
+        metavar="DIR",
+        help="let requests watch the trait vectors of the experiments in this folder (default: only vectors that they "
+        "bring)",
     )
     parser.add_argument(
         "--compress-binary", action="store_true", help="compress npy and safetensors too, for those who ask"

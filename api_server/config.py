@@ -38,6 +38,7 @@ class ServerConfig:
         captures_dir: where captures are kept, and found again at the next start; a temporary folder if None.
         captures_max_bytes: how many bytes on disk captures may take; those unused for longest make room.
         captures_max_age: seconds after which a capture that nobody reads is deleted.
+        experiments: the folder with experiments whose trait vectors requests may name; None for none.
         compress_binary: whether npy and safetensors are compressed on ``Accept-Encoding``, as JSON is.
 
     Raises:
@@ -62,6 +63,7 @@ class ServerConfig:
     captures_dir: Path | None = None
     captures_max_bytes: int = 4 * 2**30
     captures_max_age: float = 3600.0
+    experiments: Path | None = None
     compress_binary: bool = False
 
     def __post_init__(self) -> None:

@@ -160,7 +160,7 @@ def described(
         event: the model of one server-sent event, where ``stream`` asks for events.
         media: other content types of replies 200 and 206, with their schemas.
         headers: headers of the replies below 400 besides X-Request-Id, with a sentence each.
-        example: a body that is answered well wherever a model is loaded.
+        example: a body that is answered well wherever the bundled model is loaded.
     """
     by_status = dict(replies) if isinstance(replies, Mapping) else {200: replies}
     answers: dict[str, Any] = {f"HTTP_{status}": model for status, model in by_status.items()}

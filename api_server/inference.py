@@ -20,8 +20,9 @@ from neuroscope_bridge.payload import NumberTooLargeError
 from .errors import ApiError
 from .jobs import Progress
 from .logprobs import TokenScore, score
+from .schemas.analysis import AttributionRequest, LogitLensRequest
 from .schemas.fields import MAX_PREDICTIONS, MAX_TOKENS
-from .schemas.requests import AttributionRequest, ChatMessage, GenerationRequest, LogitLensRequest
+from .schemas.requests import ChatMessage, GenerationRequest, SamplingRequest
 
 PromptSource = str | Sequence[int] | Sequence[ChatMessage]
 
@@ -84,10 +85,7 @@ def generate(
     """
     tokens = prompt_tokens(model, prompt)
     limit = min(request.token_limit, room_for(model, tokens))
-    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
-    check_tokens(model, list(bias), "logit_bias")
-    # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
-    seed = secrets.randbits(63) if request.seed is None else request.seed
+    sampling = sampling_of(model, request)
     spelling = TokenText(model.tokenizer)
     due_from = plan.due_from(Reach.of_generation(len(tokens), limit))
     yield Start(tokens, token_strings(model, tokens), plan.hook_ids, due_from)
@@ -97,16 +95,7 @@ def generate(
         steps = model.generate_steps(
             tokens,
             max_tokens=limit,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_p=request.min_p,
-            repetition_penalty=request.repetition_penalty,
-            frequency_penalty=request.frequency_penalty,
-            presence_penalty=request.presence_penalty,
-            logit_bias=bias,
-            seed=seed + choice,
-            stop=request.stop_texts,
+            **sampling | {"seed": sampling["seed"] + choice},
             top_logprobs=request.n_logprobs,
             capture=plan,
             interventions=interventions,
@@ -115,6 +104,27 @@ def generate(
             yield _step(model, choice, step, spelling)
             done += 1
             yield Progress(min(1.0, done / most), f"{done} of at most {limit * request.n} tokens")
+
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
+
+
+def sampling_of(model: HookedModel, request: SamplingRequest) -> dict[str, Any]:
+    """How the engine's token loop is to choose tokens and where the text ends; without a seed, one is drawn."""
+    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+    check_tokens(model, list(bias), "logit_bias")
+    # The thread's random state begins with the clock; a request's numbers are nobody's to guess.
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    same = {name: getattr(request, name) for name in _SAMPLING}
+    return same | {"logit_bias": bias, "seed": seed, "stop": request.stop_texts}
 
 
 def _step(model: HookedModel, choice: int, step: GenerationStep, spelling: TokenText) -> Step:

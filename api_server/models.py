@@ -5,8 +5,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from mlx_hooks import HookedModel, HookSpec
+from mlx_hooks.analysis.identity import ModelIdentity
 
 from .errors import NoModelLoaded, NoRoomForModel, UnknownHook, UnknownModel
 
@@ -27,6 +29,11 @@ class LoadedModel:
     """Bytes of its weights."""
     hooks: dict[str, HookSpec] = field(default_factory=dict)
     used: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Tells its weights from others; to make it reads all of them, so it is asked for on the worker thread only."""
+        return ModelIdentity.of(self.model)
 
 
 class LoadedModels:

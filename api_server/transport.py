@@ -14,6 +14,7 @@ from .config import ServerConfig
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
 from .jobs import Job
 from .models import LoadedModel
+from .schemas.analysis import TraitsRequest
 from .schemas.fields import DEFAULT_MAX_TOKENS
 from .schemas.queries import NoQuery
 from .schemas.requests import CaptureRequest, GenerationRequest, RegisterHooksRequest
@@ -68,6 +69,10 @@ def read(model: type[M]) -> M:
 def _within_limits(asked: M) -> M:
     """The same request, if it asks for no more than this server allows."""
     limits = config()
+    if isinstance(asked, TraitsRequest):
+        _check_limit("max_tokens", asked.max_tokens or 0, limits.max_tokens, "tokens per request")
+        if asked.max_tokens is None and limits.max_tokens < DEFAULT_MAX_TOKENS:
+            asked = asked.model_copy(update={"max_tokens": limits.max_tokens})
     if isinstance(asked, GenerationRequest):
         name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
         wanted, each = getattr(asked, name), limits.max_tokens // asked.n

@@ -14,12 +14,13 @@ import numpy as np
 from .connection import Connection
 from .errors import NeuroScopeError, PayloadError, ResponseFormatError
 from .events import EventStream
-from .payload import encode_intervention, read_npy, read_safetensors
+from .payload import encode_intervention, encode_vector, read_npy, read_safetensors
 from .replies import Reply, error_of, expect, read_body, with_arrays
 
 Messages = Sequence[Mapping[str, Any]]
 Hooks = Sequence[Mapping[str, Any]]
 Interventions = Sequence[Mapping[str, Any]]
+Vectors = Sequence[Mapping[str, Any]]
 Indices = int | str | slice | Sequence[int]
 ReadPositions = Indices | None
 Token = int | str
@@ -545,6 +546,102 @@ class LMStudioNeuroScopeClient(Connection):
         route = "/v1/analysis/direct_logit_attribution"
         return self._json("POST", route, body | {"token_directions": _directions([direction])})
 
+    @overload
+    def traits(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        messages: Messages | None = None,
+        *,
+        stream: Literal[True],
+        vectors: Vectors | None = None,
+        experiment: str | None = None,
+        traits: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.7,
+        interventions: Interventions | None = None,
+        **options: Any,
+    ) -> EventStream: ...
+    @overload
+    def traits(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        messages: Messages | None = None,
+        *,
+        stream: Literal[False] = False,
+        vectors: Vectors | None = None,
+        experiment: str | None = None,
+        traits: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.7,
+        interventions: Interventions | None = None,
+        **options: Any,
+    ) -> Reply: ...
+    def traits(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        messages: Messages | None = None,
+        *,
+        stream: bool = False,
+        vectors: Vectors | None = None,
+        experiment: str | None = None,
+        traits: Sequence[str] | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.7,
+        interventions: Interventions | None = None,
+        **options: Any,
+    ) -> Reply | EventStream:
+        """How much of each trait the model shows at each token of a prompt, and of what it goes on to write.
+
+            polite = {"name": "polite", "layer": 2, "vector": direction}       # numpy, as wide as the model
+            found = client.traits("The capital of France is", vectors=[polite], max_tokens=5, temperature=0)
+            [(row["token"], row["scores"]["polite"]) for row in found["scores"]]
+            found["dynamics"]["polite"]["commitment_point"]
+            with client.traits("The capital of France is", vectors=[polite], stream=True) as events:
+                for event in events:
+                    print(event["text"], [row["scores"]["polite"] for row in event["scores"]])
+
+        Args:
+            prompt: A text or token ids, read as they are; or give `messages`, which the model's chat template writes.
+            stream: Return an `EventStream`: the prompt's scores, then an event per generated token, then the accounts.
+            vectors: Directions of the residual stream, each with `name`, `layer` (or `hook_point`), `vector` (a list
+                or a numpy array), and perhaps `threshold`.
+            experiment: Watch the vectors that are stored for the traits of this experiment, in the folder that the
+                server was started with; together with `vectors`, if both are given.
+            traits: Of the experiment; all that it has by default.
+            max_tokens: 0 only reads the prompt; None for the server's default, 100.
+            temperature: 0 takes the likeliest token each time.
+            interventions: Edits, as in `generate_with_activations`: steering, for one.
+            options: Further fields: method and layer of the stored vectors, normalize (False: scores are h.v in the
+                place of h.v/|v|), dynamics (`{"threshold": 0.1, "relative": False, "stays_below": False}`), model, and
+                those of `chat` that choose tokens: top_p, top_k, min_p, seed, stop, the penalties and logit_bias.
+
+        Returns:
+            The reply, or the events, as sent.
+
+        Raises:
+            ValueError: both or neither of `prompt` and `messages`.
+            PayloadError: a vector that is none, or has numbers that are not finite.
+        """
+        _require_one(prompt=prompt, messages=messages)
+        route = "/v1/analysis/traits"
+        body = {
+            "prompt": prompt,
+            "messages": messages,
+            "vectors": [{**one, "vector": _vector(one.get("vector"))} for one in vectors] if vectors else None,
+            "experiment": experiment,
+            "traits": traits,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "interventions": [encode_intervention(one) for one in interventions] if interventions else None,
+            "stream": stream,
+            **options,
+        }
+        if stream:
+            return EventStream(self._send("POST", route, body, stream=True), f"POST {route}", self.timeout)
+        reply = self._large_json("POST", route, body)
+        expect(reply, "scores", list, f"POST {route}")
+        return reply
+
     # -- jobs ------------------------------------------------------------------------------------
 
     def list_jobs(self) -> list[Reply]:
@@ -600,6 +697,11 @@ class LMStudioNeuroScopeClient(Connection):
         reply = self._large_json("POST", route, body)
         expect(reply, "choices", list, f"POST {route}")
         return with_arrays(reply, f"POST {route}")
+
+
+def _vector(value: Any) -> Any:
+    """As a request has it; what is a record already stays as it is."""
+    return value if value is None or isinstance(value, Mapping) else encode_vector(value)
 
 
 def _token_ids(tokens: Iterable[Any]) -> list[int]:

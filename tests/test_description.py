@@ -126,8 +126,8 @@ JOBS = [one for one in bodies() if one.id != "/v1/activations/hooks"]
 @pytest.mark.parametrize(("path", "body"), JOBS)
 def test_a_job_that_is_cancelled_is_answered_as_described(path: str, body: dict[str, Any]) -> None:
     gate = threading.Event()
-    with ModelWorker(load_tiny) as worker, ThreadPoolExecutor() as pool:
-        worker.load("llama", "tiny")
+    with ModelWorker() as worker, ThreadPoolExecutor() as pool:
+        worker.load("neuroscope-tiny", "tiny")
         client = create_app(worker).test_client()
         blocking = worker.submit(gate.wait)
         until(lambda: blocking.status == "running")
@@ -179,9 +179,17 @@ def check(reply: Any, method: str, path: str) -> None:
 
 def with_streams() -> list[Any]:
     """Each example, and once more with a stream where there can be one."""
+    content = {
+        path: methods["post"]["responses"]["200"]["content"]
+        for path, methods in DOCUMENT["paths"].items()
+        if "post" in methods
+    }
     streams = [
-        pytest.param(*one.values, True, id=f"{one.id}-stream") for one in bodies() if "completions" in str(one.id)
+        pytest.param(*one.values, True, id=f"{one.id}-stream")
+        for one in bodies()
+        if "text/event-stream" in content[one.id]
     ]
+    assert len(streams) == 5
     return [pytest.param(*one.values, False, id=one.id) for one in bodies()] + streams
 
 
@@ -199,6 +207,10 @@ HOOKS = [
     {"layer_name": "transformer.wte", "component": "embedding", "hook_id": "ids", "capture_input": True},
 ]
 EDIT = {"hook_point": "blocks.2.attn.hook_z", "type": "zero", "heads": [1]}
+VECTORS = [
+    {"name": "ones", "layer": 1, "vector": [1] * 128, "threshold": 0.5},
+    {"name": "large", "hook_point": "blocks.2.hook_resid_post", "vector": [3e38] * 128},
+]
 PROMPT = {"prompt": "The capital of France is", "max_tokens": 3, "model": "tiny"}
 CAPTURE = {"activation_hooks": HOOKS, "interventions": [EDIT], "keep_capture": True}
 MESSAGES = [{"role": "user", "content": "What is the capital of France ?"}]
@@ -217,6 +229,12 @@ def test_answers_to_all_that_can_be_asked_are_as_described(app: Flask, stream: b
 
     ask("post", "/v1/completions", PROMPT | streamed | {"logprobs": 2, "n": 2})
     ask("post", "/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, "n": 2} | streamed)
+    ask("post", "/v1/analysis/traits", PROMPT | {"vectors": VECTORS, "interventions": [EDIT], "stream": stream})
+    ask(
+        "post",
+        "/v1/analysis/traits",
+        {"messages": MESSAGES, "vectors": VECTORS, "max_tokens": 0, "stream": stream, "normalize": False},
+    )
     whole = ask("post", "/v1/completions/with_activations", PROMPT | CAPTURE | streamed)
     kept = re.search(r"cap-\w+", whole.text)
     assert kept

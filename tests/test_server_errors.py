@@ -19,6 +19,7 @@ from api_server import ModelWorker, ServerConfig, create_app
 from api_server.__main__ import main
 from api_server.errors import ApiError, describe, invalid_request
 from api_server.inference import Step
+from api_server.schemas import analysis
 from api_server.schemas import requests as schemas
 from api_server.schemas.fields import Request
 from api_server.schemas.requests import ChatCaptureRequest, CompletionRequest
@@ -604,6 +605,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (hooked.activation_hooks[0].capture_input, hooked.activation_hooks[0].capture_output) == (False, True)
 
 
+VECTOR = {"name": "v", "layer": 0, "vector": [1]}
 # The least that each request may hold.
 LEAST: dict[type[Request], dict[str, Any]] = {
     schemas.TextPart: {"type": "text", "text": "w1"},
@@ -622,15 +624,20 @@ LEAST: dict[type[Request], dict[str, Any]] = {
     schemas.RegisterHooksRequest: {"hooks": [HOOK]},
     schemas.TokenizeRequest: {"text": "w1"},
     schemas.DetokenizeRequest: {"tokens": []},
-    schemas.PromptRequest: {"prompt": "w1"},
-    schemas.LogitLensRequest: {"prompt": "w1"},
-    schemas.AttributionRequest: {"prompt": "w1", "token_directions": [1]},
+    schemas.SamplingRequest: {},
+    analysis.PromptRequest: {"prompt": "w1"},
+    analysis.LogitLensRequest: {"prompt": "w1"},
+    analysis.AttributionRequest: {"prompt": "w1", "token_directions": [1]},
+    analysis.TraitVectorRequest: VECTOR,
+    analysis.DynamicsRequest: {},
+    analysis.TraitsRequest: {"prompt": "w1", "experiment": "e"},
 }
 OPTIONAL = [(model, name) for model in LEAST for name in model.model_fields if name not in LEAST[model]]
 
 
 def test_no_request_is_left_out() -> None:
-    models = {model for model in vars(schemas).values() if isinstance(model, type) and issubclass(model, Request)}
+    found = [*vars(schemas).values(), *vars(analysis).values()]
+    models = {model for model in found if isinstance(model, type) and issubclass(model, Request)}
     assert models - {Request} == set(LEAST)
 
 
@@ -644,16 +651,30 @@ def test_null_is_the_default(model: type[Request], name: str) -> None:
 
 TOKENS_ASKED = [[1], ["a"], [1, "a"], [1] * 65]
 DIRECTIONS = [*TOKENS_ASKED, [[1, "a"]], [], [[1]], [[1, 2, 3]], [1, [2, 3]], [-1], [""], 1, "a", [None]]
+POINTS = ["blocks.0.hook_resid_post", "blocks.00.hook_resid_post", "blocks.*.hook_resid_post", "hook_embed", None]
+RECORD = {"shape": [1], "dtype": "float32", "encoding": "json", "data": [1.5]}
+VECTORS = {"prompt": "a", "vectors": [VECTOR]}
 EITHER = [
     (schemas.HookRequest, [{}, HOOK, {"hook_point": "a"}, HOOK | {"hook_point": "a"}, {"layer_name": "1"}]),
     (schemas.HookRequest, [HOOK | {"capture_output": out, "capture_input": in_} for out in (0, 1) for in_ in (0, 1)]),
     (schemas.HookRequest, [{"hook_point": "a", "capture_input": True}, {"hook_point": "a", "layer_name": None}]),
     (schemas.TokenizeRequest, [{}, {"text": "a"}, {"messages": MESSAGES}, {"messages": MESSAGES, "text": "a"}]),
-    (schemas.LogitLensRequest, [{"prompt": "a", "messages": None}, {"messages": MESSAGES, "prompt": [1]}, {}]),
-    (schemas.LogitLensRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
-    (schemas.AttributionRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
-    (schemas.LogitLensRequest, [{"prompt": "a", "positions": p} for p in ("all", "last", 1, -1, [1, 1], {"start": 1})]),
-    (schemas.LogitLensRequest, [{"prompt": "a", "components": c} for c in (["x"], [], "x", ["x"] * 17, [1])]),
+    (analysis.LogitLensRequest, [{"prompt": "a", "messages": None}, {"messages": MESSAGES, "prompt": [1]}, {}]),
+    (analysis.LogitLensRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
+    (analysis.AttributionRequest, [{"prompt": "a", "token_directions": d} for d in DIRECTIONS]),
+    (
+        analysis.LogitLensRequest,
+        [{"prompt": "a", "positions": p} for p in ("all", "last", 1, -1, [1, 1], {"start": 1})],
+    ),
+    (analysis.LogitLensRequest, [{"prompt": "a", "components": c} for c in (["x"], [], "x", ["x"] * 17, [1])]),
+    (analysis.TraitVectorRequest, [VECTOR | {"layer": layer, "hook_point": p} for layer in (0, None) for p in POINTS]),
+    (analysis.TraitVectorRequest, [VECTOR | {"vector": v} for v in ([1, 0.5], [], 1, "a", [True], [None], {}, RECORD)]),
+    (
+        analysis.TraitsRequest,
+        [VECTORS | {"experiment": e} for e in ("a", "a b", None, "", ".", "..", "a/b", "a\\b", 1)],
+    ),
+    (analysis.TraitsRequest, [{"prompt": "a", "experiment": e, "vectors": None} for e in ("a", None)]),
+    (analysis.TraitsRequest, [{"messages": MESSAGES, "prompt": p, "experiment": "e"} for p in ("a", None)]),
     (schemas.CompletionRequest, [{"prompt": "a", "temperature": t} for t in (0, 0.0, 1e-7, 1e-6, 2, 2.1, -1, None)]),
     (schemas.HookRequest, [HOOK | {name: [1, again]} for name in ("heads", "positions") for again in (1, 2)]),
 ]

@@ -517,6 +517,46 @@ def test_streamed_activations_are_those_of_the_whole_run(live_image):
         assert len(kept) > 1
 
 
+VECTOR = [(7 * i % 11) - 5 for i in range(128)]
+WATCHED = "(Array with: (c traitVector: 'odd' layer: 2 numbers: #({})))".format(" ".join(map(str, VECTOR)))
+
+
+def test_a_trait_is_watched_while_text_is_generated(live_server, live_image):
+    rows, texts, last = live_image.evaluate(
+        "c := LMStudioRESTClient default. rows := OrderedCollection new. texts := OrderedCollection new."
+        f"last := c traits: 'The capital of France is' vectors: {WATCHED} maxTokens: 4 do: [ :text :event |"
+        "   texts add: text."
+        "   (event at: 'scores') do: [ :row | rows add: { row at: 'token'. (row at: 'scores') at: 'odd' } ] ]."
+        "{ rows. texts. last }"
+    )
+    # An end token has no text.
+    assert all(text.strip() in (row[0], "") for text, row in zip(texts[1:-1], rows[6:], strict=True))
+    assert texts[0] == texts[-1] == "" != "".join(texts)
+    assert [len(rows), len(texts)] == [last["usage"]["total_tokens"], last["usage"]["completion_tokens"] + 2]
+    assert set(last["dynamics"]) == {"odd"}
+    ids = last["tokens"]["ids"]
+    with python(live_server) as client:
+        again = client.traits(ids, vectors=[{"name": "odd", "layer": 2, "vector": VECTOR}], max_tokens=0)
+    # The same tokens, read at once.
+    assert [token for token, _ in rows] == [row["token"] for row in again["scores"]]
+    np.testing.assert_allclose(
+        [one for _, one in rows], [row["scores"]["odd"] for row in again["scores"]], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_traits_as_a_whole(live_server, live_image):
+    found = live_image.evaluate(
+        f"c := LMStudioRESTClient default. c traits: 'The capital of France is' vectors: {WATCHED} maxTokens: 0"
+    )
+    with python(live_server) as client:
+        vector = {"name": "odd", "layer": 2, "vector": VECTOR}
+        expected = client.traits("The capital of France is", vectors=[vector], max_tokens=0)
+    assert [row["token"] for row in found["scores"]] == [row["token"] for row in expected["scores"]]
+    assert bits([row["scores"]["odd"] for row in found["scores"]]) == bits(
+        [row["scores"]["odd"] for row in expected["scores"]]
+    )
+
+
 @pytest.mark.parametrize("leave", ["^ 'left'", "self error: 'enough'"])
 def test_leaving_the_block_stops_the_generation(live_server, live_image, leave):
     """However it is left: the job is cancelled. A fast server may be done before it hears of it, but not every time."""

@@ -168,6 +168,23 @@ def test_example_probe(evaluate):
     assert scores["confusion"] == {"country": {"country": 2}, "other": {"other": 21}}
 
 
+def test_example_watched_trait(evaluate, tiny):
+    found = evaluate("e watchedTrait collect: [ :each | { each key. each value } ]")
+
+    def end(*texts):
+        return np.mean([arrays_of(tiny, text)["blocks.2.hook_resid_post"][0, -1] for text in texts], axis=0)
+
+    direction = end("The capital of Italy is Rome", "The capital of Spain is Madrid")
+    direction -= end("The cat sat on the mat", "John gave Mary the book")
+    text = "The capital of France is Paris . <eos>"
+    assert [token for token, _ in found] == ["<bos>", *text.split()]
+    stream = arrays_of(tiny, text)["blocks.2.hook_resid_post"][0]
+    expected = stream @ direction / np.linalg.norm(direction)
+    np.testing.assert_allclose([score for _, score in found], expected, rtol=1e-4, atol=1e-4)
+    # It speaks of the capital where it names it.
+    assert found[6][1] == max(score for _, score in found)
+
+
 def test_example_circuit_discovery(evaluate, tiny):
     found = evaluate(
         "c := e circuitDiscovery."

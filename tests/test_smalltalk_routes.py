@@ -25,6 +25,8 @@ HOOKS = "(Array with: (Dictionary new at: 'layer_name' put: '*'; at: 'component'
 EDITS = "(Array with: (Dictionary new at: 'hook_point' put: 'blocks.0.hook_mlp_out'; at: 'type' put: 'zero'; yourself))"
 OPTIONS = "(Dictionary new at: 'max_tokens' put: 2; at: 'keep_capture' put: true; yourself)"
 EVERYWHERE = "(Dictionary new at: 'positions' put: 'all'; yourself)"
+STORED = "(Dictionary new at: 'experiment' put: 'moods'; at: 'traits' put: #('angry'); yourself)"
+VECTORS = "(Array with: (c traitVector: 'polite' layer: 1 numbers: #(1 2)))"
 PLAIN = "(Dictionary new at: 'max_tokens' put: 2; at: 'seed' put: 1; yourself)"
 KEPT = "(Dictionary new at: 'capture_id' put: 'cap-1'; yourself)"
 
@@ -102,6 +104,11 @@ SENDS = {
     "c timeout: 30": [],
     "c tokenize: 'Hi'": ["tokenize"],
     f"c tokenize: {MESSAGES}": ["tokenize"],
+    "c traitVector: 'polite' layer: 1 numbers: #(1 2)": [],
+    f"c traits: 'Hi' options: {STORED}": ["traits"],
+    f"c traits: {MESSAGES} options: {STORED} do: [ :text :event | ]": ["traits"],
+    f"c traits: 'Hi' vectors: {VECTORS} maxTokens: 0": ["traits"],
+    f"c traits: #(1 2) vectors: {VECTORS} maxTokens: 3 do: [ :text :event | ]": ["traits"],
     "c unloadModel: 'org/tiny'": ["unload_model"],
     # LMStudioCapture
     "k about": ["get_capture"],
@@ -208,7 +215,7 @@ ANYTHING = {
     "hook_points": [], "registered_hooks": [], "has_more": False, "data": [{"id": "job-1"}], "choices": [],
     "activations": {"mine/z": [], "pattern": []},
 }  # fmt: skip
-EVENTS = 'data: {"choices": []}\n\ndata: [DONE]\n\n'
+EVENTS = 'data: {"choices": [], "text": ""}\n\ndata: [DONE]\n\n'
 
 
 class Anything(dict):

@@ -4,14 +4,30 @@ from functools import partial
 
 from flask import Blueprint, Response
 
+from neuroscope_bridge import payload
+
 from .. import inference
 from ..description import described
+from ..downloads import large_json
 from ..errors import json_reply
-from ..schemas.replies import AttributionReply, LogitLensReply
-from ..schemas.requests import AttributionRequest, LogitLensRequest
-from ..transport import call, read, reader_gone, submit, worker
+from ..schemas.analysis import (
+    AttributionReply,
+    AttributionRequest,
+    LogitLensReply,
+    LogitLensRequest,
+    TraitsEvent,
+    TraitsReply,
+    TraitsRequest,
+)
+from ..trait_vectors import vectors_of
+from ..traits import WatchReply, watch
+from ..transport import call, config, event_stream, read, reader_gone, submit, worker
+from .generation import edits_of
 
 blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
+
+_FIRST_NUMBER = {"name": "first number", "layer": 1, "vector": payload.encode_vector([1.0] + [0.0] * 127)}
+"""Of the bundled model's stream, which is 128 wide: of an example."""
 
 
 @blueprint.post("/logit_lens")
@@ -46,3 +62,29 @@ def direct_logit_attribution() -> Response:
     loaded = worker().get(asked.model)
     work = partial(inference.direct_logit_attribution, loaded.model, asked)
     return json_reply({"model": loaded.model_id} | call(work, "direct_logit_attribution", loaded))
+
+
+@blueprint.post("/traits")
+@described(
+    TraitsRequest,
+    replies=TraitsReply,
+    event=TraitsEvent,
+    tags=["Analysis"],
+    errors=(404,),
+    job=True,
+    example={"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0, "vectors": [_FIRST_NUMBER]},
+)
+def traits() -> Response:
+    """How much of each trait the model shows, at each token of a prompt and of what it goes on to write."""
+    asked = read(TraitsRequest)
+    loaded = worker().get(asked.model)
+    vectors = vectors_of(asked, loaded.model, config().experiments)
+    edits = loaded.model.resolve_interventions(edits_of(asked.interventions))
+    job = submit(partial(watch, loaded, asked, vectors, edits), "traits", loaded, asked.user)
+    reply, results = WatchReply(loaded.model_id, vectors, asked), job.results(reader_gone())
+    if asked.stream:
+        return event_stream(reply.events(results), job)
+    try:
+        return large_json(reply.whole(results))
+    finally:
+        job.cancel()

@@ -15,7 +15,7 @@ from ..errors import ApiError
 from ..keeping import Keeping
 from ..models import LoadedModel
 from ..replies import Reply
-from ..schemas.requests import CaptureRequest, ChatRequest, GenerationRequest, HookRequest
+from ..schemas.requests import CaptureRequest, ChatRequest, GenerationRequest, HookRequest, InterventionRequest
 from ..transport import captures, config, event_stream, reader_gone, submit, worker
 
 
@@ -25,7 +25,9 @@ def answer(asked: GenerationRequest, prompt: inference.PromptSource) -> Response
     listed = isinstance(asked, CaptureRequest) and bool(asked.activation_hooks)
     with blame("activation_hooks", listed=listed):
         plan = loaded.model.resolve_hooks(_hooks(asked, loaded) if isinstance(asked, CaptureRequest) else [])
-    edits = loaded.model.resolve_interventions(_interventions(asked) if isinstance(asked, CaptureRequest) else [])
+    edits = loaded.model.resolve_interventions(
+        edits_of(asked.interventions if isinstance(asked, CaptureRequest) else [])
+    )
     kind = "chat.completion" if isinstance(asked, ChatRequest) else "text_completion"
     job = submit(lambda: inference.generate(loaded.model, asked, prompt, plan, edits), kind, loaded, asked.user)
     reply = Reply(asked, loaded.model_id, _keeping(asked, loaded))
@@ -83,10 +85,10 @@ def _blaming(results: Iterator[Any], hook_ids: Sequence[str], listed: bool) -> I
         yield from results
 
 
-def _interventions(asked: CaptureRequest) -> list[dict[str, Any]]:
-    """The request's interventions as the engine takes them: the data of their sources as arrays."""
+def edits_of(interventions: Sequence[InterventionRequest] | None) -> list[dict[str, Any]]:
+    """A request's interventions as the engine takes them: the data of their sources as arrays."""
     specs = []
-    for i, wanted in enumerate(asked.interventions or []):
+    for i, wanted in enumerate(interventions or []):
         # Not model_dump: it would copy and check each number of a long list.
         spec = {name: value for name, value in wanted if value is not None}
         if wanted.source is not None:

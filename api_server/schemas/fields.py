@@ -39,6 +39,12 @@ MAX_DIRECTIONS = 64
 MAX_PREDICTIONS = 200_000
 """Tokens that a reply of the logit lens lists, of all layers and positions together."""
 
+MAX_VECTORS = 256
+"""Traits that one request watches, given and stored ones together."""
+MAX_SCORES = 1_000_000
+"""Numbers that a reply about traits may come to: one per token and trait."""
+MAX_LAYERS = 10_000
+
 MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
 MAX_RANGE_LENGTH = 10_000
@@ -307,6 +313,64 @@ PromptPositions = Annotated[
     Any,
     BeforeValidator(must(lambda value: value == "all" or _is_selection(value), _ALL_POSITIONS)),
     WithJsonSchema({"anyOf": [{"const": "all"}, _INDEX, _INDICES, _INTERVAL], "description": _ALL_POSITIONS}),
+]
+
+
+FOLDER_RULE = f"1 to {MAX_ID_LENGTH} printable characters without '/' and '\\', and no '.' at the beginning"
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether ``text`` can name one folder in another, and nothing else."""
+    return (
+        0 < len(text) <= MAX_ID_LENGTH
+        and text.isprintable()
+        and not text.startswith(".")
+        and not {"/", "\\"} & set(text)
+    )
+
+
+FolderName = Annotated[
+    str,
+    AfterValidator(must(is_folder_name, FOLDER_RULE)),
+    WithJsonSchema({"type": "string", "pattern": r"^[^./\\][^/\\]*$", "maxLength": MAX_ID_LENGTH}),
+]
+
+_LARGEST = 3.4028234663852886e38  # of float32
+
+
+def _is_vector(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(name in value for name in _VECTOR_RECORD["required"])
+    return isinstance(value, list) and bool(value) and all(_is_float32(number) for number in value)
+
+
+def _is_float32(value: Any) -> bool:
+    # nan is not between them.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+_VECTOR_RECORD: dict[str, Any] = {
+    "type": "object",
+    "description": "an array as this server sends them; other fields of an activation record may be there",
+    "required": ["shape", "dtype", "encoding", "data"],
+}
+_VECTOR = "a list of finite numbers that float32 can hold, or an object with shape, dtype, encoding and data"
+Vector = Annotated[
+    Any,
+    BeforeValidator(must(_is_vector, _VECTOR)),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "array",
+                    "items": {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
+                    "minItems": 1,
+                },
+                _VECTOR_RECORD,
+            ],
+            "description": _VECTOR,
+        }
+    ),
 ]
 
 

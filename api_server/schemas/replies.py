@@ -457,7 +457,7 @@ class CompletionCaptureEvent(CapturedEvent, CompletionEvent):
     """One event of a completion with activations."""
 
 
-# -- hooks and analysis -----------------------------------------------------------------------------------------------
+# -- hooks ------------------------------------------------------------------------------------------------------------
 
 
 class HooksRegisteredReply(Reply):
@@ -489,49 +489,3 @@ class HooksClearedReply(Reply):
 class HookRemovedReply(Reply):
     status: Literal["hook_removed"]
     hook_id: str
-
-
-class Prediction(Reply):
-    token_id: int
-    token: str
-    probability: float | None
-
-
-class LayerPredictions(Reply):
-    layer: int
-    hook_point: str
-    position: int
-    head: int | None = Field(description="The head whose part was read; null for a whole value.")
-    pass_index: int = Field(description="Which pass, of a layer that runs several times.")
-    predictions: list[Prediction]
-    values: list[float | None] = Field(description="One per entry of `token_directions`.")
-
-
-class LogitLensReply(Reply):
-    model: str
-    position: int | None = Field(description="null where several were asked for.")
-    token: str | None
-    positions: list[int]
-    prompt_tokens: list[int]
-    token_strings: list[str]
-    layers: list[LayerPredictions] = Field(description="By layer, component, head and position.")
-
-
-class ContributionReply(Reply):
-    name: str
-    layer: int | None
-    head: int | None
-    values: list[float | None] = Field(description="One per position.")
-
-
-class AttributionReply(Reply):
-    model: str
-    positions: list[int]
-    prompt_tokens: list[int]
-    token_strings: list[str]
-    tokens: list[int] = Field(description="The token, or the pair, as ids.")
-    contributions: list[ContributionReply]
-    logits: list[float | None] = Field(description="What they add up to, per position, before a soft cap.")
-    deviation: float | None = Field(description="How far the sums are off at most.")
-    cap: float | None = Field(description="The model's soft cap on logits.")
-    notes: dict[str, str] = Field(description="By layer: why its heads are not told apart.")

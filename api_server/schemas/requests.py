@@ -10,12 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from mlx_hooks.analysis.logit_lens import HEADS, component_of
-
 from .fields import (
     DEFAULT_MAX_TOKENS,
     MAX_CHOICES,
-    MAX_COMPONENTS,
     MAX_CONTENT_PARTS,
     MAX_HOOKS,
     MAX_ID_LENGTH,
@@ -24,11 +21,8 @@ from .fields import (
     MAX_PROMPTS,
     MAX_SEED,
     MAX_TEXT_LOGPROBS,
-    MAX_TOKEN_ID,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
-    Direction,
-    Directions,
     Heads,
     HookId,
     LogitBias,
@@ -38,7 +32,6 @@ from .fields import (
     OrNull,
     Positions,
     Prompt,
-    PromptPositions,
     Request,
     Selection,
     Source,
@@ -50,9 +43,9 @@ from .fields import (
     only,
 )
 
-_MODEL = "A loaded model's id; by default the model loaded last."
-_LIMIT = f"The most tokens to generate; {DEFAULT_MAX_TOKENS} by default."
-_CHAT = "A chat, as the model's template writes it."
+MODEL = "A loaded model's id; by default the model loaded last."
+LIMIT = f"The most tokens to generate; {DEFAULT_MAX_TOKENS} by default."
+CHAT = "A chat, as the model's template writes it."
 _LAYER_NAME = "A block, such as `transformer.h.5` or `*` for all; `transformer.wte`; `transformer.ln_f`."
 _COMPONENT = (
     "`residual`, `attention`, `mlp`, `embedding`, `layernorm`, `query`, `key`, `value`, `attention_scores` or "
@@ -198,12 +191,11 @@ class StreamOptions(Request):
     include_obfuscation: Annotated[Any, only(False, None)] = None
 
 
-class GenerationRequest(Request):
-    """What all four ways to generate have in common. A number that is null is the default."""
+class SamplingRequest(Request):
+    """How one text is generated. A number that is null is the default."""
 
-    model: Name | None = Field(None, description=_MODEL)
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description=_LIMIT)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="The same as `max_tokens`.")
+    model: Name | None = Field(None, description=MODEL)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description=LIMIT)
     temperature: Annotated[Temperature, OrNull()] = Field(0.7, description="0 takes the likeliest token.")
     top_p: Annotated[float, OrNull()] = Field(
         1.0, gt=0, le=1, description="Draw among the likeliest tokens that have this probability together."
@@ -227,16 +219,31 @@ class GenerationRequest(Request):
         0.0, ge=-2, le=2, description="A token's logit loses this once the token was generated."
     )
     logit_bias: LogitBias | None = Field(None, description="Token ids, each with what is added to its logit.")
-    n: Annotated[int, OrNull()] = Field(
-        1, ge=1, le=MAX_CHOICES, description="How many choices; choice i draws with `seed` + i."
-    )
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="The same seed gives the same text.")
     stop: Stop | None = Field(None, description="The text ends before the one that is complete first.")
     stream: Annotated[bool, OrNull()] = Field(False, description="Answer with server-sent events.")
-    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
     user: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(
         None, description="Who asks: users of one address are served by turns."
     )
+
+    @property
+    def token_limit(self) -> int:
+        """The most tokens to generate."""
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def stop_texts(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+
+
+class GenerationRequest(SamplingRequest):
+    """What all four ways to generate have in common."""
+
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS, description="The same as `max_tokens`.")
+    n: Annotated[int, OrNull()] = Field(
+        1, ge=1, le=MAX_CHOICES, description="How many choices; choice i draws with `seed` + i."
+    )
+    stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
 
     response_format: Annotated[Any, only({"type": "text"}, None)] = None
     tools: Annotated[Any, only([], None)] = None
@@ -275,10 +282,6 @@ class GenerationRequest(Request):
         """The most tokens to generate, under whichever of its names it came."""
         given = (limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None)
         return next(given, DEFAULT_MAX_TOKENS)
-
-    @property
-    def stop_texts(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
 
 class ChatRequest(GenerationRequest):
@@ -351,7 +354,7 @@ class CaptureRequest(GenerationRequest):
     """What capturing adds; ``max_tokens: 0`` only reads the prompt. There is one answer, whose activations come."""
 
     n: Annotated[Any, only(1), OrNull()] = Field(1, description="There is one answer.")
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description=f"{_LIMIT} 0 only reads the prompt.")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description=f"{LIMIT} 0 only reads the prompt.")
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="The same as `max_tokens`.")
     activation_hooks: list[HookRequest] | None = Field(
         None, max_length=MAX_HOOKS, description="What to capture; without any, what the registered hooks do."
@@ -398,7 +401,7 @@ class RegisterHooksRequest(Request):
     hooks: list[HookRequest] = Field(
         min_length=1, max_length=MAX_HOOKS, description="One with a known id takes that one's place."
     )
-    model: Name | None = Field(None, description=_MODEL)
+    model: Name | None = Field(None, description=MODEL)
 
 
 class TokenizeRequest(Request):
@@ -407,8 +410,8 @@ class TokenizeRequest(Request):
     model_config = ConfigDict(json_schema_extra=one_of(("text",), ("messages",)))
 
     text: str | None = Field(None, description="A text.")
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description=_CHAT)
-    model: Name | None = Field(None, description=_MODEL)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description=CHAT)
+    model: Name | None = Field(None, description=MODEL)
 
     @model_validator(mode="after")
     def _one_source(self) -> "TokenizeRequest":
@@ -425,61 +428,4 @@ class DetokenizeRequest(Request):
     """``POST /v1/detokenize``"""
 
     tokens: list[TokenId] = Field(description="Token ids.")
-    model: Name | None = Field(None, description=_MODEL)
-
-
-class PromptRequest(Request):
-    """A prompt to analyse: one of ``prompt`` and ``messages``."""
-
-    model_config = ConfigDict(json_schema_extra=one_of(("prompt",), ("messages",)))
-
-    prompt: Prompt | None = Field(None, description="A text, or token ids.")
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES, description=_CHAT)
-    model: Name | None = Field(None, description=_MODEL)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "PromptRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError("one_source", "Exactly one of 'prompt' and 'messages' is required")
-        return self
-
-    @property
-    def source(self) -> "str | list[int] | list[ChatMessage]":
-        return self.prompt if self.prompt is not None else self.messages or []
-
-
-class LogitLensRequest(PromptRequest):
-    """``POST /v1/analysis/logit_lens``: one of ``prompt`` and ``messages``; ``position`` may count from the end."""
-
-    top_k: Annotated[int, OrNull()] = Field(5, ge=1, le=1000, description="How many tokens of each layer.")
-    position: Annotated[int, OrNull()] = Field(
-        -1, ge=-MAX_TOKEN_ID, le=MAX_TOKEN_ID, description="Of the prompt's tokens; negative ones count from the end."
-    )
-    positions: Annotated[PromptPositions, OrNull()] = Field(
-        None, description="Several, or `all`, in the place of `position`."
-    )
-    components: Annotated[list[Name], Field(min_length=1, max_length=MAX_COMPONENTS), OrNull()] = Field(
-        ["resid_post"], description="What is read: `resid_post`, `resid_mid`, `attn_out`, `mlp_out`, `heads` and so on."
-    )
-    norm: Annotated[Literal["own", "final"], OrNull()] = Field(
-        "own", description="The last norm's statistics: of what it reads, or as they are at the model's end."
-    )
-    apply_norm: Annotated[bool, OrNull()] = Field(True, description="false reads without the last norm.")
-    token_directions: Annotated[Directions, OrNull()] = Field(
-        None, description="Tokens, or pairs of them, whose logits, or differences, each row tells in `values`."
-    )
-    apply_softmax: Annotated[bool, OrNull()] = Field(False, description="`values` are of probabilities, not logits.")
-
-    @property
-    def is_brief(self) -> bool:
-        """Whether it takes no longer than reading the prompt once."""
-        return self.positions is None and HEADS not in map(component_of, self.components)
-
-
-class AttributionRequest(PromptRequest):
-    """``POST /v1/analysis/direct_logit_attribution``: one of ``prompt`` and ``messages``."""
-
-    token_directions: Direction = Field(description="One token, or one pair of them, in a list.")
-    positions: Annotated[PromptPositions, OrNull()] = Field(
-        None, description="Of the prompt's tokens; the last by default."
-    )
+    model: Name | None = Field(None, description=MODEL)

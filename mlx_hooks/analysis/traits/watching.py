@@ -30,6 +30,7 @@ class TraitStep:
         scores: [pos, trait], float32: of the state at each token, which has read it.
         finish_reason: with the last step "stop" (an end token or a stop string) or "length"; else None.
         interventions: with the last step, a receipt per intervention.
+        text: of the response, what became certain with this token; without an end token and a stop string.
     """
 
     positions: range
@@ -39,6 +40,7 @@ class TraitStep:
     scores: np.ndarray
     finish_reason: str | None
     interventions: tuple[InterventionReceipt, ...] = ()
+    text: str = ""
 
 
 def watch_traits(
@@ -116,6 +118,7 @@ def _steps(
     spelling = TokenText(model.tokenizer)
     ids = list(prompt)
     begins = 0
+    text = ""
     for step in steps:
         scores = _scores(step.activations, capture, vectors)
         read = range(begins, len(ids))
@@ -129,7 +132,9 @@ def _steps(
             scores=scores,
             finish_reason=step.finish_reason,
             interventions=step.interventions,
+            text=text,
         )
+        text = step.text
         if step.token is not None:
             ids.append(step.token)
 
