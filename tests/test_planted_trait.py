@@ -14,6 +14,7 @@ from mlx_hooks import (
     capture_single_layer,
     extract_vectors,
     monitor_dynamics,
+    steer,
     watch_traits,
 )
 from mlx_hooks.analysis.traits.vectors import METHODS
@@ -138,6 +139,19 @@ def test_steering_one_position_moves_that_one(exact: HookedModel) -> None:
     (moved,) = watch_traits(exact, PROMPT, [vector], max_tokens=0, normalize=False, interventions=steered)
     square = float((vector.vector.astype(np.float64) ** 2).sum())
     np.testing.assert_array_equal((moved.scores - plain.scores)[:, 0], 2 * square * (np.arange(9) == 4))
+
+
+def test_a_steered_answer_is_measured_by_the_shift_that_it_has_to_have(exact: HookedModel) -> None:
+    vector = planted_vector()
+    runs = steer(exact, PROMPT, vector, [-2.0, 0.0, 1.5], measured=[planted_vector(i) for i in range(4)], max_tokens=6)
+    for run in runs:
+        said = " ".join([PROMPT, *(token.strip() for token in run.tokens)])
+        for layer, found in enumerate(run.measured):
+            moved = run.coefficient * LENGTH if layer >= EXACT.layer else 0.0
+            assert found.forced_shift == pytest.approx(moved, abs=1e-4)
+            # What it said is read as the closed form has it, and as much further along as was added.
+            own = np.concatenate([found.scores[part] for part in ("prompt", "response")])
+            np.testing.assert_allclose(own, EXACT.scores(said, layer) + moved, atol=1e-4)
 
 
 # Making vectors.
