@@ -651,7 +651,7 @@ def test_the_model_is_the_one_that_the_vectors_name(tiny: HookedModel, experimen
     other = replace(vector_of(tiny, "polite", 1), metadata={"model": "another"})
     other.save(experiment.folder / "polite" / "extraction" / "vectors")
     with pytest.raises(
-        HookError, match="The vectors name another, neuroscope-tiny: say which model to take \(--model\)."
+        HookError, match=r"The vectors name another, neuroscope-tiny: say which model to take \(--model\)."
     ):
         CaptureBatch(experiment.traits(), PROMPTS).model_name()
     replace(other, metadata={}).save(experiment.folder / "polite" / "extraction" / "vectors")
