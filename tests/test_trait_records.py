@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -592,6 +593,17 @@ def test_an_interrupted_write_leaves_whole_files_only(
             run(experiment, tiny, prompts)
         assert captures(experiment) == made
     assert len(written) == 2
+
+
+def test_what_killed_writers_left_is_cleared(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    made = captures(experiment)
+    left = [path / ".prompt_0.0000.writing.safetensors" for path in experiment.folder.glob("*/inference/*")]
+    for path in left:
+        path.write_bytes(b"half of it")
+        os.utime(path, (0, 0))
+    run(experiment, tiny, PROMPTS[:1], skip_existing=True)
+    assert captures(experiment) == made
 
 
 def test_a_disk_that_is_full_fails_one_file_and_keeps_the_old_one(
