@@ -214,6 +214,7 @@ def test_classes_that_do_not_scatter_are_separated_without_end(method: str) -> N
     assert cosine(found.vector, np.ones(8)) > 1 - 1e-6
     assert found.accuracy == 1
     assert found.effect_size is None
+    json.dumps(found.notes, allow_nan=False)
     assert judge(found.vector, found.threshold, positive, positive) == (0.5, 0.0)
 
 
@@ -719,6 +720,31 @@ def test_what_cannot_be_extracted_is_one_line(
     shown = capsys.readouterr().err
     assert message in shown
     assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("raised", "status"), [(RuntimeError("no memory"), 1), (KeyboardInterrupt(), 130)])
+def test_what_anything_raises_is_told_with_its_trait(
+    raised: BaseException,
+    status: int,
+    experiment: Experiment,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    vectors = Examples.vectors
+
+    def failing(self: Examples, model: HookedModel, trait: str, *rest: Any, **options: Any) -> list[TraitVector]:
+        if trait == "capital":
+            raise raised
+        return vectors(self, model, trait, *rest, **options)
+
+    monkeypatch.setattr(Examples, "vectors", failing)
+    assert neuroscope(experiment, "extract", "--all-traits", "--methods", "mean_diff") == status
+    shown = capsys.readouterr()
+    if status == 1:
+        assert "neuroscope: capital: RuntimeError: no memory\n" in shown.err
+        assert shown.out.splitlines()[-1] == "1 done, 0 skipped, 2 failed"
+    else:
+        assert shown.err.splitlines()[-1] == "neuroscope: interrupted; the vectors that were written are whole"
 
 
 def test_an_unwritable_folder_is_one_line_and_others_are_done(

@@ -263,7 +263,7 @@ class Examples:
         }
         seed = self.recipe["seed"]
         made = []
-        for layer, method in wanted:
+        for layer, method in tqdm(wanted, desc=f"{trait}, fitting", unit="vector", disable=not progress):
             at = layers.index(layer)
             try:
                 found = fit(method, positive[:, at], negative[:, at], seed)

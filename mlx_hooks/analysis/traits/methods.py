@@ -171,7 +171,8 @@ def _ica(positive: np.ndarray, negative: np.ndarray, seed: int) -> _Found:
         above, below = sources[: len(positive)], sources[len(positive) :]
         pooled = np.sqrt((above.var(axis=0) + below.var(axis=0)) / 2)
         distance = above.mean(axis=0) - below.mean(axis=0)
-        separation = np.abs(distance) / np.maximum(pooled, np.finfo(np.float64).tiny)
+        # Finite also where a source is one number in each class.
+        separation = np.abs(distance) / np.maximum(pooled, np.finfo(np.float64).eps)
         chosen = int(np.argmax(separation))
         if separation[chosen] > best:
             best = float(separation[chosen])

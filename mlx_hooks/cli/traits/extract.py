@@ -1,6 +1,7 @@
 """``neuroscope traits extract``: vectors of a trait from its two files of prompts."""
 
 import argparse
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,11 +74,18 @@ def run(options: argparse.Namespace) -> int:
     identity = ModelIdentity.of(model)
     failed: Failures = []
     done = 0
-    for trait in traits:
-        try:
-            done += _extract(trait, model, identity, wanted, options)
-        except HookError as error:
-            failed.append((trait.name, str(error)))
+    try:
+        for trait in traits:
+            try:
+                done += _extract(trait, model, identity, wanted, options)
+            except HookError as error:
+                failed.append((trait.name, str(error)))
+            except Exception as error:
+                # Models are others' code, and what they raise is theirs too.
+                failed.append((trait.name, f"{type(error).__name__}: {error}"))
+    except KeyboardInterrupt:
+        sys.stderr.write("neuroscope: interrupted; the vectors that were written are whole\n")
+        return 130
     print(f"{done} done, {len(traits) - done - len(failed)} skipped, {len(failed)} failed")
     return report(failed)
 
