@@ -288,7 +288,7 @@ def test_the_command_of_the_guide(root: Path, capsys: pytest.CaptureFixture[str]
     lines = said.out.splitlines()
     assert lines[0] == f"> {CAPITAL}"
     assert lines[1] == "  Paris is the capital of France"
-    assert lines[2].split() == ["trait", "vector", "committed", "at", "peak", "lasts", "fastest", "mean", "step"]
+    assert lines[2].split()[:6] == ["trait", "vector", "committed", "at", "peak", "persistence"]
     assert "probe, layer 2" in lines[3]
     assert len(lines[4].strip()) == 6
     assert lines[-2:] == [f"Written: {written}", "Done: 1 of 1 prompts, traits retrieval, serial"]
@@ -348,6 +348,18 @@ def test_what_the_command_cannot_do_is_one_line(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+    assert not list(root.rglob("*.json"))
+
+
+def test_an_interrupted_run_writes_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_hooks.analysis.traits.monitoring.watch_traits", interrupt)
+    assert main(told(root, "--traits", "serial")) == 130
+    assert capsys.readouterr().err == "neuroscope: interrupted; nothing was written\n"
     assert not list(root.rglob("*.json"))
 
 

@@ -13,7 +13,16 @@ from matplotlib.axes import Axes
 
 from mlx_hooks import HookedModel, HookError, TraitVector, monitor_dynamics, steer, trait_dynamics
 from mlx_hooks.analysis.traits.capture import SUBLAYERS, capture_all_layers
-from mlx_hooks.analysis.traits.plots import Chart, LayerChart, ScoreChart, SteeredScores, SteeringChart, page_of, svg
+from mlx_hooks.analysis.traits.plots import (
+    Chart,
+    LayerChart,
+    ScoreChart,
+    SteeredScores,
+    SteeringChart,
+    TraitScores,
+    page_of,
+    svg,
+)
 from mlx_hooks.analysis.traits.plots.files import charts_of
 from mlx_hooks.analysis.traits.plots.steered import _apart
 from mlx_hooks.analysis.traits.records import write_record
@@ -57,7 +66,7 @@ def entry(n_traits: int = 1, tokens: str = "response", prompt: list[str] = ODD) 
     for i in range(n_traits):
         scores = {"prompt": [0.5] * len(prompt), "response": [score * 10**i for score in RESPONSE]}
         followed = scores["response"] if tokens == "response" else scores["prompt"] + scores["response"]
-        traits[f"trait <{i}>"] = {"probe": {
+        traits[f"trait <u>{i}"] = {"probe": {
             "layer": i, "vector_path": None, "norm": 1.0, "threshold": None if i else 2.0, "scores": scores,
             "dynamics": {"tokens": tokens, **trait_dynamics(followed).to_dict()},
         }}  # fmt: skip
@@ -86,7 +95,7 @@ def test_a_page_stands_alone_and_escapes_what_tokens_hold() -> None:
     text = page_of("a <title>", every_chart(), "about & <b>")
     page = Page(text)
     assert page.open == []
-    assert not {"script", "link", "img", "b", "i", "prompt"} & {tag for tag, _, _ in page.found}
+    assert not {"script", "link", "img", "b", "i", "u", "prompt"} & {tag for tag, _, _ in page.found}
     assert "http" not in text
     assert "\x1b" not in text
     assert "prefers-color-scheme: dark" in text
@@ -127,11 +136,11 @@ def test_figures_and_all_scores_can_be_read_without_the_drawing() -> None:
     page = Page(ScoreChart.of(entry(2)).html())
     cells = [text for _, text in page.of("td")]
     assert cells[:9] == [
-        "trait <0>", "probe, layer 0", "response 2: t2", "4 at response 2: t2", "2", "3", "3", "1.33", "0.1",
+        "trait <u>0", "probe, layer 0", "response 2: t2", "4 at response 2: t2", "2", "3", "3", "1.33", "0.1",
     ]  # fmt: skip
     assert cells[-4:] == ["response 6", "t6", "3", "30"]
     assert [text for _, text in page.of("p") if "boundary" in text] == [
-        "trait <0> (probe, layer 0): red above the class boundary, blue below"
+        "trait <u>0 (probe, layer 0): red above the class boundary, blue below"
     ]
     # The text on coloured ground: 4 is the furthest from the boundary, 2; 1.5 lies below it.
     spans = page.of("span")[: len(ODD) + len(RESPONSE)]
@@ -173,6 +182,30 @@ def test_a_layer_chart_s_colours_part_at_zero() -> None:
     assert float(frame[0]["y"] or "") == pytest.approx(places[3], abs=0.1)
     assert [text for _, text in page.of("title")][:2] == ["layer 0, 0: a\n1", "layer 0, 1: <b>\n-2"]
     assert [text for _, text in page.of("td")][-4:] == ["2", "$x$", "0", "-8"]
+
+
+def test_a_first_token_far_from_all_others_does_not_hide_them() -> None:
+    """The stream at the first token is many times longer in most models."""
+    values = np.array([[900.0, -2.0, 1.0], [-50.0, 0.5, 4.0]])
+    chart = LayerChart("t", ["<bos>", "a", "b"], 1, values)
+    assert chart.limits == [4, 4]
+    assert LayerChart("t", ["<bos>", "a", "b"], 1, values, per_layer=True).limits == [2, 4]
+    page = Page(chart.html())
+    assert [attributes["style"] for attributes, _ in page.of("rect", "cell")][:2] == [
+        "--share: 1.000",
+        "--share: 0.500",
+    ]
+    assert [text for _, text in page.of("text") if "≥" in text or "≤" in text] == ["≤ -4", "≥ 4"]
+    assert chart.png()
+    plain = entry(prompt=["<bos>", "a"])
+    plain["traits"]["trait <u>0"]["probe"]["scores"]["prompt"] = [-900.0, 0.5]
+    y = [float(attributes["cy"] or "") for attributes, _ in Page(ScoreChart.of(plain).html()).of("circle")]
+    others = Page(ScoreChart.of(entry(prompt=["<bos>", "a"])).html()).of("circle")
+    assert y[1:] == [float(attributes["cy"] or "") for attributes, _ in others][1:]
+    assert y[0] > max(y[1:])
+    # Unless it is what is marked.
+    found = TraitScores("t", "s", [-900.0, 0.5, 1.0, 2.0], peak=0)
+    assert found.scale(0, 1).low < -900 < TraitScores("t", "s", [-900.0, 0.5, 1.0, 2.0], peak=3).scale(0, 1).low
 
 
 def test_steering_is_drawn_by_coefficient_and_by_token() -> None:
@@ -309,7 +342,7 @@ def files(tiny: HookedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("files")
     found: dict[str, Any] = {
         "dynamics": monitor_dynamics(tiny, ["Write a story", "Hello"], [vector()], max_tokens=6),
-        "steering": steer(tiny, "Hello", vector(), [2], measured=[vector(), vector(3)], max_tokens=3).to_dict(),
+        "steering": steer(tiny, "Hello", vector(), [2, -3], measured=[vector(), vector(3)], max_tokens=3).to_dict(),
     }
     for name, plain in found.items():
         (folder / f"{name}.json").write_text(json.dumps(plain))
@@ -331,6 +364,18 @@ def test_a_capture_s_chart_holds_its_projections(tiny: HookedModel, files: dict[
             assert chart.n_prompt == record["prompt"]["n_tokens"]
             assert (chart.own_layer, chart.unit) == (2, "h.v/|v|")
             assert chart.title == f"t (probe, layer 2), {sublayer}, on “Hello”"
+
+
+def test_a_steering_s_chart_is_by_growing_coefficient(files: dict[str, Path]) -> None:
+    plain = json.loads(files["steering.json"].read_text())
+    for i, chart in enumerate(charts_of(files["steering.json"])):
+        assert isinstance(chart, SteeringChart)
+        assert [run.coefficient for run in chart.runs] == [-3, 0, 2]
+        assert chart.runs[0].text == plain["runs"][2]["text"]
+        forced = plain["runs"][2]["measured"][i]["forced_scores"]
+        assert chart.runs[0].scores == [*forced["prompt"], *forced["response"]]
+        assert chart.tokens == [*plain["prompt"]["tokens"], *plain["runs"][0]["tokens"]]
+        assert chart.title == f"t (probe, layer {(2, 3)[i]}) while t is added at layer 2, on “Hello”"
 
 
 def test_the_command_draws_each_kind_of_file_by_its_content(files: dict[str, Path], tmp_path: Path) -> None:

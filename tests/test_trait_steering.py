@@ -117,6 +117,18 @@ def test_the_same_words_are_steered_where_generation_was(tiny: HookedModel, plac
     np.testing.assert_allclose(run - still, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("place", [{"phase": "decode"}, {"positions": [2, 25]}, {"positions": {"start": 4}}])
+def test_a_text_that_ended_early_is_steered_as_far_as_it_goes(tiny: HookedModel, place: dict[str, Any]) -> None:
+    along = vector(3)
+    found = steer(tiny, "What is the capital of France ?", along, [1], max_tokens=40, temperature=0, **place)
+    still, run = (one.measured[0].forced_scores for one in found)
+    assert len(still["response"]) == 8
+    moved = [np.subtract(run[part], still[part]) / along.norm for part in ("prompt", "response")]
+    whole = np.concatenate(moved)
+    due = {"phase": range(10, 18), "positions": range(4, 18) if "start" in str(place) else [2]}[next(iter(place))]
+    np.testing.assert_allclose(whole, [i in due for i in range(18)], atol=1e-4)
+
+
 def test_a_vector_can_be_added_at_another_layer(tiny: HookedModel) -> None:
     along, at_0 = vector(3), vector(0)
     found = steer(tiny, STORY, along, [2], layer=0, measured=[along, at_0], max_tokens=4)

@@ -139,7 +139,7 @@ class CaptureBatch:
         names = {str(_first(vectors).metadata.get("model") or "") for _, vectors in self._traits}
         if len(names) != 1 or "" in names:
             told = f"name {', '.join(sorted(names - {''}))}" if names - {""} else "name none"
-            raise HookError(f"The vectors {told}: say which model to take.", field="model")
+            raise HookError(f"The vectors {told}: say which model to take (--model).", field="model")
         return names.pop()
 
     def run(self, model: HookedModel, *, progress: bool = True) -> list[Outcome]:

@@ -73,10 +73,17 @@ def monitor_dynamics(
     prompts: Sequence[str],
     vectors: Sequence[TraitVector],
     *,
+    max_tokens: int = 50,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int | None = 0,
+    tokens: str = "response",
+    threshold: float = THRESHOLD,
+    relative: bool = False,
+    stays_below: bool = False,
     interventions: Interventions = (),
     errors: str = "raise",
     progress: bool = False,
-    **settings: Any,
 ) -> dict[str, Any]:
     """Scores and dynamics of traits on prompts, each trait at its own layer.
 
@@ -87,10 +94,10 @@ def monitor_dynamics(
     Args:
         prompts: texts, each put to the model as a vector's ``chat`` says.
         vectors: of a trait and a method at most one.
+        max_tokens, temperature, top_p, seed, tokens, threshold, relative, stays_below: see :class:`Monitoring`.
         interventions: edits that are made while the model answers; the scores show the edited stream.
         errors: "raise" what goes wrong, or "collect" it under "failed" and do the rest.
         progress: show a progress bar on the error stream.
-        settings: see :class:`Monitoring`.
 
     Returns:
         plain JSON values: ``metadata``; ``results``, one for each prompt and way of putting it, with ``prompt``,
@@ -102,7 +109,7 @@ def monitor_dynamics(
         HookError: for prompts or vectors that are none, two vectors of one trait and method, a vector of another model,
             a prompt that is empty or too long, and settings that are not allowed.
     """
-    asked = Monitoring(**settings)
+    asked = Monitoring(max_tokens, temperature, top_p, seed, tokens, threshold, relative, stays_below)
     if errors not in ("raise", "collect"):
         raise HookError(f"errors is 'raise' or 'collect', got {errors!r}.", field="errors")
     if isinstance(prompts, str) or not prompts:
@@ -119,9 +126,9 @@ def monitor_dynamics(
             _fail(failed, [vector], None, error, errors)
     results = []
     for i, prompt in enumerate(tqdm(prompts, desc="prompts", unit="prompt", disable=not progress)):
-        for tokens, group in _renderings(model, i, prompt, usable, failed, errors):
+        for ids, group in _renderings(model, i, prompt, usable, failed, errors):
             try:
-                results.append({"prompt_index": i, **_answer(model, prompt, tokens, group, asked, plan)})
+                results.append({"prompt_index": i, **_answer(model, prompt, ids, group, asked, plan)})
             except HookError as error:
                 _fail(failed, group, i, error, errors)
     metadata = {

@@ -3,7 +3,7 @@
 1. For each coefficient the model answers the same prompt with the same seed, with ``coefficient * v`` added at a
    layer. Its own words then differ, and so do the scores for that reason too.
 2. So the tokens of coefficient 0 are read once more under each coefficient: the shift of their scores is the vector's
-   doing alone. At the layer where v is added it is exactly ``coefficient * |v|`` along v, whatever the tokens are.
+   doing alone. At the layer where v is added, if layers run once, it is exactly ``coefficient * |v|`` along v.
 """
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ from .options import (
     add_prompts,
     add_sampling,
     check_pictures,
+    interrupted,
     listed,
     load_model,
     prompts_of,
@@ -80,7 +81,12 @@ def run(options: argparse.Namespace) -> int:
     vectors, failed = _vectors(options, experiment)
     if vectors:
         model = load_model(options, vectors)
-        found = monitor_dynamics(model, prompts, vectors, errors="collect", progress=sys.stderr.isatty(), **settings)
+        try:
+            found = monitor_dynamics(
+                model, prompts, vectors, errors="collect", progress=sys.stderr.isatty(), **settings
+            )
+        except KeyboardInterrupt:
+            return interrupted()
         found["metadata"]["experiment"] = experiment.name
         failed += [(_who(one), one["error"]) for one in found["failed"]]
         found["failed"] = [{"what": what, "error": error} for what, error in failed]
@@ -131,7 +137,7 @@ def _who(failed: Mapping[str, Any]) -> str:
     return f"{failed['trait']} ({failed['method']})" + ("" if prompt is None else f", prompt {prompt}")
 
 
-_HEADS = ("trait", "vector", "committed at", "peak", "lasts", "fastest", "mean step")
+_HEADS = ("trait", "vector", "committed at", "peak", "persistence", "in all", "fastest step", "mean step")
 
 
 def _shown(entry: Mapping[str, Any]) -> str:
@@ -159,6 +165,6 @@ def _figures(method: str, found: Mapping[str, Any], tokens: Sequence[str]) -> li
         f"{method}, layer {found['layer']}",
         "never" if commitment is None else f"{commitment} {shortened(tokens[commitment], 12)}",
         "none" if peak is None else f"{peak['score']:.3g} at {peak['index']} {shortened(tokens[peak['index']], 12)}",
-        f"{dynamics['persistence']} of {dynamics['persistence_total']}",
+        *(str(dynamics[key]) for key in ("persistence", "persistence_total")),
         *("-" if dynamics[key] is None else f"{dynamics[key]:.3g}" for key in ("peak_velocity", "avg_velocity")),
     ]

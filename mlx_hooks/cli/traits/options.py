@@ -24,6 +24,12 @@ def report(failed: Failures) -> int:
     return 1 if failed else 0
 
 
+def interrupted() -> int:
+    """Say that a run was broken off before anything was written; answers the exit status."""
+    sys.stderr.write("neuroscope: interrupted; nothing was written\n")
+    return 130
+
+
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiment", required=True, metavar="NAME", help="folder of traits below --root")
     parser.add_argument(

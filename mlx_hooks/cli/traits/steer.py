@@ -14,6 +14,7 @@ from .options import (
     add_pictures,
     add_sampling,
     check_pictures,
+    interrupted,
     listed,
     load_model,
     report,
@@ -60,16 +61,12 @@ def run(options: argparse.Namespace) -> int:
     vector = experiment.trait(options.trait).find(method=options.method, layer=options.layer)
     names = None if options.measure is None else listed(options.measure)
     measured = None if names is None else [experiment.trait(name).find() for name in names]
-    found = steer(
-        load_model(options, [vector]),
-        options.prompt,
-        vector,
-        coefficients,
-        layer=options.at_layer,
-        measured=measured,
-        phase=options.phase,
-        **sampling_of(options),
-    )
+    model = load_model(options, [vector])
+    place = {"layer": options.at_layer, "measured": measured, "phase": options.phase}
+    try:
+        found = steer(model, options.prompt, vector, coefficients, **place, **sampling_of(options))
+    except KeyboardInterrupt:
+        return interrupted()
     plain = found.to_dict()
     print(_shown(plain))
     if options.json is not None:
@@ -87,8 +84,8 @@ def _numbers(text: str) -> list[float]:
 
 
 def _shown(plain: dict[str, Any]) -> str:
-    """A table of scores for each measured trait, and the texts."""
-    about, runs = plain["metadata"], plain["runs"]
+    """A table of scores for each measured trait, and the texts, by growing coefficient."""
+    about, runs = plain["metadata"], sorted(plain["runs"], key=lambda run: float(run["coefficient"]))
     where = f"{about['trait']} ({about['method']}, layer {about['vector_layer']}), |v| {about['norm']:.4g}"
     lines = [f"> {one_line(plain['prompt']['text'])}", f"  adding {where} at layer {about['layer']}"]
     for i, one in enumerate(runs[0]["measured"]):

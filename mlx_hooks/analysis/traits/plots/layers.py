@@ -78,8 +78,15 @@ class LayerChart:
     @property
     def limits(self) -> list[float]:
         """Where each layer's colours end, above 0 and below."""
-        largest = np.abs(self.values).max(axis=1)
-        return (largest if self.per_layer else np.full(len(largest), largest.max())).tolist()
+        distances = np.abs(self.values)
+        if self.per_layer:
+            return [svg.limit_of(row) for row in distances.tolist()]
+        return [svg.limit_of(distances.max(axis=0).tolist())] * len(distances)
+
+    @property
+    def _goes_beyond(self) -> bool:
+        """Whether some value lies beyond the colours."""
+        return bool((np.abs(self.values) > np.array(self.limits)[:, None]).any())
 
     def html(self) -> str:
         """A part of a page: the drawing, and all values as a table."""
@@ -135,6 +142,8 @@ class LayerChart:
             parts.append(svg.element("rect", **box, class_=side, style=f"--share: {share:.3f}"))
         limit = max(self.limits)
         ends = ("-max", "max of the layer") if self.per_layer else (svg.number(-limit), svg.number(limit))
+        if self._goes_beyond:
+            ends = (f"≤ {ends[0]}", f"≥ {ends[1]}")
         parts += [
             svg.label(x, y + 22, ends[0]),
             svg.label(x + n * width / 2, y + 22, "0", anchor="middle"),
@@ -199,7 +208,9 @@ class LayerChart:
         ticks.paint(axes)
         ticks.name_parts(axes)
         axes.set_title(self.title, fontsize=9, loc="left", pad=14, **pictures.PLAIN)
-        bar = figure.colorbar(image, ax=axes, pad=0.012, fraction=0.05, aspect=18)
+        bar = figure.colorbar(
+            image, ax=axes, pad=0.012, fraction=0.05, aspect=18, extend="both" if self._goes_beyond else "neither"
+        )
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7, color=INK_FAINT)
         bar.set_label(f"{self.unit}, as a share of the layer's largest" if self.per_layer else self.unit, fontsize=7)

@@ -46,8 +46,9 @@ class TraitScores:
         return 0.0 if self.boundary is None else self.boundary
 
     def scale(self, top: float, bottom: float) -> svg.Scale:
-        """The panel's numbers: all scores, and what parts them."""
-        return svg.Scale.around([*self.scores, self.centre], top, bottom)
+        """The panel's numbers: the scores, what parts them, and whatever is marked."""
+        marked = [self.scores[i] for i in (self.commitment, self.peak) if i is not None]
+        return svg.Scale.around(svg.shown_range(self.scores, [self.centre, *marked]), top, bottom)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class SteeringChart:
     def _by_token(self) -> str:
         axis = svg.TokenAxis(self.tokens, self.n_prompt, LEFT)
         top, bottom = 24.0, 24.0 + 1.3 * _HEIGHT
-        scale = svg.Scale.around([score for run in self.runs for score in run.scores], top, bottom)
+        scale = svg.Scale.around(self._range, top, bottom)
         parts = [*axis.prompt_shade(top, bottom), *axis.names(top - 6), *scale.drawn(axis.left, axis.right)]
         placed = _apart([scale.at(run.scores[-1]) for run in self.runs])
         for run, y in zip(self.runs, placed, strict=True):
@@ -137,6 +137,11 @@ class SteeringChart:
         parts += axis.labels(bottom)
         height = bottom + axis.label_height + 6
         return svg.drawing(axis.right + 60, height, parts, "Score per token on the words of coefficient 0")
+
+    @property
+    def _range(self) -> list[float]:
+        """What the scale of the tokens has to show."""
+        return [score for run in self.runs for score in svg.shown_range(run.scores)]
 
     def _look(self, coefficient: float) -> tuple[str, str]:
         """Class and style of a coefficient's line: the further from 0, the more colour."""
@@ -171,7 +176,9 @@ class SteeringChart:
         for run in self.runs:
             lower.plot(run.scores, color=self._colour(run.coefficient), linewidth=1.8)
             ends.append(run.scores[-1])
-        low, high = lower.get_ylim()
+        scale = svg.Scale.around(self._range, 0, 1)
+        low, high = scale.low, scale.high
+        lower.set_ylim(low, high)
         for run, y in zip(self.runs, _apart(ends, (high - low) / 16), strict=True):
             label = svg.number(run.coefficient)
             lower.text(len(self.tokens) - 0.4, y, label, fontsize=7, va="center", color=self._colour(run.coefficient))

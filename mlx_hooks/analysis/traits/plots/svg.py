@@ -110,6 +110,33 @@ def share_of(value: float, centre: float, limit: float) -> tuple[str, float]:
     return "high" if distance >= 0 else "low", min(1.0, abs(distance) / limit) if limit > 0 else 0.0
 
 
+def limit_of(distances: Sequence[float]) -> float:
+    """Where colours end: at the largest of the tokens' distances from the centre.
+
+    The stream at the first token is often many times longer than at all others, and says little: beyond twice their
+    distance its own does not count.
+
+    >>> limit_of([3.0, 2.0]), limit_of([90.0, 2.0, 1.0])
+    (3.0, 2.0)
+    """
+    rest = max(distances[1:], default=0.0)
+    first = max(distances[:1], default=0.0)
+    return rest if first > 2 * rest > 0 else max(first, rest)
+
+
+def shown_range(scores: Sequence[float], also: Sequence[float] = ()) -> list[float]:
+    """What a scale has to show: all scores and ``also``, without the first token's when it lies further from the others
+    than these from each other.
+
+    >>> shown_range([90.0, 2.0, 1.0], [0.0])
+    [2.0, 1.0, 0.0]
+    """
+    rest = [*scores[1:], *also]
+    if len(rest) < 2 or (air := max(rest) - min(rest)) == 0 or not scores:
+        return [*scores, *also]
+    return rest if not min(rest) - air <= scores[0] <= max(rest) + air else [*scores, *also]
+
+
 @dataclass(frozen=True)
 class Scale:
     """A number's place on an axis: ``low`` at ``bottom``, ``high`` at ``top`` (coordinates grow downwards)."""
@@ -127,6 +154,8 @@ class Scale:
         return cls(low - air, high + air, top, bottom)
 
     def at(self, value: float) -> float:
+        """Where a value stands; one beyond the ends, at the end."""
+        value = min(max(value, self.low), self.high)
         return self.bottom - (value - self.low) / (self.high - self.low) * (self.bottom - self.top)
 
     def ticks(self, about: int = 4) -> list[float]:
@@ -229,7 +258,7 @@ def _cell(name: str, content: str, class_: str) -> str:
 
 def marked_text(tokens: Sequence[str], scores: Sequence[float], centre: float, n_prompt: int) -> str:
     """The tokens as running text, each on a ground that says how far its score lies from the centre."""
-    limit = max((abs(score - centre) for score in scores), default=0.0)
+    limit = limit_of([abs(score - centre) for score in scores])
     parts = []
     for i, (token, score) in enumerate(zip(tokens, scores, strict=True)):
         side, share = share_of(score, centre, limit)
