@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -594,6 +595,17 @@ def test_an_interrupted_write_leaves_whole_files_only(
     assert len(written) == 2
 
 
+def test_what_killed_writers_left_is_cleared(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    made = captures(experiment)
+    left = [path / ".prompt_0.0000.writing.safetensors" for path in experiment.folder.glob("*/inference/*")]
+    for path in left:
+        path.write_bytes(b"half of it")
+        os.utime(path, (0, 0))
+    run(experiment, tiny, PROMPTS[:1], skip_existing=True)
+    assert captures(experiment) == made
+
+
 def test_a_disk_that_is_full_fails_one_file_and_keeps_the_old_one(
     tiny: HookedModel, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,9 +662,7 @@ def test_the_model_is_the_one_that_the_vectors_name(tiny: HookedModel, experimen
     assert CaptureBatch(experiment.traits(), PROMPTS).model_name() == "neuroscope-tiny"
     other = replace(vector_of(tiny, "polite", 1), metadata={"model": "another"})
     other.save(experiment.folder / "polite" / "extraction" / "vectors")
-    with pytest.raises(
-        HookError, match=r"The vectors name another, neuroscope-tiny: say which model to take \(--model\)."
-    ):
+    with pytest.raises(HookError, match="The vectors name another, neuroscope-tiny: say which model to take"):
         CaptureBatch(experiment.traits(), PROMPTS).model_name()
     replace(other, metadata={}).save(experiment.folder / "polite" / "extraction" / "vectors")
     with pytest.raises(HookError, match="say which model"):
