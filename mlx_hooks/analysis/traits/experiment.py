@@ -23,8 +23,6 @@ from ...errors import HookError
 from .prompts import SUFFIXES, Chat, read_prompts
 from .vectors import GIVEN, METHODS, TraitVector
 
-ROOT = Path("experiments")
-"""Where experiments are looked for by default."""
 INFERENCE_PROMPTS = "inference_prompts.txt"
 _SETTINGS = "trait.json"
 _TEMPLATE = "chat_template.jinja"

@@ -176,7 +176,12 @@ def _ica(positive: np.ndarray, negative: np.ndarray, seed: int) -> _Found:
         if separation[chosen] > best:
             best = float(separation[chosen])
             direction = (model.mixing_[:, chosen] * spread) @ axes[:n_sources] * np.sign(distance[chosen])
-            notes = {"n_sources": n_sources, "source": chosen, "converged": bool(model.n_iter_ < _ICA_STEPS)}
+            notes = {
+                "n_sources": n_sources,
+                "source": chosen,
+                "separation": best,
+                "converged": bool(model.n_iter_ < _ICA_STEPS),
+            }
     return direction, None, notes
 
 

@@ -1,17 +1,16 @@
 """``neuroscope traits extract``: vectors of a trait from its two files of prompts."""
 
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analysis.traits.experiment import ROOT, Experiment, Trait
+from ...analysis.traits.experiment import Experiment, Trait, VectorFile
 from ...analysis.traits.extraction import MAX_NEW_TOKENS, SPANS, Examples, layers_of, methods_of
 from ...analysis.traits.prompts import Chat
 from ...analysis.traits.vectors import METHODS, TraitVector
 from ...errors import HookError
 from .list_vectors import table
+from .options import Failures, add_experiment, listed, report
 
 if TYPE_CHECKING:
     from ...analysis.identity import ModelIdentity
@@ -24,7 +23,7 @@ def add(commands: Any) -> None:
         help="make trait vectors of prompts with and without the trait",
         description="Make trait vectors of EXPERIMENT/TRAIT/extraction/positive.txt and negative.txt (or .json).",
     )
-    parser.add_argument("--experiment", required=True, metavar="NAME", help="the folder of traits")
+    add_experiment(parser)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--trait", metavar="NAME", help="one trait of it")
     which.add_argument("--all-traits", action="store_true", help="every trait of it")
@@ -52,12 +51,8 @@ def add(commands: Any) -> None:
         help="of a response, for the span response (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split and of methods that draw (default: 0)")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--skip-existing", action="store_true", help="keep vectors that are there")
-    existing.add_argument("--overwrite", action="store_true", help="replace vectors of other prompts or models")
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, metavar="FOLDER", help="of experiments (default: %(default)s)"
-    )
+    parser.add_argument("--skip-existing", action="store_true", help="skip vectors that are made of what is asked for")
+    parser.add_argument("--overwrite", action="store_true", help="replace vectors that are made of something else")
     parser.set_defaults(run=run)
 
 
@@ -71,27 +66,27 @@ def run(options: argparse.Namespace) -> int:
         raise HookError(
             f"The experiment {experiment.name} has no traits: a trait is a folder with an extraction folder."
         )
-    methods = methods_of([method.strip() for method in options.methods.split(",")])
+    methods = methods_of(listed(options.methods))
     layers = _layers(options.layers)
     model = HookedModel.from_pretrained(options.model)
     wanted = [(layer, method) for layer in layers_of(model, layers) for method in methods]
     identity = ModelIdentity.of(model)
-    counts = dict.fromkeys(("done", "skipped", "failed"), 0)
+    failed: Failures = []
+    done = 0
     for trait in traits:
         try:
-            counts[_extract(trait, model, identity, wanted, options)] += 1
+            done += _extract(trait, model, identity, wanted, options)
         except HookError as error:
-            counts["failed"] += 1
-            sys.stderr.write(f"neuroscope: {trait.name}: {error}\n")
-    print(", ".join(f"{count} {what}" for what, count in counts.items()))
-    return 1 if counts["failed"] else 0
+            failed.append((trait.name, str(error)))
+    print(f"{done} done, {len(traits) - done - len(failed)} skipped, {len(failed)} failed")
+    return report(failed)
 
 
 def _layers(text: str) -> list[int] | None:
     if text.strip() == "all":
         return None
     try:
-        return [int(layer) for layer in text.split(",")]
+        return [int(layer) for layer in listed(text)]
     except ValueError:
         raise HookError(f"--layers is all, or numbers with commas between them, got {text!r}.") from None
 
@@ -102,14 +97,8 @@ def _extract(
     identity: "ModelIdentity",
     wanted: list[tuple[int, str]],
     options: argparse.Namespace,
-) -> str:
-    """Write a trait's vectors; answers whether that was "done" or "skipped"."""
-    there = {(file.layer, file.method): file.path for file in trait.vectors()}
-    if options.skip_existing:
-        wanted = [each for each in wanted if each not in there]
-        if not wanted:
-            print(f"{trait.name}: all vectors are there")
-            return "skipped"
+) -> bool:
+    """Write a trait's vectors; answers whether there was anything to do."""
     examples = Examples.of(
         model,
         trait.prompts("positive"),
@@ -120,9 +109,11 @@ def _extract(
         max_new_tokens=options.max_tokens,
         seed=options.seed,
     )
-    if not options.overwrite:
-        for path in filter(None, map(there.get, wanted)):
-            _check_same(TraitVector.load(path), examples, identity)
+    there = {(file.layer, file.method): file for file in trait.vectors()}
+    wanted = [each for each in wanted if each not in there or _is_due(there[each], examples, identity, options)]
+    if not wanted:
+        print(f"{trait.name}: all vectors are there")
+        return False
     vectors = examples.vectors(model, trait.name, wanted, identity=identity, progress=True)
     for vector in vectors:
         vector.save(trait.vectors_folder)
@@ -132,7 +123,7 @@ def _extract(
         f"{told['n_held_out_positive']} and {told['n_held_out_negative']} held out; span {told['span']}"
     )
     print(table(vectors))
-    return "done"
+    return True
 
 
 def _chat(trait: Trait, asked: bool | None) -> Chat:
@@ -141,12 +132,26 @@ def _chat(trait: Trait, asked: bool | None) -> Chat:
     return trait.chat if asked is None else replace(trait.chat, use=True)
 
 
-def _check_same(vector: TraitVector, examples: Examples, identity: "ModelIdentity") -> None:
-    """Raise HookError for a vector that was made otherwise, which nobody said is to be replaced."""
-    why = None if vector.identity is None else vector.identity.difference(identity)
-    if why is not None:
-        why = f"of another model: {why}"
-    elif vector.metadata.get("prompts") != examples.digest:
-        why = f"made of other prompts, or otherwise (its span is {vector.metadata.get('span')})"
-    if why is not None:
-        raise HookError(f"{vector.path} is {why}. --overwrite replaces it, --skip-existing keeps it.")
+def _is_due(file: VectorFile, examples: Examples, identity: "ModelIdentity", options: argparse.Namespace) -> bool:
+    """Whether a vector that is there is made again.
+
+    Raises:
+        HookError: it is made of something else, and nobody said that it may be replaced.
+    """
+    try:
+        other = _other(TraitVector.load(file.path), examples, identity)
+    except HookError as error:
+        other = f"cannot be used ({str(error).rstrip('.')})"
+    if other is not None and not options.overwrite:
+        raise HookError(f"{file.path} {other}. It is replaced only with --overwrite.")
+    return other is not None or not options.skip_existing
+
+
+def _other(vector: TraitVector, examples: Examples, identity: "ModelIdentity") -> str | None:
+    """How a vector was made of something else, as the end of a sentence."""
+    difference = None if vector.identity is None else vector.identity.difference(identity)
+    if difference is not None:
+        return f"is of another model: {difference}"
+    if vector.metadata.get("prompts") != examples.digest:
+        return f"is made of other prompts, or otherwise (its span is {vector.metadata.get('span')})"
+    return None

@@ -1,22 +1,18 @@
 """``neuroscope traits list``: an experiment's traits and vectors, and which of them is taken."""
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from ...analysis.traits.experiment import ROOT, Experiment, Trait
+from ...analysis.traits.experiment import Experiment, Trait
 from ...analysis.traits.vectors import TraitVector
 from ...errors import HookError
+from .options import Failures, add_experiment, report
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("list", help="show an experiment's traits and vectors, and which of them is taken")
-    parser.add_argument("--experiment", required=True, metavar="NAME", help="the folder of traits")
-    parser.add_argument(
-        "--root", type=Path, default=ROOT, metavar="FOLDER", help="of experiments (default: %(default)s)"
-    )
+    add_experiment(parser)
     parser.set_defaults(run=run)
 
 
@@ -24,14 +20,13 @@ def run(options: argparse.Namespace) -> int:
     experiment = Experiment(options.root, options.experiment)
     traits = experiment.traits()
     print(f"{experiment.folder}: {len(traits)} trait{'' if len(traits) == 1 else 's'}")
-    failed = False
+    failed: Failures = []
     for trait in traits:
         try:
             _show(trait)
         except HookError as error:
-            failed = True
-            sys.stderr.write(f"neuroscope: {trait.name}: {error}\n")
-    return 1 if failed else 0
+            failed.append((trait.name, str(error)))
+    return report(failed)
 
 
 def table(vectors: Sequence[TraitVector]) -> str:
