@@ -88,8 +88,9 @@ def _stored(asked: TraitsRequest, root: Path | None) -> Iterator[TraitVector]:
         )
     with _not_found("experiment_not_found", "experiment"):
         experiment = Experiment(root, asked.experiment)
-        names = asked.traits or [trait.name for trait in experiment.traits()]
     _check_inside(root, experiment.folder)
+    with _not_found("trait_not_found", "experiment"):
+        names = asked.traits or [trait.name for trait in experiment.traits()]
     if not names:
         raise ApiError(
             404, f"The experiment {asked.experiment} has no traits.", code="trait_not_found", param="experiment"

@@ -222,19 +222,24 @@ def encode_intervention(intervention: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode_vector(numbers: Any) -> dict[str, Any]:
-    """A list of numbers as the server reads it, in base64: of a trait's direction, for one.
+    """A list of numbers as the server reads it, as 32-bit floats in base64: of a trait's direction, for one.
 
         encode_vector([0.5, -1.0])      # {'shape': [2], 'dtype': 'float32', 'encoding': 'base64', 'data': 'AAA...'}
 
     Raises:
         PayloadError: something that is no list of numbers which float32 can hold, and at least one.
     """
-    array = np.asarray(numbers)
+    try:
+        array = np.asarray(numbers)
+    except ValueError as error:
+        raise PayloadError("A vector is a list of numbers, got lists of several lengths.") from error
     if array.dtype.kind not in "iuf" or array.ndim != 1 or not array.size:
         raise PayloadError(f"A vector is a list of numbers, got shape {list(array.shape)} of {array.dtype}.")
-    narrow = as_wire_dtype(array.astype(np.float64), "float32", "vector")
-    if not np.isfinite(narrow).all():
-        raise PayloadError(f"A vector's numbers must be finite, got {narrow[~np.isfinite(narrow)][0]}.")
+    with np.errstate(over="ignore"):
+        narrow = array.astype(_WIRE_DTYPES["float32"])
+    lost = array[~np.isfinite(narrow)]
+    if lost.size:
+        raise PayloadError(f"A vector's numbers must be finite in float32, got {lost[0]}.")
     encoding = "base64"
     return {"shape": list(array.shape), "dtype": "float32", "encoding": encoding, "data": encoded(narrow, encoding)}
 

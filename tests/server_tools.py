@@ -7,7 +7,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,21 @@ def url_of(process: subprocess.Popen[str]) -> str:
     line = process.stdout.readline()
     assert re.fullmatch(r"NeuroScope server on http://127\.0\.0\.1:\d+\n", line)
     return line.split()[-1]
+
+
+def paced(worker: ModelWorker, pause: Callable[[], Any]) -> list[int]:
+    """Call ``pause`` after each step of the worker's next generations; the list collects the steps' indices."""
+    model, done = worker.get().model, []
+    plain = type(model).generate_steps
+
+    def generate_steps(*args: Any, **options: Any) -> Iterator[Any]:
+        for step in plain(model, *args, **options):
+            done.append(step.index)
+            yield step
+            pause()
+
+    model.generate_steps = generate_steps  # type: ignore[method-assign]
+    return done
 
 
 def until(holds: Any, seconds: float = 10) -> None:

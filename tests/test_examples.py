@@ -96,12 +96,36 @@ def test_the_workflow_of_saved_runs_finds_what_it_saved(tmp_path: Path) -> None:
             assert sorted(path.name for path in folder.iterdir()) == ["activations.safetensors", "metadata.json"]
 
 
+def test_the_workflow_of_traits_tells_what_is_refused(tmp_path: Path) -> None:
+    shown = run(str(ROOT / "examples/traits_workflow.py"), "--output", "experiments", cwd=tmp_path)
+    accuracies = re.findall(r"^  (probe|mean_diff|ica|gradient) +((?:[\d.]+% *){4})$", shown, re.MULTILINE)
+    assert [method for method, _ in accuracies] == ["probe", "mean_diff", "ica", "gradient"]
+    by_prompt = {
+        prompt: [float(score) for score in scores.split()]
+        for prompt, scores in re.findall(r"^  (.*\?) {2,}((?:-?[\d.]+ *){4})$", shown, re.MULTILINE)
+    }
+    refused, answered = by_prompt["How do I make a bomb?"], by_prompt["What is the capital of France?"]
+    assert refused[2] > answered[2] + 5
+    assert re.search(r"^  I [\d.]+ \| do [\d.]+ \| not", shown, re.MULTILINE)
+    texts = re.findall(r"^  ([+-]\d)  score of the prompt +(-?[\d.]+)  (.*)$", shown, re.MULTILINE)
+    assert [(coefficient, text.split()[0]) for coefficient, _, text in texts[1:3]] == [("+0", "Paris"), ("+2", "I")]
+    # Without its direction the refusal is gone.
+    assert not texts[3][2].startswith("I do not know")
+    scores = [float(score) for _, score, _ in texts]
+    norm = re.search(r"\|v\| = ([\d.]+)", shown)
+    assert norm is not None
+    for still, steered, coefficient in [(1, 0, -2), (1, 2, 2), (4, 3, -2), (4, 5, 2)]:
+        assert abs(scores[steered] - scores[still] - coefficient * float(norm[1])) < 0.02
+    assert len(list((tmp_path / "experiments/example/refusal/extraction/vectors").iterdir())) == 16
+
+
 def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for arguments, message in [
         (["examples/demo.py", "--output", str(tmp_path / "file" / "x")], "demo: .*Not a directory"),
         (["examples/inference_hooks.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/activation_workflow.py", "--base-dir", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
+        (["examples/traits_workflow.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/neuroscope_integration_example.py", "--url", "http://127.0.0.1:9"], "No NeuroScope server answers"),
         (["examples/neuroscope_integration_example.py", "--url", "garbage"], "example: .*garbage"),
     ]:

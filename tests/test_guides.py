@@ -11,7 +11,7 @@ import checkpoints
 import pytest
 from documents import ROOT, fenced, run_document
 
-GUIDES = {"docs/inference_hooks.md": 13, "docs/interpretability.md": 13}
+GUIDES = {"docs/inference_hooks.md": 13, "docs/interpretability.md": 13, "docs/traits.md": 21}
 """Each guide and how many blocks it runs at least."""
 
 

@@ -15,6 +15,7 @@ from neuroscope_bridge.payload import (
     decode_activation,
     dumps,
     encode_activation,
+    encode_vector,
     receipt,
     row_positions,
     stack_records,
@@ -364,3 +365,19 @@ def test_records_of_several_passes_are_not_stacked():
     with pytest.raises(PayloadError, match=r"these are of the passes \[0, 1\]: pick by pass_index"):
         stack_records([first, second])
     assert stack_records([second]).shape == (1, 3, 4)
+
+
+@pytest.mark.parametrize("numbers", [[0.5, -1.0], np.arange(5), np.array([1e-45, 3e38]), np.float16([1.5])])
+def test_a_vector_is_a_record_of_32_bit_floats(numbers):
+    record = json.loads(dumps(encode_vector(numbers)))
+    np.testing.assert_array_equal(decode_activation(record), np.asarray(numbers, np.float32))
+    assert (record["shape"], record["dtype"]) == ([len(numbers)], "float32")
+
+
+NO_VECTORS = [[], 1, [[1, 2]], ["a"], [True], [np.nan], [np.inf], [1e39], [1, None], [[1], [2, 3]]]
+
+
+@pytest.mark.parametrize("numbers", NO_VECTORS)
+def test_what_is_no_vector_is_refused(numbers):
+    with pytest.raises(PayloadError):
+        encode_vector(numbers)

@@ -1,10 +1,23 @@
 """Ground truth of traits: on a model with a planted trait, what is found is what the construction says."""
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import pytest
 from planted_trait import FLAG, PlantedTrait, marked
 
-from mlx_hooks import HookedModel, TraitVector, watch_traits
+from mlx_hooks import (
+    HookedModel,
+    TraitVector,
+    capture_all_layers,
+    capture_single_layer,
+    extract_vectors,
+    monitor_dynamics,
+    steer,
+    watch_traits,
+)
+from mlx_hooks.analysis.traits.vectors import METHODS
 
 PLANTED = PlantedTrait()
 EXACT = PlantedTrait(noise=0)
@@ -126,3 +139,237 @@ def test_steering_one_position_moves_that_one(exact: HookedModel) -> None:
     (moved,) = watch_traits(exact, PROMPT, [vector], max_tokens=0, normalize=False, interventions=steered)
     square = float((vector.vector.astype(np.float64) ** 2).sum())
     np.testing.assert_array_equal((moved.scores - plain.scores)[:, 0], 2 * square * (np.arange(9) == 4))
+
+
+def test_a_steered_answer_is_measured_by_the_shift_that_it_has_to_have(exact: HookedModel) -> None:
+    vector = planted_vector()
+    runs = steer(exact, PROMPT, vector, [-2.0, 0.0, 1.5], measured=[planted_vector(i) for i in range(4)], max_tokens=6)
+    for run in runs:
+        said = " ".join([PROMPT, *(token.strip() for token in run.tokens)])
+        for layer, found in enumerate(run.measured):
+            moved = run.coefficient * LENGTH if layer >= EXACT.layer else 0.0
+            assert found.forced_shift == pytest.approx(moved, abs=1e-4)
+            # What it said is read as the closed form has it, and as much further along as was added.
+            own = np.concatenate([found.scores[part] for part in ("prompt", "response")])
+            np.testing.assert_allclose(own, EXACT.scores(said, layer) + moved, atol=1e-4)
+
+
+# Making vectors.
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Prompts with and without the trait to make vectors of, and others to judge them by."""
+
+    training: tuple[list[str], list[str]]
+    held_out: tuple[list[str], list[str]]
+
+    @cached_property
+    def vectors(self) -> dict[tuple[str, int], TraitVector]:
+        made = extract_vectors(PLANTED.hooked(), *self.training, trait="marked", held_out=self.held_out)
+        return {(vector.method, vector.layer): vector for vector in made}
+
+    @cached_property
+    def states(self) -> list[np.ndarray]:
+        """Of the held-out prompts, [prompt, layer, d_model] in float64, by the closed form."""
+        layers = range(PLANTED.n_layers)
+        return [
+            np.array([[PLANTED.closed_form(text)[f"blocks.{i}.hook_resid_post"][-1] for i in layers] for text in texts])
+            for texts in self.held_out
+        ]
+
+    def accuracy(self, vector: TraitVector) -> float:
+        """The share of held-out prompts that it puts right."""
+        direction = vector.vector.astype(np.float64)
+        above, below = (rows[:, vector.layer] @ direction / np.linalg.norm(direction) for rows in self.states)
+        return float(np.concatenate([above > vector.threshold, below <= vector.threshold]).mean())
+
+
+COUNT, HELD_OUT = 150, 200
+# What is put right by chance is binomially distributed: four standard deviations.
+CHANCE = 4 * np.sqrt(0.25 / (2 * HELD_OUT))
+
+
+@pytest.fixture(scope="module")
+def classes() -> Classes:
+    """Prompts with the trait against prompts without it."""
+    texts = [[PLANTED.prompts(n, marked=is_marked, seed=n) for is_marked in (True, False)] for n in (COUNT, HELD_OUT)]
+    return Classes(*map(tuple, texts))
+
+
+@pytest.fixture(scope="module")
+def shuffled() -> Classes:
+    """The control: either class is half marked, half not."""
+
+    def half(n: int, seed: int) -> list[str]:
+        return [text for is_marked in (True, False) for text in PLANTED.prompts(n // 2, marked=is_marked, seed=seed)]
+
+    return Classes(*((half(n, n + 1), half(n, n + 2)) for n in (COUNT, HELD_OUT)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layer", range(PLANTED.layer, PLANTED.n_layers))
+def test_every_method_recovers_the_direction_from_the_planting_layer_on(
+    classes: Classes, method: str, layer: int
+) -> None:
+    vector = classes.vectors[method, layer]
+    assert vector.score(PLANTED.direction) / LENGTH > 0.95
+    assert classes.accuracy(vector) > 0.95
+    # The class boundary lies between the classes' scores.
+    above, below = (vector.score(rows[:, layer]) for rows in classes.states)
+    assert below.mean() + 0.25 * LENGTH < vector.threshold < above.mean() - 0.25 * LENGTH
+
+
+def test_the_difference_of_the_means_is_as_long_as_the_direction(classes: Classes) -> None:
+    assert classes.vectors["mean_diff", PLANTED.layer].norm == pytest.approx(LENGTH, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layer", range(PLANTED.layer))
+def test_before_the_planting_layer_there_is_nothing_to_find(classes: Classes, method: str, layer: int) -> None:
+    vector = classes.vectors[method, layer]
+    assert abs(vector.score(PLANTED.direction)) / LENGTH < 0.7
+    assert classes.accuracy(vector) == pytest.approx(0.5, abs=CHANCE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_shuffled_classes_there_is_nothing_to_find_anywhere(shuffled: Classes, method: str) -> None:
+    for layer in range(PLANTED.n_layers):
+        assert shuffled.accuracy(shuffled.vectors[method, layer]) == pytest.approx(0.5, abs=CHANCE), f"layer {layer}"
+
+
+def test_the_accuracy_that_a_vector_states_is_the_one_that_it_has(classes: Classes, shuffled: Classes) -> None:
+    for found in (classes, shuffled):
+        for vector in found.vectors.values():
+            # A score may lie so near to the threshold that rounding decides.
+            assert vector.metadata["held_out_accuracy"] == pytest.approx(found.accuracy(vector), abs=0.011)
+
+
+# Capturing.
+
+STORY = (0.0, 1.0, 3.0, 4.0, 4.96, 4.9, 1.2, -3.0, 3.0)
+TOLD = PlantedTrait(noise=0, story=STORY)
+GO = "w7 w21 W3 w40 go"
+
+
+@pytest.fixture(scope="module")
+def told() -> HookedModel:
+    return TOLD.hooked()
+
+
+def test_captured_projections_tell_the_twins_apart_from_attention_of_the_planting_layer_on(model: HookedModel) -> None:
+    # Nothing is generated: the twins may go on differently.
+    (plain,), (twin,) = (
+        capture_all_layers(model, text, [planted_vector()], max_tokens=0) for text in (PROMPT, marked(PROMPT, 3))
+    )
+    difference = twin["projections"]["prompt"] - plain["projections"]["prompt"]
+    assert difference.shape == (9, PLANTED.n_layers, 3)
+    planted = np.arange(3 * PLANTED.n_layers).reshape(-1, 3) > 3 * PLANTED.layer
+    assert not difference[:, ~planted].any()
+    assert not difference[:4].any()
+    np.testing.assert_allclose(difference[4:, planted], LENGTH, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_captured_projections_are_those_of_the_closed_form(model: HookedModel, layer: int) -> None:
+    text = marked(PROMPT, 2)
+    (record,) = capture_all_layers(model, text, [planted_vector(layer)], max_tokens=5, seed=2)
+    said = " ".join([text, *(token.strip() for token in record["response"]["tokens"])])
+    found = np.concatenate([record["projections"][part] for part in ("prompt", "response")])
+    expected = [[PLANTED.scores(said, i, sublayer) for sublayer in range(3)] for i in range(PLANTED.n_layers)]
+    np.testing.assert_allclose(found, np.transpose(expected, (2, 0, 1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("alignment", ["at", "predicts"])
+def test_rows_of_the_response_are_at_the_token_or_predict_it(told: HookedModel, alignment: str) -> None:
+    (record,) = capture_all_layers(told, GO, [planted_vector()], max_tokens=20, temperature=0, alignment=alignment)
+    assert [token.strip() for token in record["response"]["tokens"]] == [*(f"s{i}" for i in range(1, 10)), "<eos>"]
+    at_tokens = np.array([*STORY, 0.0]) + LENGTH
+    before_them = np.array([0.0, *STORY]) + LENGTH  # "go" has no part in the direction
+    scores = record["projections"]["response"][:, TOLD.layer, 2]
+    np.testing.assert_allclose(scores, at_tokens if alignment == "at" else before_them, atol=1e-5)
+    for k, rows in enumerate(record["attention_weights"]["response"]):
+        n_keys = 6 + k + (alignment == "at")
+        evenly = np.full(n_keys, 1 / n_keys)
+        looks = np.eye(n_keys)[3]  # <bos>, w7, w21, W3
+        for layer in range(TOLD.n_layers):
+            expected = (looks + evenly) / 2 if layer == TOLD.layer else evenly
+            np.testing.assert_allclose(rows[f"layer_{layer}"], expected, atol=1e-6)
+
+
+def test_a_single_layer_shows_where_the_direction_is_added(told: HookedModel) -> None:
+    (record,) = capture_single_layer(told, GO, [planted_vector()], layer=TOLD.layer, max_tokens=3, temperature=0)
+    for part, begins in (("prompt", 3), ("response", 0)):
+        found = record["internals"][part]
+        residual = {name: np.array(value) for name, value in found["residual"].items()}
+        follows = np.arange(len(residual["input"]))[:, None] >= begins
+        added = residual["after_attn"] - residual["input"]
+        # The steps' own parts of the direction are no multiples of 1/16.
+        np.testing.assert_allclose(added, follows * TOLD.direction, rtol=0, atol=1e-6 if part == "response" else 0)
+        np.testing.assert_array_equal(residual["output"], residual["after_attn"])
+    attends = record["internals"]["prompt"]["attention"]["attn_weights"]
+    np.testing.assert_array_equal(attends[0, 3:], np.tile(np.eye(6)[3], (3, 1)))
+
+
+# Dynamics.
+
+VELOCITY = [1, 2, 1, 0.96, -0.06, -3.7, -4.2, 6, -3]
+ACCELERATION = [1, -1, -0.04, -1.02, -3.64, -0.5, 10.2, -9]
+
+
+@pytest.mark.parametrize(
+    ("layer", "prompt", "offset", "persistence", "total"),
+    [
+        # Above 2.48 and of the peak's sign follow 4.9, and later 3.0.
+        pytest.param(TOLD.layer, "w7 w21 go", 0.0, 1, 2, id="not marked"),
+        pytest.param(TOLD.layer - 1, GO, 0.0, 1, 2, id="marked, before the planting layer"),
+        # All scores are 7.01 higher: above 5.99 follow 11.9 and 8.2, and later 10.0 and 7.01 of the end token.
+        pytest.param(TOLD.layer, GO, LENGTH, 2, 4, id="marked"),
+    ],
+)
+def test_dynamics_have_the_values_that_are_worked_out_by_hand(
+    told: HookedModel, layer: int, prompt: str, offset: float, persistence: int, total: int
+) -> None:
+    found = monitor_dynamics(told, [prompt], [planted_vector(layer)], max_tokens=20, temperature=0)
+    (result,) = found["results"]
+    trait = result["traits"]["marked"]["given"]
+    assert trait["layer"] == layer
+    np.testing.assert_allclose(trait["scores"]["response"], np.array([*STORY, 0]) + offset, atol=1e-5)
+    dynamics = trait["dynamics"]
+    np.testing.assert_allclose(dynamics["velocity"], VELOCITY, atol=1e-5)
+    np.testing.assert_allclose(dynamics["acceleration"], ACCELERATION, atol=2e-5)
+    assert dynamics["commitment_point"] == 2  # |-0.04| is the first below 0.1
+    assert dynamics["peak"]["index"] == 4
+    assert dynamics["peak"]["score"] == pytest.approx(4.96 + offset, abs=1e-5)
+    assert dynamics["peak_velocity"] == pytest.approx(6, abs=1e-5)
+    assert dynamics["avg_velocity"] == pytest.approx(21.92 / 9, abs=1e-5)
+    assert (dynamics["persistence"], dynamics["persistence_total"]) == (persistence, total)
+
+
+@pytest.mark.parametrize(
+    ("settings", "commitment"),
+    [
+        ({"threshold": 0.03}, None),
+        ({"threshold": 0.7}, 2),
+        ({"threshold": 1.01}, 0),
+        ({"threshold": 0.11, "relative": True}, 0),  # of 10.2
+        ({"threshold": 0.09, "relative": True}, 2),
+        ({"threshold": 0.7, "stays_below": True}, None),
+        ({"threshold": 11, "stays_below": True}, 0),
+        ({"threshold": 0.95, "relative": True, "stays_below": True}, 7),
+    ],
+)
+def test_the_commitment_point_is_the_one_worked_out_by_hand(
+    told: HookedModel, settings: dict, commitment: int | None
+) -> None:
+    found = monitor_dynamics(told, [GO], [planted_vector()], max_tokens=20, temperature=0, **settings)
+    assert found["results"][0]["traits"]["marked"]["given"]["dynamics"]["commitment_point"] == commitment
+
+
+def test_each_trait_is_scored_at_its_own_layer(told: HookedModel) -> None:
+    vectors = [planted_vector(layer, trait) for layer, trait in enumerate(["a", "b", "c", "d"])]
+    (result,) = monitor_dynamics(told, [GO], vectors, max_tokens=20, temperature=0)["results"]
+    for layer, trait in enumerate(["a", "b", "c", "d"]):
+        offset = LENGTH if layer >= TOLD.layer else 0
+        scores = result["traits"][trait]["given"]["scores"]["response"]
+        np.testing.assert_allclose(scores, np.array([*STORY, 0]) + offset, atol=1e-5, err_msg=trait)

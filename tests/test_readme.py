@@ -47,6 +47,17 @@ def test_the_memory_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert list((tmp_path / "captured").iterdir())
 
 
+def test_the_block_of_traits_runs(capsys: pytest.CaptureFixture) -> None:
+    block = next(block for block in blocks("python") if "watch_traits" in block)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    *_, refused = capsys.readouterr().out.splitlines()
+    assert refused.startswith("I do not know that .")
+    assert "# with 2 times the vector: I do not know that ." in block
+    assert names["step"].scores.shape == (1, 1)
+    assert names["refusal"].metadata["held_out_accuracy"] == 1
+
+
 def test_the_block_of_observers_lens_and_runs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

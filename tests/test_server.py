@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from server_tools import (
     MESSAGES,
     PROMPT_LENGTH,
     load_tiny,
+    paced,
     running_server,
     save_tiny,
     server_process,
@@ -691,21 +692,6 @@ def test_health_answers_and_the_queue_refuses_while_the_worker_is_busy() -> None
             assert int(reply.headers["Retry-After"]) >= 1
             assert reply.json()["error"]["code"] == "busy"
             assert [job.result(10) for job in (running, *waiting)] == [None, "done", "done"]
-
-
-def paced(worker: ModelWorker, pause: Callable[[], Any]) -> list[int]:
-    """Call ``pause`` after each step of the worker's next generations; the list collects the steps' indices."""
-    model, done = worker.get().model, []
-    plain = type(model).generate_steps
-
-    def generate_steps(*args: Any, **options: Any) -> Iterator[Any]:
-        for step in plain(model, *args, **options):
-            done.append(step.index)
-            yield step
-            pause()
-
-    model.generate_steps = generate_steps  # type: ignore[method-assign]
-    return done
 
 
 def test_each_event_arrives_before_the_next_step_is_taken() -> None:

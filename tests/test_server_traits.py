@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
-from server_tools import MESSAGES, load_tiny, running_server, until
+from server_tools import MESSAGES, load_tiny, paced, running_server, until
 
 from api_server import ModelWorker, ServerConfig, create_app
+from api_server.__main__ import _config, _parser
 from api_server.schemas import analysis
 from api_server.schemas.fields import MAX_VECTORS
 from mlx_hooks import HookedModel, TraitVector, watch_traits
@@ -398,6 +400,11 @@ def test_a_server_without_experiments_says_how_to_have_some(worker: ModelWorker)
     assert "--experiments" in refused(plain, "experiment", "no_experiments", vectors=None, experiment="moods")
 
 
+def test_the_option_is_the_folder() -> None:
+    assert _config(_parser("x").parse_args(["--experiments", "lab/runs"]), None).experiments == Path("lab/runs")
+    assert _config(_parser("x").parse_args([]), None).experiments is None
+
+
 @pytest.mark.parametrize("name", ["../lab", "..", ".", "/etc", "a/b", "a\\b", "", ".hidden", "moods\n", "moods\0"])
 def test_a_path_is_no_name(web: FlaskClient, name: str) -> None:
     assert "without '/'" in refused(web, "experiment", vectors=None, experiment=name)
@@ -418,6 +425,8 @@ def test_a_link_that_leads_out_is_not_followed(worker: ModelWorker, tmp_path: Pa
     at.rename(tmp_path / "away")
     at.symlink_to(tmp_path / "away")
     assert "leads out" in refused(web, "experiment", "path_not_allowed", 403, **stored)
+    if not link:
+        assert "calm" not in refused(web, "experiment", "path_not_allowed", 403, traits=["sad"], **stored)
     at.unlink()
     # A link inside the folder is as good as what it means.
     (tmp_path / "away").rename(root / "elsewhere")
@@ -442,6 +451,17 @@ def test_stored_vectors_of_another_model_are_refused(experiments: Path) -> None:
         assert "32 wide; the stream" in refused(web, "experiment", "other_model", model="wider", **stored, prompt="The")
 
 
+def test_a_model_is_told_from_others_once(experiments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, of = [], ModelIdentity.of
+    monkeypatch.setattr(ModelIdentity, "of", lambda model: made.append(model) or of(model))
+    with ModelWorker(load=load_tiny) as worker:
+        web = create_app(worker, ServerConfig(experiments=experiments)).test_client()
+        worker.load("llama")
+        for _ in range(2):
+            assert len(ask(web, experiment="moods", max_tokens=0)["traits"]) == 5
+    assert len(made) == 1
+
+
 def test_the_methods_are_those_of_stored_vectors() -> None:
     schema = analysis.TraitsRequest.model_json_schema()["properties"]["method"]
     assert next(one["enum"] for one in schema["anyOf"] if "enum" in one) == [*METHODS, GIVEN]
@@ -462,31 +482,40 @@ def test_many_at_once_get_what_each_alone_gets(client: LMStudioNeuroScopeClient)
         assert list(pool.map(one, range(6))) == alone
 
 
+def test_each_event_arrives_before_the_next_token_is_read() -> None:
+    read = threading.Semaphore(0)
+    with ModelWorker(load=load_tiny) as worker:
+        worker.load("llama")
+        done = paced(worker, lambda: read.acquire(timeout=5))
+        with (
+            running_server(worker) as url,
+            LMStudioNeuroScopeClient(url) as client,
+            client.traits(PROMPT, vectors=VECTORS, max_tokens=4, stream=True) as events,
+        ):
+            done_at = []
+            for _ in events:
+                done_at.append(len(done))
+                read.release()
+    # The prompt, four tokens, the accounts.
+    assert done_at == [1, 2, 3, 4, 5, 5]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reader_who_hangs_up_stops_the_job(stream: bool) -> None:
     with ModelWorker(load=load_tiny) as worker:
-        loaded = worker.load("llama")
+        worker.load("llama")
+        done = paced(worker, lambda: time.sleep(0.02))
         body = json.dumps(BODY | {"max_tokens": 400, "stream": stream}).encode()
         head = f"POST {ROUTE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        calls: list[int] = []
-        generate_steps = loaded.model.generate_steps
-
-        def paced(*arguments: Any, **options: Any) -> Iterator[Any]:
-            for step in generate_steps(*arguments, **options):
-                time.sleep(0.02)
-                calls.append(len(calls))
-                yield step
-
-        loaded.model.generate_steps = paced  # type: ignore[method-assign]
         with running_server(worker) as url:
             with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as connection:
                 connection.sendall(head.encode() + body)
-                until(lambda: len(calls) >= 2)
+                until(lambda: len(done) >= 2)
             (job,) = (job for job in worker.jobs() if job["kind"] == "traits")
             until(lambda: worker.job(job["id"]).is_finished)
         assert worker.job(job["id"]).status == "cancelled"
-        assert len(calls) < 100
+        assert len(done) < 100
 
 
 def test_the_job_says_how_far_it_is(web: FlaskClient, worker: ModelWorker) -> None:

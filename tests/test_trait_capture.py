@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
@@ -195,6 +196,37 @@ def test_parallel_branches_say_what_the_stream_after_attention_is_made_of() -> N
     made_of = {"mixer": "hook_resid_pre + mixer.hook_out", "attn": "hook_resid_pre + hook_attn_out"}
     assert record["metadata"]["after_attn"] == [made_of.get(kind, "hook_resid_pre") for [kind] in kinds]
     assert set(record["metadata"]["after_attn"]) == {"hook_resid_pre", *made_of.values()}
+
+
+def test_of_layers_that_run_several_times_the_last_is_shown() -> None:
+    model = HookedModel(tiny_model("nanbeige"))
+    vector = vector_of(model)
+    [record] = capture_all_layers(model, PROMPT, [vector], max_tokens=2)
+    [inside] = capture_single_layer(model, PROMPT, [vector], layer=0, max_tokens=2)
+    assert record["metadata"]["n_passes"] == inside["metadata"]["n_passes"] == 2
+    last = whole_run(model, record).of_pass(1)
+    expected = last.numpy("blocks.0.hook_resid_post")[0]
+    for part, rows in zip(("prompt", "response"), rows_of(record, along(vector, expected)), strict=True):
+        close(model, record["projections"][part][:, 0, 2], rows)
+        close(model, inside["projections"][part]["residual"][:, 2], rows)
+    pattern = last.numpy("blocks.0.attn.hook_pattern")[0]
+    close(model, inside["internals"]["prompt"]["attention"]["attn_weights"], pattern[:, :N, :N])
+
+
+def test_a_quantised_models_parts_add_up() -> None:
+    quantised = tiny_model("llama")
+    nn.quantize(quantised, group_size=32, bits=4)
+    model = HookedModel(quantised)
+    vector = vector_of(model)
+    [record] = capture_single_layer(model, PROMPT, [vector], layer=0, max_tokens=2)
+    neurons = record["projections"]["neurons"]
+    for part in ("prompt", "response"):
+        found, mlp = record["projections"][part], record["internals"][part]["mlp"]
+        close(model, found["heads"].sum(axis=1) + found["heads_bias"], found["attn_out"])
+        close(model, mlp["activated"] @ neurons["alignment"] + neurons["bias"], found["mlp_out"])
+    cfg = model.cfg
+    assert record["metadata"]["widths"]["attention/v_proj"] == cfg.n_key_value_heads * cfg.d_head
+    assert record["metadata"]["widths"]["mlp/down_proj"] == cfg.d_model
 
 
 def test_the_same_seed_draws_the_same_response(tiny: HookedModel) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -241,7 +242,10 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
     (_set("response", "token_ids", ["a", "b", "c"]), "response/token_ids is a list of whole numbers"),
     (_drop("metadata", "vector_path"), "metadata/vector_path is missing"),
     (_set("metadata", "alignment", "before"), "metadata/alignment is one of at, predicts, got 'before'"),
-    (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number"),
+    (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number, got bool"),
+    (_set("metadata", "n_layers", 10**12), "metadata/n_layers is a whole number from 0 to 1000000"),
+    (_set("metadata", "temperature", "warm"), "metadata/temperature is a whole number or a number, got a text"),
+    (_set("metadata", "projection", "h"), "metadata/projection is one of h.v/|v|, h.v, got 'h'"),
     (_set("metadata", "layers_without_attention", []), "metadata/layers_without_attention is a mapping, got a list"),
     (_drop("projections", "prompt"), "projections/prompt is an array, got nothing"),
     (_edit(lambda a: a[:-1], "projections", "prompt"),
@@ -477,6 +481,23 @@ def test_the_vector_is_the_one_that_is_found(tiny: HookedModel, experiment: Expe
     np.testing.assert_allclose(record["projections"]["prompt"], expected["projections"]["prompt"], atol=1e-5)
 
 
+def test_a_traits_settings_and_template_are_used(tiny: HookedModel, experiment: Experiment) -> None:
+    trait = experiment.trait("polite")
+    (trait.folder / "trait.json").write_text('{"display_name": "Good manners"}')
+    (trait.folder / "chat_template.jinja").write_text("{{ messages[0].content }} the")
+    # Its vector does not say how prompts were put.
+    replace(vector_of(tiny, "polite", 1), chat=None).save(trait.vectors_folder)
+    passes: list[int] = []
+    with tiny.hooks([("hook_embed", lambda value, point: passes.append(value.shape[1]))]):
+        run(experiment, tiny, PROMPTS[:1], max_tokens=0)
+    # The two traits read other tokens.
+    assert len(passes) == 4
+    record = read_record(trait.folder / "inference/residual_stream_activations/prompt_0.safetensors")
+    assert record["metadata"]["trait_display_name"] == "Good manners"
+    assert record["prompt"]["tokens"][-1] == "the"
+    assert record["prompt"]["text"] == PROMPTS[0]
+
+
 def test_each_layer_needs_a_vector_of_each_layer(tiny: HookedModel, experiment: Experiment) -> None:
     batch = run(experiment, tiny, PROMPTS[:1], each_layer=True)
     assert outcomes(batch) == [("honest", "prompt_0", "done"), ("polite", "", "failed")]
@@ -574,6 +595,17 @@ def test_an_interrupted_write_leaves_whole_files_only(
     assert len(written) == 2
 
 
+def test_what_killed_writers_left_is_cleared(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    made = captures(experiment)
+    left = [path / ".prompt_0.0000.writing.safetensors" for path in experiment.folder.glob("*/inference/*")]
+    for path in left:
+        path.write_bytes(b"half of it")
+        os.utime(path, (0, 0))
+    run(experiment, tiny, PROMPTS[:1], skip_existing=True)
+    assert captures(experiment) == made
+
+
 def test_a_disk_that_is_full_fails_one_file_and_keeps_the_old_one(
     tiny: HookedModel, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -630,7 +662,7 @@ def test_the_model_is_the_one_that_the_vectors_name(tiny: HookedModel, experimen
     assert CaptureBatch(experiment.traits(), PROMPTS).model_name() == "neuroscope-tiny"
     other = replace(vector_of(tiny, "polite", 1), metadata={"model": "another"})
     other.save(experiment.folder / "polite" / "extraction" / "vectors")
-    with pytest.raises(HookError, match="The vectors name another, neuroscope-tiny: say which model to take."):
+    with pytest.raises(HookError, match="The vectors name another, neuroscope-tiny: say which model to take"):
         CaptureBatch(experiment.traits(), PROMPTS).model_name()
     replace(other, metadata={}).save(experiment.folder / "polite" / "extraction" / "vectors")
     with pytest.raises(HookError, match="say which model"):
@@ -700,6 +732,12 @@ def test_what_cannot_be_done_is_one_line(
     assert told in shown
     assert shown.startswith("neuroscope: ")
     assert captures(experiment) == {}
+
+
+def test_an_experiment_without_traits_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    assert command("capture-layers", Experiment(tmp_path, "empty"), "--all-traits", "--prompts", "a") == 1
+    assert "The experiment empty has no traits" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_file_is_one_line(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:

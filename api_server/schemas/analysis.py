@@ -98,7 +98,9 @@ class TraitVectorRequest(Request):
         None, description="The same, spelled: `blocks.2.hook_resid_post`."
     )
     vector: Vector
-    threshold: float | None = Field(None, description="The score that parts with from without; the reply repeats it.")
+    threshold: float | None = Field(
+        None, description="The score h.v/|v| that parts with from without; the reply repeats it."
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> "TraitVectorRequest":
@@ -244,7 +246,7 @@ class WatchedTrait(Reply):
         description="How it was made: `probe`, `mean_diff`, `ica` or `gradient`; `given` in the request."
     )
     norm: float = Field(description="|v|: steering by a moves h.v by a*|v|^2, and the score by a*|v|.")
-    threshold: float | None = Field(description="The score that parts with from without, if it is known.")
+    threshold: float | None = Field(description="The score h.v/|v| that parts with from without, if it is known.")
 
 
 class TokenScores(Reply):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ...errors import HookError
 from ...model import HookedModel
-from ...storage.files import try_file, writing
+from ...storage.files import clear_left, try_file, writing
 from ..identity import ModelIdentity
 from .capture import ATTENTION, AtLayers, Settings, Vectors, capture_all_layers, check_model, stream_points, tokens_of
 from .experiment import Trait
@@ -139,7 +139,7 @@ class CaptureBatch:
         names = {str(_first(vectors).metadata.get("model") or "") for _, vectors in self._traits}
         if len(names) != 1 or "" in names:
             told = f"name {', '.join(sorted(names - {''}))}" if names - {""} else "name none"
-            raise HookError(f"The vectors {told}: say which model to take.", field="model")
+            raise HookError(f"The vectors {told}: say which model to take (--model).", field="model")
         return names.pop()
 
     def run(self, model: HookedModel, *, progress: bool = True) -> list[Outcome]:
@@ -159,6 +159,8 @@ class CaptureBatch:
         for trait, vectors in self._traits:
             with self._failing(trait):
                 check_model(model, AtLayers.of(model, vectors).vectors, identity)
+                if (trait.folder / self._folder).is_dir():
+                    clear_left(trait.folder / self._folder)
                 ready.append((trait, vectors))
         ending = "" if self.captured_layer is None else f"_layer{self.captured_layer}"
         with tqdm(total=len(ready) * len(self.prompts), desc="capture", unit="file", disable=not progress) as bar:

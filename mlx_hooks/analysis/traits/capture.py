@@ -27,12 +27,10 @@ from ...sampling import Sampling, whole_number
 from ...token_text import TokenText
 from ..identity import ModelIdentity
 from .prompts import Chat, render
-from .records import ALIGNMENTS, Record
+from .records import ALIGNMENTS, PROJECTIONS, SUBLAYERS, Record
 from .vectors import TraitVector
 from .watching import room_for
 
-SUBLAYERS = ("residual_in", "after_attn", "residual_out")
-"""The last axis of a capture's projections."""
 ATTENTION = {True: "mean over heads", False: "not captured"}
 """What metadata says of attention weights."""
 Vectors = TraitVector | Sequence[TraitVector]
@@ -78,7 +76,8 @@ def capture_all_layers(
         temperature, top_p, seed: see ``sampling.Sampling``.
 
     Returns:
-        a record for each trait, in their order; ``records.py`` tells what is in it.
+        a record for each trait, in their order; ``records.py`` tells what is in it. Traits that share a run share its
+        attention weights.
 
     Raises:
         HookError: for a vector of another model, a prompt that is empty or too long, a model whose blocks have several
@@ -103,11 +102,13 @@ def capture_all_layers(
         ]
         captures += [HookSpec(hook_point=name, reduce="head_mean") for name in patterns.values()]
         run = TraitRun(model, tokens, captures, settings)
+        projections = {part: _projections(run, part, points) for part in ("prompt", "response")}
+        weights = _attention(run, patterns)
         for column, i in enumerate(group):
             records[i] = {
                 **run.texts(prompt),
-                "projections": {part: _projections(run, part, points, column) for part in ("prompt", "response")},
-                "attention_weights": _attention(run, patterns),
+                "projections": {part: values[column] for part, values in projections.items()},
+                "attention_weights": weights,
                 "metadata": traits[i].metadata(model, prompt, settings) | run.metadata(identity) | about,
             }
     return [records[i] for i in range(len(traits))]
@@ -170,10 +171,10 @@ def _measured(traits: Sequence["AtLayers"], n_layers: int, normalize: bool) -> l
     return found
 
 
-def _projections(run: "TraitRun", part: str, points: Sequence[StreamPoints], column: int) -> np.ndarray:
-    """[token, layer, 3] of the trait in a column of what was projected."""
-    layers = [[sum(run.rows(name, part)[:, column] for name in names) for names in layer] for layer in points]
-    return np.asarray(layers, np.float32).transpose(2, 0, 1)
+def _projections(run: "TraitRun", part: str, points: Sequence[StreamPoints]) -> np.ndarray:
+    """[trait, token, layer, 3] of all traits that were measured."""
+    layers = [[sum(run.rows(name, part) for name in names) for names in layer] for layer in points]
+    return np.ascontiguousarray(np.asarray(layers, np.float32).transpose(3, 2, 0, 1))
 
 
 def _attention(run: "TraitRun", patterns: dict[int, str]) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class Settings:
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "alignment": self.alignment,
-            "projection": "h.v/|v|" if self.normalize else "h.v",
+            "projection": PROJECTIONS[bool(self.normalize)],
         }
 
 

@@ -33,7 +33,6 @@ from ...hook_points import block_point
 from ...model import HookedModel
 from ..identity import ModelIdentity
 from .capture import (
-    SUBLAYERS,
     AtLayers,
     Settings,
     TraitRun,
@@ -44,7 +43,7 @@ from .capture import (
     shared_prompts,
     stream_points,
 )
-from .records import Record, with_old_names
+from .records import SUBLAYERS, Record, with_old_names
 from .vectors import TraitVector
 
 RESIDUAL = dict(zip(("input", "after_attn", "output"), SUBLAYERS, strict=True))

@@ -27,6 +27,10 @@ from ...storage.tensors import TensorFile, write_arrays
 FORMAT = "neuroscope.trait_capture/1"
 ALIGNMENTS = ("at", "predicts")
 """What row k of a response shows: the state at its token k, or at the token before, which predicted it."""
+SUBLAYERS = ("residual_in", "after_attn", "residual_out")
+"""Where the stream of a layer is measured: the last axis of projections of all layers."""
+PROJECTIONS = {True: "h.v/|v|", False: "h.v"}
+"""What a projection is: normalised, or not."""
 OLD_NAMES = {"gelu": "activated"}
 """A second name of an array, for those who read a record by it: it is there when read, and in files but once."""
 

@@ -3,24 +3,36 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from ...errors import HookError
-from .records import ALIGNMENTS, OLD_NAMES, Record, arrays_of, json_path, read_record, to_plain
+from .records import ALIGNMENTS, OLD_NAMES, PROJECTIONS, SUBLAYERS, Record, arrays_of, json_path, read_record, to_plain
 
-METADATA = (
-    "trait", "trait_display_name", "vector_path", "model", "capture_date", "temperature", "layer", "method",
-    "vector_norm", "projection", "alignment", "sublayers", "seed", "top_p", "max_tokens", "finish_reason", "n_layers",
-    "d_model", "n_heads",
-)  # fmt: skip
+_Kinds = dict[str, tuple[type, ...]]
+METADATA: _Kinds = {
+    "trait": (str,), "trait_display_name": (str,), "vector_path": (str, list, NoneType), "model": (str,),
+    "capture_date": (str,), "temperature": (int, float), "layer": (int, NoneType), "method": (str,),
+    "vector_norm": (int, float, list), "projection": (str,), "alignment": (str,), "sublayers": (list,), "seed": (int,),
+    "top_p": (int, float), "max_tokens": (int,), "finish_reason": (str,), "n_layers": (int,), "d_model": (int,),
+    "n_heads": (int,),
+}  # fmt: skip
+"""What every record's metadata has."""
 SUM_TOLERANCE = 0.01
 """How far a row of attention may be from 1: models in half precision round each of its entries."""
 
-_TEXTS = {"text": str, "tokens": list, "token_ids": list, "n_tokens": int}
-_OPTIONAL = {
-    "attention": str, "attention_sinks": list, "layers_without_attention": dict, "absent": dict, "widths": dict
+_CHOICES: dict[str, list[Any]] = {
+    "alignment": list(ALIGNMENTS),
+    "projection": list(PROJECTIONS.values()),
+    "sublayers": [list(SUBLAYERS)],
+    "finish_reason": ["stop", "length"],
+}
+_TEXTS: _Kinds = {"text": (str,), "tokens": (list,), "token_ids": (list,), "n_tokens": (int,)}
+_OPTIONAL: _Kinds = {
+    "attention": (str,), "attention_sinks": (list,), "layers_without_attention": (dict,), "absent": (dict,),
+    "widths": (dict,),
 }  # fmt: skip
 _SHOWN = 20
 _MOST = 1_000_000
@@ -55,8 +67,8 @@ def _problems(record: Any) -> Iterator[str]:
         yield f"the record is a mapping, got {_name(record)}"
         return
     single = "internals" in record
-    kinds: dict[str, type] = {"prompt": dict, "response": dict, "metadata": dict, "projections": dict}
-    kinds |= {"internals": dict, "layer": int} if single else {"attention_weights": dict}
+    mappings = ("prompt", "response", "metadata", "projections", "internals" if single else "attention_weights")
+    kinds: _Kinds = dict.fromkeys(mappings, (dict,)) | ({"layer": (int,)} if single else {})
     wrong = list(_wrong_kinds(record, kinds, ""))
     for part in ("prompt", "response"):
         if isinstance(record.get(part), dict):
@@ -72,20 +84,21 @@ def _problems(record: Any) -> Iterator[str]:
         yield from (_single if single else _layers)(_Sizes(record))
 
 
-def _wrong_kinds(node: Mapping[str, Any], kinds: Mapping[str, type], place: str) -> Iterator[str]:
-    for key, kind in kinds.items():
-        name = f"{place}{key}"
+def _wrong_kinds(node: Mapping[str, Any], kinds: _Kinds, place: str) -> Iterator[str]:
+    for key, allowed in kinds.items():
         if key not in node:
-            yield f"{name} is missing"
-        elif not isinstance(node[key], kind) or isinstance(node[key], bool):
-            yield f"{name} is {_NAMES[kind]}, got {_name(node[key])}"
+            yield f"{place}{key} is missing"
+        elif not isinstance(node[key], allowed) or isinstance(node[key], bool):
+            yield f"{place}{key} is {' or '.join(map(_NAMES.__getitem__, allowed))}, got {_name(node[key])}"
 
 
-_NAMES: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number"}
+_NAMES: dict[type, str] = {
+    dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number", NoneType: "nothing"
+}  # fmt: skip
 
 
 def _name(value: Any) -> str:
-    return "nothing" if value is None else _NAMES.get(type(value), type(value).__name__)
+    return _NAMES.get(type(value), type(value).__name__)
 
 
 def _text_problems(text: Mapping[str, Any], part: str) -> list[str]:
@@ -103,16 +116,16 @@ def _text_problems(text: Mapping[str, Any], part: str) -> list[str]:
 
 
 def _metadata_problems(metadata: Mapping[str, Any]) -> list[str]:
-    found = [f"metadata/{key} is missing" for key in METADATA if key not in metadata]
-    if "alignment" in metadata and metadata["alignment"] not in ALIGNMENTS:
-        found.append(f"metadata/alignment is one of {', '.join(ALIGNMENTS)}, got {metadata['alignment']!r}")
+    kinds = METADATA | {key: allowed for key, allowed in _OPTIONAL.items() if key in metadata}
+    found = list(_wrong_kinds(metadata, kinds, "metadata/"))
+    if found:
+        return found
+    for key, choices in _CHOICES.items():
+        if metadata[key] not in choices:
+            found.append(f"metadata/{key} is one of {', '.join(map(str, choices))}, got {metadata[key]!r:.80}")
     for key in ("n_layers", "d_model", "n_heads"):
-        number = metadata.get(key, 1)
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _MOST:
-            found.append(f"metadata/{key} is a whole number from 0 to {_MOST}, got {number!r:.40}")
-    for key, kind in _OPTIONAL.items():
-        if not isinstance(metadata.get(key, kind()), kind):
-            found.append(f"metadata/{key} is {_NAMES[kind]}, got {_name(metadata[key])}")
+        if not 0 <= metadata[key] <= _MOST:
+            found.append(f"metadata/{key} is a whole number from 0 to {_MOST}, got {metadata[key]}")
     return found
 
 
@@ -161,7 +174,7 @@ def _layers(sizes: _Sizes) -> Iterator[str]:
     without = sizes.metadata.get("layers_without_attention") or {}
     captured = sizes.metadata.get("attention") != "not captured"
     layers = [layer for layer in range(sizes.n_layers) if captured and str(layer) not in without]
-    wrong = list(_wrong_kinds(attention, {"prompt": dict, "response": list}, "attention_weights/"))
+    wrong = list(_wrong_kinds(attention, {"prompt": (dict,), "response": (list,)}, "attention_weights/"))
     if wrong:
         yield from wrong
         return
