@@ -324,6 +324,29 @@ def test_pictures_of_several_prompts(root: Path, tmp_path: Path) -> None:
     assert page.read_text().count("<section>") == 2
 
 
+def test_a_picture_that_cannot_be_drawn_takes_nothing_else_with_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_hooks.analysis.traits.plots.scores.MAX_PICTURE", 15)
+    targets = ["--png", str(tmp_path / "p.png"), "--html", str(tmp_path / "p.html")]
+    assert main(told(root, "--traits", "serial", *targets)) == 1
+    said = capsys.readouterr().err
+    assert said == "neuroscope: drawing: A picture shows at most 15 positions, got 16: write HTML.\n"
+    assert [path.name for path in sorted(tmp_path.glob("p*"))] == ["p-1.png", "p.html"]
+    assert len(list(root.rglob("*.json"))) == 1
+
+
+def test_where_nothing_can_be_written_nothing_is_run(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HookedModel, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
+    (root / "demo" / "inference").write_text("a file")
+    assert main(told(root, "--traits", "serial")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"neuroscope: cannot write {root}/demo/inference/dynamics/20")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

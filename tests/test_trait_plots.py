@@ -199,7 +199,9 @@ def test_a_first_token_far_from_all_others_does_not_hide_them() -> None:
     assert chart.png()
     plain = entry(prompt=["<bos>", "a"])
     plain["traits"]["trait <u>0"]["probe"]["scores"]["prompt"] = [-900.0, 0.5]
-    y = [float(attributes["cy"] or "") for attributes, _ in Page(ScoreChart.of(plain).html()).of("circle")]
+    dots = Page(ScoreChart.of(plain).html()).of("circle")
+    assert ["beyond" in (attributes["class"] or "") for attributes, _ in dots] == [i == 0 for i in range(9)]
+    y = [float(attributes["cy"] or "") for attributes, _ in dots]
     others = Page(ScoreChart.of(entry(prompt=["<bos>", "a"])).html()).of("circle")
     assert y[1:] == [float(attributes["cy"] or "") for attributes, _ in others][1:]
     assert y[0] > max(y[1:])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...analysis.spelling import course, in_columns, one_line, shortened
 from ...errors import HookError
+from ...storage.files import try_file, writing
 from ..output import check_writable, write_whole
 from .options import (
     Failures,
@@ -76,8 +77,11 @@ def run(options: argparse.Namespace) -> int:
     experiment = Experiment(options.root, options.experiment)
     prompts = prompts_of(options, experiment)
     check_pictures(options)
-    if options.output is not None:
-        check_writable(options.output)
+    target = options.output
+    if target is None:
+        target = _new_file(experiment.folder)
+    else:
+        check_writable(target)
     vectors, failed = _vectors(options, experiment)
     if vectors:
         model = load_model(options, vectors)
@@ -94,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
         for entry in results:
             print(f"{_shown(entry)}\n")
         if results:
-            target = options.output or _new_file(experiment.folder)
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, json.dumps(found, indent=1, allow_nan=False, ensure_ascii=False))
             print(f"Written: {target}")
             charts = [ScoreChart.of(entry) for entry in results]
@@ -122,13 +127,18 @@ def _vectors(options: argparse.Namespace, experiment: "Experiment") -> tuple[lis
 
 
 def _new_file(folder: Path) -> Path:
-    """A file that nobody has: its name is the time, with digits of its own."""
-    from ...storage.files import writing
+    """A file that nobody has: its name is the time, with digits of its own. It can be written; its folder may not be
+    there yet.
+
+    Raises:
+        HookError: nothing can be written there.
+    """
     from ...storage.metadata import run_id
 
     target = folder / "inference" / "dynamics" / f"{run_id(datetime.now(timezone.utc))}.json"
+    there = next(parent for parent in target.parents if parent.exists())
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try_file(there / target.name)
     return target
 
 

@@ -124,6 +124,7 @@ class ScoreChart:
         for i, (x, y) in enumerate(points):
             said = svg.told(f"{self._place(i)}: {visible(self.tokens[i])}\n{trait.name} {svg.number(trait.scores[i])}")
             class_ = "dot" if i >= self.n_prompt else "dot of-prompt"
+            class_ += "" if scale.low <= trait.scores[i] <= scale.high else " beyond"
             parts.append(svg.element("circle", said, cx=float(x), cy=float(y), r=2.6, class_=class_))
         if trait.commitment is not None:
             x, y = points[trait.commitment]
@@ -227,6 +228,7 @@ STYLE = """
 .response-line { fill: none; stroke: var(--line); stroke-width: 2; }
 .dot { fill: var(--line); }
 .dot.of-prompt { fill: var(--faint); }
+.dot.beyond { fill: var(--paper); stroke: var(--faint); }
 .dot:hover { stroke: var(--ink); stroke-width: 2; }
 .mark, .mark-line, .peak { pointer-events: none; }
 .mark { fill: var(--mark); stroke: var(--paper); }
