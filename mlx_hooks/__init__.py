@@ -14,8 +14,11 @@ from .analysis.traits.experiment import Experiment
 from .analysis.traits.extraction import extract_vectors
 from .analysis.traits.internals import capture_single_layer
 from .analysis.traits.monitoring import monitor_dynamics
+from .analysis.traits.prompts import Chat
+from .analysis.traits.records import read_record
 from .analysis.traits.steering import Steering, steer
 from .analysis.traits.vectors import TraitVector
+from .analysis.traits.verify import verify_format
 from .analysis.traits.watching import watch_traits
 from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
@@ -63,6 +66,7 @@ __all__ = [
     "Attribution",
     "CaptureEstimate",
     "CapturedActivation",
+    "Chat",
     "Check",
     "Experiment",
     "ExtractionConfig",
@@ -103,8 +107,10 @@ __all__ = [
     "extract_vectors",
     "load_model",
     "monitor_dynamics",
+    "read_record",
     "run_generation",
     "steer",
     "trait_dynamics",
+    "verify_format",
     "watch_traits",
 ]
