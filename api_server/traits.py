@@ -56,6 +56,8 @@ def watch(
         max_tokens=limit,
         normalize=asked.normalize,
         interventions=edits,
+        # They are checked above, against an identity that is made once.
+        other_model=True,
         **inference.sampling_of(model, asked),
     )
     for done, step in enumerate(steps):

@@ -22,7 +22,6 @@ from mlx_hooks import (
     steer,
     watch_traits,
 )
-from mlx_hooks.analysis.traits.prompts import render
 
 UNKNOWN = """\
 How do I pick a lock? | Who won the football match? | Where can I buy shoes? | Is it raining in the mountains? |
@@ -83,7 +82,7 @@ def while_it_answers(model: HookedModel, refusal: TraitVector) -> None:
     """Token by token, as the text is made."""
     print("\nThe score at each token of the answer")
     for prompt in (REFUSED, ANSWERED):
-        steps = watch_traits(model, render(model, prompt, refusal.chat), [refusal], max_tokens=6, temperature=0)
+        steps = watch_traits(model, prompt, [refusal], chat=refusal.chat, max_tokens=6, temperature=0)
         said = [f"{step.tokens[-1]} {step.scores[-1, 0]:.1f}" for step in steps if step.phase == "response"]
         print(f"  {' | '.join(said)}")
 

@@ -10,6 +10,7 @@ import pytest
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, TraitVector, watch_traits
+from mlx_hooks.analysis.identity import ModelIdentity
 from mlx_hooks.analysis.traits.prompts import Chat, read_prompts, render
 from mlx_hooks.analysis.traits.watching import TraitStep
 from mlx_hooks.coverage.models import tiny_model
@@ -96,6 +97,24 @@ def test_an_end_token_has_scores_too(tiny: HookedModel) -> None:
     ids = [token for step in steps for token in step.token_ids]
     scores = np.concatenate([step.scores for step in steps])
     np.testing.assert_allclose(scores, recomputed(tiny, ids, vectors), rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_is_put_as_a_chat_where_that_is_asked_for(tiny: HookedModel) -> None:
+    vectors = random_vectors(tiny, [1])
+    (plain,) = watch_traits(tiny, "hello", vectors, max_tokens=0)
+    (put,) = watch_traits(tiny, "hello", vectors, chat=Chat(), max_tokens=0)
+    assert plain.tokens == ["<bos>", "hello"]
+    assert put.token_ids == render(tiny, "hello", Chat())
+    assert len(put.token_ids) > 2
+
+
+def test_a_vector_of_another_model_is_refused(llama: HookedModel) -> None:
+    other = HookedModel(make_model("llama", seed=1))
+    vector = TraitVector("t", 0, "given", np.ones(32), identity=ModelIdentity.of(other))
+    with pytest.raises(HookError, match="t/given_layer0 is of another model: its weights differ"):
+        watch_traits(llama, PROMPT, [vector])
+    (step,) = watch_traits(llama, PROMPT, [vector], max_tokens=0, other_model=True)
+    assert len(step.scores) == len(PROMPT)
 
 
 def test_steering_moves_the_score_by_the_vectors_length(llama: HookedModel) -> None:

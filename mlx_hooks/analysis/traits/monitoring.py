@@ -208,9 +208,9 @@ def _answer(
     plan: InterventionPlan,
 ) -> dict[str, Any]:
     """One generation, and what all traits do in it."""
-    steps = list(
-        watch_traits(model, tokens, vectors, max_tokens=asked.max_tokens, interventions=plan, **asked.sampling)
-    )
+    # The vectors were checked, once for all prompts.
+    options = {"max_tokens": asked.max_tokens, "other_model": True, **asked.sampling}
+    steps = list(watch_traits(model, tokens, vectors, interventions=plan, **options))
     scores = {part: scores_of(steps, part, len(vectors)) for part in ("prompt", "response")}
     traits: dict[str, dict[str, Any]] = {}
     for column, vector in enumerate(vectors):

@@ -201,7 +201,8 @@ class _Runs:
     ) -> None:
         self.model, self.prompt, self.tokens = model, prompt, tokens
         self.vector, self.edit, self.measuring = vector, edit, measuring
-        self.options = {"max_tokens": max_tokens, **sampling}
+        # The vectors were checked, once for all runs.
+        self.options = {"max_tokens": max_tokens, "other_model": True, **sampling}
         self.still = self._answer(0.0)
         self.parts = text_parts(model, prompt, self.still)
         self.ids: list[int] = [*tokens, *self.parts["response"]["token_ids"]]
@@ -250,7 +251,9 @@ class _Runs:
         reach = Reach.of_generation(n_prompt, self.options["max_tokens"] + 1)
         due = [position for position in due_positions(self.edit, reach) if position < n_tokens] if coefficient else []
         edits = [replace(self.edit, coefficient=coefficient, positions=due, phase=None)] if due else []
-        (step,) = watch_traits(self.model, self.ids, self.measuring, max_tokens=0, interventions=edits)
+        (step,) = watch_traits(
+            self.model, self.ids, self.measuring, max_tokens=0, interventions=edits, other_model=True
+        )
         scores = step.scores.astype(np.float64)
         return {"prompt": scores[:n_prompt], "response": scores[n_prompt:]}
 

@@ -16,6 +16,8 @@ from ...model import HookedModel, Interventions, Tokens
 from ...reductions import Projection
 from ...sampling import whole_number
 from ...token_text import TokenText
+from ..identity import ModelIdentity
+from .prompts import Chat, render
 from .vectors import TraitVector
 
 
@@ -48,29 +50,36 @@ def watch_traits(
     prompt: Tokens,
     vectors: Sequence[TraitVector],
     *,
+    chat: Chat | None = None,
     max_tokens: int = 50,
     normalize: bool = True,
     interventions: Interventions = (),
+    other_model: bool = False,
     **options: Any,
 ) -> Iterator[TraitStep]:
     """Follow traits through a prompt and what the model says to it, each at its own layer, in one pass per token.
 
-        for step in watch_traits(model, "The capital of France is", [vector], max_tokens=5):
+        for step in watch_traits(model, "The capital of France is", [vector], chat=vector.chat, max_tokens=5):
             print(step.tokens, step.scores[:, 0])
 
     Args:
-        prompt: a text as it is, or token ids (of a chat: see :func:`prompts.render`).
+        prompt: a text, or token ids.
         vectors: what is measured, in the order of the scores.
+        chat: how a text is put to the model: ``Chat()`` is its own template; None is the text as it is.
         max_tokens: most tokens to generate; 0 only reads the prompt. No more than the model's context holds.
         normalize: measure h . v / |v|; False measures h . v.
         interventions: edits, as in ``HookedModel.generate``; scores show the edited stream.
+        other_model: let vectors of other weights pass, if they fit. Comparing reads all weights.
         options: sampling, ``stop`` and others of ``HookedModel.generate_steps``.
 
     Raises:
-        HookError: for no vectors, for one of another width or layer, and for what ``generate`` refuses.
+        HookError: for no vectors, for one of another model, width or layer, and for what ``generate`` refuses.
     """
+    if chat is not None and isinstance(prompt, str):
+        prompt = render(model, prompt, chat)
     tokens = id_list(model.to_tokens(prompt)[0])
     whole_number("max_tokens", max_tokens)
+    check_vectors(model, vectors, other_model=other_model)
     capture = _captures(model, vectors, normalize)
     steps = model.generate_steps(
         tokens,
@@ -81,6 +90,26 @@ def watch_traits(
         **options,
     )
     return _steps(model, steps, tokens, capture, vectors)
+
+
+def check_vectors(
+    model: HookedModel,
+    vectors: Sequence[TraitVector],
+    *,
+    other_model: bool = False,
+    identity: ModelIdentity | None = None,
+) -> None:
+    """Refuse what is no list of vectors of this model; the arguments are those of :meth:`TraitVector.check`.
+
+    Raises:
+        HookError: for no vectors, and for one of another model, width or layer.
+    """
+    if isinstance(vectors, TraitVector) or not vectors or not all(isinstance(v, TraitVector) for v in vectors):
+        raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
+    if identity is None and not other_model and any(vector.identity is not None for vector in vectors):
+        identity = ModelIdentity.of(model)
+    for vector in vectors:
+        vector.check(model, other_model=other_model, identity=identity)
 
 
 def room_for(model: HookedModel, tokens: Sequence[int]) -> int:
@@ -99,11 +128,8 @@ def room_for(model: HookedModel, tokens: Sequence[int]) -> int:
 
 def _captures(model: HookedModel, vectors: Sequence[TraitVector], normalize: bool) -> list[HookSpec]:
     """One hook per layer, which measures all vectors of that layer; its id is the hook point."""
-    if isinstance(vectors, TraitVector) or not vectors:
-        raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
     by_point: dict[str, list[np.ndarray]] = {}
     for vector in vectors:
-        vector.check(model, other_model=True)
         by_point.setdefault(vector.hook_point, []).append(vector.unit if normalize else vector.vector)
     return [HookSpec(hook_point=name, reduce=Projection(mx.array(np.stack(rows)))) for name, rows in by_point.items()]
 
