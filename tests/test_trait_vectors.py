@@ -17,7 +17,7 @@ from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import Experiment, HookedModel, HookError, TraitVector, extract_vectors, read_record
 from mlx_hooks.analysis.identity import ModelIdentity
-from mlx_hooks.analysis.traits import methods
+from mlx_hooks.analysis.traits import extraction, methods
 from mlx_hooks.analysis.traits import vectors as vectors_module
 from mlx_hooks.analysis.traits.extraction import Examples, Span
 from mlx_hooks.analysis.traits.methods import PRECISION, Classes, Fit, fit, judge, scores
@@ -404,6 +404,27 @@ def test_what_all_prompts_begin_with_tells_nothing(span: str, layer: int, dtype:
         with pytest.raises(HookError, match=f"Layer {layer}: Nothing distinguishes the classes: {method} finds no"):
             extract_vectors(model, CAPITALS, SUMS, trait="x", layers=[layer], methods=[method], span=span)
     assert len(extract_vectors(model, CAPITALS, SUMS, trait="x", layers=[layer], methods=METHODS)) == len(METHODS)
+
+
+@pytest.mark.parametrize("span", ["last", "response"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(mx.float32, 2.0**-17), (mx.float16, 2.0**-7), (mx.bfloat16, 2.0**-4)]
+)
+def test_how_much_is_rounding_goes_with_the_models_numbers(
+    dtype: mx.Dtype, precision: float, span: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = HookedModel(make_model("llama"))
+    model.model.set_dtype(dtype)
+    used = []
+
+    def made(*of: Any) -> Classes:
+        used.append(of[2])
+        return Classes(*of)
+
+    monkeypatch.setattr(extraction, "Classes", made)
+    options: dict[str, Any] = {"layers": [0, 2], "methods": ["mean_diff", "probe"], "max_new_tokens": 2}
+    extract_vectors(model, POSITIVE, NEGATIVE, trait="x", span=span, **options)
+    assert used == [precision] * 2
 
 
 def states(model: HookedModel, rows: list[list[int]], layer: int, span: slice) -> np.ndarray:
