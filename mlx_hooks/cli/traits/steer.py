@@ -7,13 +7,14 @@ from typing import Any
 
 from ...analysis.spelling import in_columns, one_line
 from ...errors import HookError
-from ..output import check_writable, write_whole
+from ..output import write_whole
 from .options import (
     add_experiment,
     add_model,
     add_pictures,
     add_sampling,
-    check_pictures,
+    check_outputs,
+    inputs_of,
     interrupted,
     listed,
     load_model,
@@ -55,13 +56,12 @@ def run(options: argparse.Namespace) -> int:
 
     coefficients = _numbers(options.coefficients)
     experiment = Experiment(options.root, options.experiment)
-    if options.json is not None:
-        check_writable(options.json)
-    check_pictures(options)
     vector = experiment.trait(options.trait).find(method=options.method, layer=options.layer)
     names = None if options.measure is None else listed(options.measure)
     measured = None if names is None else [experiment.trait(name).find() for name in names]
-    model = load_model(options, [vector])
+    vectors = [vector, *(measured or [])]
+    check_outputs(options, inputs_of(options, experiment, vectors), json=options.json)
+    model = load_model(options, vectors)
     place = {"layer": options.at_layer, "measured": measured, "phase": options.phase}
     try:
         found = steer(model, options.prompt, vector, coefficients, **place, **sampling_of(options))
