@@ -236,9 +236,10 @@ def test_the_command_shows_scores_and_texts(root: Path, tmp_path: Path, capsys: 
     [
         (["--coefficients=a"], "--coefficients are numbers with commas between them, got 'a'"),
         (["--coefficients=,"], "coefficients is a list of different finite numbers"),
-        (["--coefficients=1", "--trait", "t7"], "The experiment demo has no trait 't7'. There are: t0, t1"),
+        (["--coefficients=1", "--trait", "t1"], "One trait's vector is added: give --trait once"),
         (["--coefficients=1", "--layer", "0"], "The trait t0 has no vector of layer 0"),
         (["--coefficients=1", "--at-layer", "8"], "layer is 0 to 3 on neuroscope-tiny, got 8"),
+        (["--coefficients=1", "--experiment", "other"], "There is no experiment 'other' in"),
         (["--coefficients=1", "--measure", "t7"], "The experiment demo has no trait 't7'"),
         (["--coefficients=1", "--json", "no/such.json"], "cannot write no/such.json"),
         (["--coefficients=1", "--json", "s.json", "--html", "s.json"], "--json and --html are both s.json"),
