@@ -22,9 +22,9 @@ from mlx_hooks.analysis.traits.batch import CaptureBatch
 from mlx_hooks.analysis.traits.prompts import Chat
 from mlx_hooks.analysis.traits.records import (
     arrays_of,
+    json_parts,
     json_path,
     read_record,
-    to_plain,
     write_record,
 )
 from mlx_hooks.analysis.traits.verify import verify_format
@@ -167,8 +167,16 @@ def test_json_is_strict_and_has_the_same_numbers(single: Record, tmp_path: Path)
 
 def test_numbers_in_json_are_the_shortest_of_float32() -> None:
     numbers = np.array([0.1, 1e-7, 1 / 3, 3.0, 16777216.0], np.float32)
-    assert json.dumps(to_plain({"a": numbers})) == '{"a": [0.1, 1e-07, 0.33333334, 3.0, 16777216.0]}'
-    assert to_plain(np.array([[1, 2]], np.int32)) == [[1, 2]]
+    record = {"a": numbers, "b": {"c": np.float32(0.1) * np.ones((2, 3), np.float32).T}, "d": np.array([[1, 2]])}
+    text = b'{"a":[0.1,1e-7,0.33333334,3.0,16777216.0],"b":{"c":[[0.1,0.1],[0.1,0.1],[0.1,0.1]]},"d":[[1,2]]}'
+    assert b"".join(json_parts(record)) == text
+
+
+def test_all_numbers_of_float32_come_back_from_json() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32)
+    numbers = bits.view(np.float32)[np.isfinite(bits.view(np.float32))]
+    found = json.loads(b"".join(json_parts({"a": numbers})))["a"]
+    np.testing.assert_array_equal(np.array(found, np.float32).view(np.uint32), numbers.view(np.uint32))
 
 
 def test_numbers_that_are_not_finite_are_not_written(layers: Record, tmp_path: Path) -> None:
@@ -242,8 +250,27 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
     (_set("response", "token_ids", ["a", "b", "c"]), "response/token_ids is a list of whole numbers"),
     (_drop("metadata", "vector_path"), "metadata/vector_path is missing"),
     (_set("metadata", "alignment", "before"), "metadata/alignment is one of at, predicts, got 'before'"),
-    (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number, got bool"),
-    (_set("metadata", "n_layers", 10**12), "metadata/n_layers is a whole number from 0 to 1000000"),
+    (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number, got true or false"),
+    (_set("metadata", "n_layers", 10**12), "metadata/n_layers is a whole number from 0 to 10000"),
+    (_set("metadata", "n_layers", 10_000), "projections/prompt has the shape (8, 4, 3)"),
+    (_set("metadata", "layer", 99), "metadata/layer is 99, n_layers is 4"),
+    (_set("metadata", "method", "xyz"), "metadata/method is one of probe, mean_diff, ica, gradient, given, got 'xyz'"),
+    (_set("metadata", "trait", ""), "metadata/trait is empty"),
+    (_set("metadata", "capture_date", "yesterday"), "metadata/capture_date is an ISO date, got 'yesterday'"),
+    (_set("metadata", "vector_norm", 0), "metadata/vector_norm is above 0 and finite"),
+    (_set("metadata", "vector_norm", []), "metadata/vector_norm is a number, or with each_layer a list"),
+    (_set("metadata", "each_layer", True), "metadata/vector_norm is a number, or with each_layer a list"),
+    (_set("metadata", "temperature", -1), "metadata/temperature is a number from 0 up, got -1"),
+    (_set("metadata", "top_p", 7), "metadata/top_p is a number from 0 to 1, got 7"),
+    (_set("metadata", "seed", -1), "metadata/seed is a whole number from 0 up, got -1"),
+    (_set("metadata", "max_tokens", 1), "response/n_tokens is 3, metadata/max_tokens 1"),
+    (_set("metadata", "vector_sha256", "abc"), "metadata/vector_sha256 is 64 hexadecimal digits"),
+    (_drop("metadata", "model_identity"), "metadata/model_identity is missing"),
+    (_set("metadata", "layers_without_attention", {"0": ""}), "metadata/layers_without_attention/0 is a reason"),
+    (_set("prompt", "token_ids", [-5] * 8), "prompt/token_ids are from 0 to 4294967295"),
+    (_set("more", 1), "more is not expected"),
+    (_edit(lambda a: a.astype(np.float16), "projections", "prompt"), "the type float16, not float32"),
+    (_set("projections", "other", np.zeros(3, np.float32)), "projections/other is not expected"),
     (_set("metadata", "temperature", "warm"), "metadata/temperature is a whole number or a number, got a text"),
     (_set("metadata", "projection", "h"), "metadata/projection is one of h.v/|v|, h.v, got 'h'"),
     (_set("metadata", "layers_without_attention", []), "metadata/layers_without_attention is a mapping, got a list"),
@@ -266,7 +293,14 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
 ]  # fmt: skip
 WRONG_SINGLE: list[tuple[Change, str]] = [
     (_drop("layer"), "layer is missing"),
-    (_set("layer", 9), "layer is 9, n_layers is 4"),
+    (_set("layer", 9), "layer is 9, metadata/layer 1"),
+    (_set("metadata", "layer", 0), "layer is 1, metadata/layer 0"),
+    (_drop("metadata", "widths"), "metadata/widths is missing"),
+    (_set("metadata", "widths", "residual/input", 3), "metadata/widths/residual/input is 3, d_model is 128"),
+    (_set("metadata", "absent", {"attention/q_proj": ""}), "metadata/absent/attention/q_proj is a reason"),
+    (_set("internals", "other", {"a": {"b": np.zeros(3, np.float32)}}), "internals/other is not expected"),
+    (_set("internals", "prompt", "foo", {"bar": np.zeros((1, 1), np.float32)}), "internals/prompt/foo is not expected"),
+    (_set("projections", "prompt", "foo", np.zeros(8, np.float32)), "projections/prompt/foo is not expected"),
     (_drop("internals", "response"), "internals/response is a mapping, got nothing"),
     (_drop("internals", "prompt", "attention", "k_proj"),
      "internals/prompt/attention/k_proj is missing, and metadata/absent gives no reason"),
@@ -324,6 +358,13 @@ def test_rows_of_attention_with_a_sink_sum_to_at_most_one(tmp_path: Path) -> Non
     ("change", "problem"),
     [
         (lambda plain: plain["projections"]["prompt"][0][0].__setitem__(1, 5.0), "projections/prompt/0/0/1 is 5.0"),
+        (lambda plain: plain["projections"]["prompt"][0].pop(), "projections/prompt is no array: its lists differ"),
+        (lambda plain: plain["projections"]["prompt"].pop(), "projections/prompt has the shape (7, 4, 3), expected (8"),
+        (lambda plain: plain["projections"].__setitem__("prompt", "x"), "projections/prompt has the shape ()"),
+        (
+            lambda plain: plain["projections"]["prompt"][0][0].__setitem__(1, None),
+            "projections/prompt holds something else",
+        ),
         (lambda plain: plain["prompt"].__setitem__("n_tokens", 3), "prompt/n_tokens is 3, expected 8"),
         (lambda plain: plain.pop("response"), "response is missing"),
         (lambda plain: plain.__setitem__("more", 1), "more is not expected"),
@@ -338,6 +379,38 @@ def test_json_that_disagrees_is_named(layers: Record, tmp_path: Path, change: Ch
     json_path(path).write_text(json.dumps(plain))
     assert len(verify_format(path)) == 1
     assert f"prompt_0.json disagrees: {problem}" in verify_format(path)[0]
+
+
+def test_the_same_json_in_another_spelling_agrees(single: Record, tmp_path: Path) -> None:
+    path = tmp_path / "prompt_0.safetensors"
+    write_record(single, path, json_beside=True)
+    json_path(path).write_text(json.dumps(json.loads(json_path(path).read_text()), indent=1, sort_keys=True))
+    assert verify_format(path) == []
+
+
+def test_what_is_wrong_with_large_sizes_is_named_at_once(layers: Record, tmp_path: Path) -> None:
+    record, path = copy.deepcopy(layers), tmp_path / "prompt_0.safetensors"
+    record["metadata"]["n_layers"] = 10_000
+    write_record(record, path)
+    assert len(verify_format(path)) == 2
+
+
+def test_numbers_that_were_changed_are_named(layers: Record, tmp_path: Path) -> None:
+    path = tmp_path / "prompt_0.safetensors"
+    write_record(layers, path)
+    content = path.read_bytes()
+    value = layers["projections"]["prompt"][3, 2, 1].tobytes()
+    assert content.count(value) >= 1
+    path.write_bytes(content.replace(value, np.float32(1.5).tobytes(), 1))
+    [problem] = verify_format(path)
+    assert "its numbers are not those that were written" in problem
+    assert read_record(path, arrays=False)["prompt"] == layers["prompt"]
+
+
+def test_a_header_has_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "prompt_0.safetensors"
+    mx.save_safetensors(str(path), {}, {"format": "neuroscope.trait_capture/1", "record": '{"metadata": {"a": NaN}}'})
+    assert "NaN has no place in JSON" in verify_format(path)[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[NaN]", "[" * 100_000])

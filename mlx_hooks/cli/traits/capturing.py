@@ -7,25 +7,35 @@ from typing import Any
 from ...errors import HookError
 from .options import add_experiment, add_model, add_prompts, add_sampling, prompts_of, sampling_of
 
+MUCH = 1_000_000_000
+"""Bytes of attention weights that are told of."""
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of both commands."""
-    from ...analysis.traits.records import ALIGNMENTS
-    from ...analysis.traits.vectors import METHODS
+    from ...analysis.traits.records import ALIGNMENTS, PREFIX
+    from ...analysis.traits.vectors import GIVEN, METHODS
 
     add_experiment(parser)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--trait", metavar="NAME", help="one of its traits")
+    which.add_argument(
+        "--trait", action="append", metavar="NAME", help="one of its traits; several: --trait A --trait B"
+    )
     which.add_argument("--all-traits", action="store_true", help="all of its traits")
     add_prompts(parser)
     add_model(parser)
-    parser.add_argument("--method", choices=METHODS, help=f"default: the first there is of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--method", choices=(*METHODS, GIVEN), help=f"default: the first there is of {', '.join(METHODS)}"
+    )
     add_sampling(parser)
     parser.add_argument(
         "--alignment",
         choices=ALIGNMENTS,
         default="at",
         help="rows of the response are of the state at a token, or of the one that predicts it (default: at)",
+    )
+    parser.add_argument(
+        "--prefix", default=PREFIX, metavar="NAME", help=f"files are NAME_0.safetensors and so on (default: {PREFIX})"
     )
     parser.add_argument("--save-json", action="store_true", help="write JSON beside each file too")
     parser.add_argument("--skip-existing", action="store_true", help="skip files that hold what is asked for")
@@ -38,12 +48,15 @@ def run_batch(options: argparse.Namespace, **chosen: Any) -> int:
     from ...analysis.traits.batch import CaptureBatch
 
     experiment = Experiment(options.root, options.experiment)
-    traits = experiment.traits() if options.all_traits else [experiment.trait(options.trait)]
+    traits = (
+        experiment.traits() if options.all_traits else [experiment.trait(name) for name in dict.fromkeys(options.trait)]
+    )
     if not traits:
         raise HookError(f"The experiment {experiment.name} has no traits: folders with an extraction folder.")
     batch = CaptureBatch(
         traits,
         prompts_of(options, experiment),
+        prefix=options.prefix,
         method=options.method,
         save_json=options.save_json,
         skip_existing=options.skip_existing,
@@ -55,7 +68,9 @@ def run_batch(options: argparse.Namespace, **chosen: Any) -> int:
     interrupted = False
     try:
         if batch.is_ready:
-            batch.run(HookedModel.from_pretrained(options.model or batch.model_name()))
+            model = HookedModel.from_pretrained(options.model or batch.model_name())
+            _tell_size(batch.attention_bytes(model), of_all_layers=batch.captured_layer is None)
+            batch.run(model)
     except KeyboardInterrupt:
         interrupted = True
     print(batch.summary())
@@ -63,3 +78,10 @@ def run_batch(options: argparse.Namespace, **chosen: Any) -> int:
         sys.stderr.write("neuroscope: interrupted; the files that were written are whole\n")
         return 130
     return 1 if batch.has_failed else 0
+
+
+def _tell_size(size: int, *, of_all_layers: bool) -> None:
+    """Say before the run that attention weights will take much of the disk."""
+    if size > MUCH:
+        hint = "; --no-attention leaves them out" if of_all_layers else ""
+        sys.stderr.write(f"neuroscope: attention weights will take up to {size / 1e9:.1f} GB{hint}\n")
