@@ -608,6 +608,8 @@ def test_existing_files_are_skipped_or_made_again(tiny: HookedModel, experiment:
         ({"alignment": "predicts"}, "another alignment"),
         ({"attention": False}, "another attention"),
         ({"normalize": False}, "another projection"),
+        ({"temperature": 1.5}, "another temperature"),
+        ({"top_p": 0.5}, "another top_p"),
     ],
 )
 def test_other_captures_are_not_replaced_silently(
@@ -630,6 +632,122 @@ def test_other_vectors_and_models_are_other_captures(tiny: HookedModel, experime
     statuses = {"honest": "skipped", "polite": "failed"}
     assert outcomes(batch) == [(*file, statuses[file[0]]) for file in ALL]
     assert "with another vector_sha256" in batch.summary()
+
+
+def test_vectors_of_other_methods_and_layers_are_other_captures(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    vectors = experiment.folder / "honest" / "extraction" / "vectors"
+    numbers = TraitVector.load(vectors / "probe_layer2.safetensors")
+    replace(numbers, method="ica").save(vectors)
+    for options, differs in [
+        ({"vector_layer": 2}, "vector_sha256, layer, vector_layer"),
+        ({"method": "ica"}, "vector_sha256, method, layer, vector_layer"),
+        ({"each_layer": True}, "vector_sha256, layer, vector_layer, each_layer"),
+    ]:
+        batch = run(experiment, tiny, PROMPTS[:1], skip_existing=True, **options)
+        [reason] = [o.reason for o in batch.outcomes if o.trait == "honest"]
+        assert f"holds a capture with another {differs}: " in reason
+
+
+def test_captures_of_other_weights_are_other_captures(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    # The same numbers, said to be of no model in particular.
+    for path in list(experiment.folder.glob("*/extraction/vectors/*")):
+        replace(TraitVector.load(path), identity=None).save(path.parent)
+    other = HookedModel.from_pretrained("neuroscope-tiny")
+    other.model.model.norm.weight = other.model.model.norm.weight * 2
+    batch = run(experiment, other, PROMPTS[:1], skip_existing=True)
+    assert outcomes(batch) == [("honest", "prompt_0", "failed"), ("polite", "prompt_0", "failed")]
+    assert "with another model_identity:" in batch.summary()
+
+
+@pytest.mark.parametrize("content", ['{"rubbish": 1}', "{", "[" * 100_000])
+def test_json_that_is_something_else_is_not_skipped(tiny: HookedModel, experiment: Experiment, content: str) -> None:
+    run(experiment, tiny, PROMPTS[:1], save_json=True)
+    made = captures(experiment)
+    beside = experiment.folder / "polite" / "inference" / "residual_stream_activations" / "prompt_0.json"
+    beside.write_text(content)
+    assert not run(experiment, tiny, PROMPTS[:1], skip_existing=True).has_failed
+    batch = run(experiment, tiny, PROMPTS[:1], skip_existing=True, save_json=True)
+    assert outcomes(batch) == [("honest", "prompt_0", "skipped"), ("polite", "prompt_0", "failed")]
+    assert "prompt_0.json holds something else" in batch.summary()
+    assert beside.read_text() == content
+    batch = run(experiment, tiny, PROMPTS[:1], skip_existing=True, save_json=True, overwrite=True)
+    assert outcomes(batch) == [("honest", "prompt_0", "skipped"), ("polite", "prompt_0", "skipped")]
+    assert captures(experiment) == made
+
+
+def test_traits_that_share_a_run_have_its_attention_encoded_once(
+    tiny: HookedModel, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Any] = []
+    encode = files._encode
+    monkeypatch.setattr(files, "_encode", lambda node: encoded.append(node) or encode(node))
+    run(experiment, tiny, PROMPTS[:1], save_json=True)
+    assert sum(isinstance(node, dict) and "layer_0" in node.get("prompt", {}) for node in encoded) == 1
+    for path in experiment.folder.glob("*/inference/*/*.safetensors"):
+        assert verify_format(path) == []
+
+
+def test_captures_of_other_prompts_lie_beside_the_first(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny)
+    run(experiment, tiny, PROMPTS[1:], prefix="custom-1", save_json=True)
+    names = ["custom-1_0.json", "custom-1_0.safetensors", "prompt_0.safetensors", "prompt_1.safetensors"]
+    assert list(captures(experiment)) == [f"{trait}/{name}" for trait in ("honest", "polite") for name in names]
+    run(experiment, tiny, PROMPTS[:1], prefix="custom-1", captured_layer=2)
+    assert "polite/custom-1_0_layer2.safetensors" in captures(experiment)
+    for prefix in ("", "a b", "../x", "a/b", ".a", "é", "a\n", 5):
+        with pytest.raises(HookError, match="prefix is made of letters, digits, - and _"):
+            run(experiment, tiny, prefix=prefix)
+
+
+def test_earlier_captures_that_stay_are_told_of(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, ["a", "b", "c", "d"])
+    batch = run(experiment, tiny, [PROMPTS[0], ""], overwrite=True)
+    lines = batch.summary().splitlines()
+    assert "  honest: there still are earlier captures, prompt 2, 3" in lines
+    assert (
+        "  failed: polite, prompt_1: A prompt is a text that is not empty, got ''; "
+        "the file that is there is an earlier capture." in lines
+    )
+    assert "earlier" not in run(experiment, tiny, PROMPTS[:1]).summary()
+
+
+def test_the_size_of_attention_is_told_before_the_run(
+    tiny: HookedModel, experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_hooks.cli.traits.capturing.MUCH", 0)
+    assert command("capture-layers", experiment, "--trait", "polite", "--prompts", PROMPTS[0]) == 0
+    assert "attention weights will take up to 0.0 GB; --no-attention leaves them out" in capsys.readouterr().err
+    assert command("capture-layers", experiment, "--trait", "polite", "--no-attention", "--overwrite") == 0
+    assert "GB" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("captured_layer", [None, 1])
+def test_the_size_of_attention_is_that_of_the_files(
+    tiny: HookedModel, experiment: Experiment, captured_layer: int | None
+) -> None:
+    traits = [experiment.trait("honest"), experiment.trait("polite")]
+    batch = CaptureBatch(traits, ["", *PROMPTS], captured_layer=captured_layer, max_tokens=3, temperature=0)
+    expected = batch.attention_bytes(tiny)
+    batch.run(tiny, progress=False)
+    records = [read_record(path) for path in experiment.folder.glob("*/inference/*/*.safetensors")]
+    sizes = [
+        array.nbytes
+        for record in records
+        for name, array in arrays_of(record)
+        if name.startswith("attention_weights") or "attn_weights" in name
+    ]
+    assert len(records) == 4
+    assert sum(sizes) == expected
+
+
+def test_several_traits_may_be_named(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:
+    several = ["--trait", "polite", "--trait", "honest", "--trait", "polite", "--prefix", "two"]
+    assert command("capture-layers", experiment, *several, "--prompts", "a") == 0
+    assert list(captures(experiment)) == ["honest/two_0.safetensors", "polite/two_0.safetensors"]
+    assert command("capture-layer", experiment, *several, "--layer", "1", "--method", "given") == 1
+    assert "has no vector" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["prompt_0.safetensors", "prompt_0.json"])
@@ -838,7 +956,7 @@ def test_an_interrupted_command_tells_what_was_done(
     monkeypatch.setattr(batches, "capture_all_layers", interrupted)
     assert command("capture-layers", experiment, "--all-traits") == 130
     shown = capsys.readouterr()
-    assert "2 done, 0 skipped, 1 failed" in shown.out
+    assert "2 done, 0 skipped, 1 failed, 2 not reached" in shown.out
     assert "interrupted; the files that were written are whole" in shown.err
     for path in experiment.folder.glob("*/inference/*/*"):
         assert verify_format(path) == []
