@@ -913,6 +913,7 @@ def test_one_trait_with_prompts_of_a_file(experiment: Experiment, tmp_path: Path
         (["--all-traits", "--prompts-file", "nowhere.txt"], "There is no file nowhere.txt."),
         (["--all-traits", "--max-tokens", "-1"], "max_tokens is a whole number from 0 up, got -1."),
         (["--all-traits", "--model", "nowhere"], "nowhere"),
+        (["--all-traits", "--prefix", "../x"], "prefix is made of letters, digits, - and _, got '../x'."),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -923,6 +924,11 @@ def test_what_cannot_be_done_is_one_line(
     assert told in shown
     assert shown.startswith("neuroscope: ")
     assert captures(experiment) == {}
+
+
+def test_a_layer_that_is_not_there_is_one_line(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:
+    assert command("capture-layer", experiment, "--all-traits", "--layer", "9") == 1
+    assert capsys.readouterr().err == "neuroscope: Layers are 0 to 3, got 9.\n"
 
 
 def test_an_experiment_without_traits_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

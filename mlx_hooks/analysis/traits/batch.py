@@ -183,7 +183,12 @@ class CaptureBatch:
         return self.outcomes
 
     def attention_bytes(self, model: HookedModel) -> int:
-        """How much of the files attention weights take, at most: each trait's file has those of its prompt."""
+        """How much of the files attention weights take, at most: each trait's file has those of its prompt.
+
+        Raises:
+            HookError: for a layer that the model does not have.
+        """
+        check_layer(model, self.captured_layer or 0)
         rows = model.cfg.n_layers
         if self.captured_layer is not None:
             rows = model.architecture.n_query_heads(self.captured_layer) or 0

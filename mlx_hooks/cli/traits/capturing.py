@@ -4,8 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from ...errors import HookError
 from .options import add_experiment, add_model, add_prompts, add_sampling, prompts_of, sampling_of
+from .selection import add_which_traits, which_traits
 
 MUCH = 1_000_000_000
 """Bytes of attention weights that are told of."""
@@ -17,11 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     from ...analysis.traits.vectors import GIVEN, METHODS
 
     add_experiment(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--trait", action="append", metavar="NAME", help="one of its traits; several: --trait A --trait B"
-    )
-    which.add_argument("--all-traits", action="store_true", help="all of its traits")
+    add_which_traits(parser)
     add_prompts(parser)
     add_model(parser)
     parser.add_argument(
@@ -48,11 +44,7 @@ def run_batch(options: argparse.Namespace, **chosen: Any) -> int:
     from ...analysis.traits.batch import CaptureBatch
 
     experiment = Experiment(options.root, options.experiment)
-    traits = (
-        experiment.traits() if options.all_traits else [experiment.trait(name) for name in dict.fromkeys(options.trait)]
-    )
-    if not traits:
-        raise HookError(f"The experiment {experiment.name} has no traits: folders with an extraction folder.")
+    traits = which_traits(options, experiment)
     batch = CaptureBatch(
         traits,
         prompts_of(options, experiment),
