@@ -466,6 +466,15 @@ def test_what_cannot_be_read_is_named_and_not_where_it_lies(
     assert "private" not in told
 
 
+def test_a_broken_vector_beside_a_whole_one_is_passed_over(worker: ModelWorker, private: Path) -> None:
+    (private / "e x p/my trait/extraction/vectors/probe_layer2.safetensors").write_bytes(b"rubbish, and enough of it")
+    web = create_app(worker, ServerConfig(experiments=private)).test_client()
+    (told,) = ask(web, vectors=None, experiment="e x p", max_tokens=0)["traits"]
+    assert (told["method"], told["layer"]) == ("probe", 1)
+    asked = refused(web, "experiment", "vector_unreadable", vectors=None, experiment="e x p", layer=2)
+    assert "probe_layer2.safetensors is no trait vector" in asked
+
+
 def test_what_is_missing_is_named_and_not_where_it_would_lie(worker: ModelWorker, private: Path) -> None:
     web = create_app(worker, ServerConfig(experiments=private)).test_client()
     stored = {"vectors": None, "experiment": "e x p"}
