@@ -662,9 +662,12 @@ def test_the_model_is_the_one_that_the_vectors_name(tiny: HookedModel, experimen
     assert CaptureBatch(experiment.traits(), PROMPTS).model_name() == "neuroscope-tiny"
     other = replace(vector_of(tiny, "polite", 1), metadata={"model": "another"})
     other.save(experiment.folder / "polite" / "extraction" / "vectors")
-    with pytest.raises(HookError, match="The vectors name another, neuroscope-tiny: say which model to take"):
+    with pytest.raises(
+        HookError, match=r"The vectors name another \(1\) and neuroscope-tiny \(\d\): say which model to take"
+    ):
         CaptureBatch(experiment.traits(), PROMPTS).model_name()
     replace(other, metadata={}).save(experiment.folder / "polite" / "extraction" / "vectors")
+    assert CaptureBatch(experiment.traits(), PROMPTS).model_name() == "neuroscope-tiny"
     with pytest.raises(HookError, match="say which model"):
         CaptureBatch([experiment.trait("polite")], PROMPTS).model_name()
 

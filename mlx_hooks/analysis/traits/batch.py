@@ -1,6 +1,7 @@
 """Captures of several traits on several prompts, a file each: what fails is told, and the others go on."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -131,16 +132,8 @@ class CaptureBatch:
         return bool(self._traits)
 
     def model_name(self) -> str:
-        """The model that the vectors were made on, by name.
-
-        Raises:
-            HookError: where they do not say, or name several.
-        """
-        names = {str(_first(vectors).metadata.get("model") or "") for _, vectors in self._traits}
-        if len(names) != 1 or "" in names:
-            told = f"name {', '.join(sorted(names - {''}))}" if names - {""} else "name none"
-            raise HookError(f"The vectors {told}: say which model to take (--model).", field="model")
-        return names.pop()
+        """The model that the vectors were made on, by name; see :func:`model_named_by`."""
+        return model_named_by([_first(vectors) for _, vectors in self._traits])
 
     def run(self, model: HookedModel, *, progress: bool = True) -> list[Outcome]:
         """Capture; answers ``outcomes``. What breaks off leaves whole files.
@@ -266,6 +259,20 @@ class CaptureBatch:
                 if why is not None:
                     raise HookError(f"{existing} {why}: it is replaced only with overwrite.")
         return False
+
+
+def model_named_by(vectors: Sequence[TraitVector]) -> str:
+    """The model that vectors were made on, by name. Those that name none do not count.
+
+    Raises:
+        HookError: where they name none, or several.
+    """
+    names = Counter(str(vector.metadata["model"]) for vector in vectors if vector.metadata.get("model"))
+    if len(names) != 1:
+        several = " and ".join(f"{name} ({count})" for name, count in sorted(names.items()))
+        told = f"name {several}" if names else "name none"
+        raise HookError(f"The vectors {told}: say which model to take (--model).", field="model")
+    return next(iter(names))
 
 
 def _find(trait: Trait, method: str | None, layer: int | None, each_layer: bool) -> Vectors:
