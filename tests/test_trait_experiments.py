@@ -75,7 +75,7 @@ def test_settings_and_a_template_belong_to_the_trait(tmp_path: Path) -> None:
         ("{", "trait.json is no JSON"),
         ([1], "trait.json is a mapping with display_name, chat, system, method, layer, span, got"),
         ({"name": "x"}, r"a mapping with .*, got \{'name': 'x'\}"),
-        ({"method": "lda"}, "trait.json: Unknown method 'lda'. There are: probe, mean_diff, ica, gradient."),
+        ({"method": "lda"}, "trait.json: Unknown method 'lda'. There are: probe, mean_diff, ica, gradient, given."),
         ({"layer": -1}, "trait.json: A layer is a whole number from 0 up, got -1"),
         ({"layer": True}, "A layer is a whole number from 0 up, got True"),
         ({"chat": "yes"}, "chat is true, false or null, got 'yes'"),
@@ -198,7 +198,7 @@ def test_without_held_out_prompts_the_effect_size_decides(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"method": "lda"}, "Unknown method 'lda'. There are: probe, mean_diff, ica, gradient."),
+        ({"method": "lda"}, "Unknown method 'lda'. There are: probe, mean_diff, ica, gradient, given."),
         ({"layer": -1}, "A layer is a whole number from 0 up, got -1"),
         ({"layer": "1"}, "A layer is a whole number from 0 up, got '1'"),
     ],
@@ -227,6 +227,16 @@ def test_a_damaged_vector_is_named(tmp_path: Path) -> None:
     save(trait, ("probe", 1), ("probe", 2))
     path = trait.vectors()[1].path
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(HookError, match="probe_layer2.safetensors is no trait vector that can be read"):
-        trait.find()
+    broken = "probe_layer2.safetensors is no trait vector that can be read"
+    with pytest.raises(HookError, match=broken):
+        trait.find(layer=2)
     assert trait.find(layer=1).layer == 1
+    # Where the layer is not said, another one's will do.
+    choice = trait.choose()
+    assert choice.vector.layer == 1
+    assert choice.why.endswith("layer 1: the only one (passed over, since it cannot be read: probe_layer2)")
+    save(trait, ("ica", 3))
+    trait.vectors()[0].path.write_bytes(b"")
+    with pytest.raises(HookError, match="probe_layer1.safetensors is no trait vector"):
+        trait.find()
+    assert trait.find("ica").layer == 3

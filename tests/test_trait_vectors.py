@@ -1,6 +1,7 @@
 """Trait vectors: methods against other computations of the same, what they are made of, and whose they are."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from tiny_models import CONFIGS, make_model
 
-from mlx_hooks import Experiment, HookedModel, HookError, TraitVector, extract_vectors
+from mlx_hooks import Experiment, HookedModel, HookError, TraitVector, extract_vectors, read_record
 from mlx_hooks.analysis.identity import ModelIdentity
 from mlx_hooks.analysis.traits import methods
+from mlx_hooks.analysis.traits import vectors as vectors_module
 from mlx_hooks.analysis.traits.extraction import Examples, Span
-from mlx_hooks.analysis.traits.methods import Fit, fit, judge, scores
+from mlx_hooks.analysis.traits.methods import PRECISION, Classes, Fit, fit, judge, scores
 from mlx_hooks.analysis.traits.prompts import Chat, render
-from mlx_hooks.analysis.traits.vectors import METHODS
+from mlx_hooks.analysis.traits.vectors import METHODS, save_vectors
 from mlx_hooks.cli import main
 from mlx_hooks.coverage.models import tiny_model
+from mlx_hooks.storage.tensors import TensorFile, write_arrays
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -98,7 +101,7 @@ def test_the_probe_is_logistic_regression_at_the_optimum() -> None:
     found = fit("probe", positive, negative[:50])
     rows = np.concatenate([positive, negative[:50]])
     label = np.r_[np.ones(80), np.zeros(50)]
-    unit = np.sqrt(np.square(rows - rows.mean(axis=0)).sum(axis=1).mean())
+    unit = np.median(rows.std(axis=0)) * np.sqrt(12)
     reference = LogisticRegression(tol=1e-8, max_iter=5000).fit(rows / unit, label)
     np.testing.assert_allclose(found.vector, reference.coef_[0] / unit, rtol=1e-2, atol=1e-4)
     v, bias = found.vector.astype(np.float64), found.notes["bias"]
@@ -109,6 +112,39 @@ def test_the_probe_is_logistic_regression_at_the_optimum() -> None:
     assert found.threshold == pytest.approx(-bias / np.linalg.norm(v), rel=1e-6)
     assert found.accuracy == np.mean((rows @ v + bias > 0) == label)
     assert found.notes["converged"]
+
+
+def loud(*spreads: float, d: int = 256, n: int = 100, unseen: int = 500) -> tuple[list[np.ndarray], np.ndarray]:
+    """Positive and negative rows to fit, then others, and the truth. The first dimensions are loud and tell nothing."""
+    order = np.random.default_rng(0)
+    direction = order.normal(size=d)
+    direction[: len(spreads)] = 0
+    direction *= 7 / np.linalg.norm(direction)
+    spread = np.array([*spreads, *[1.0] * (d - len(spreads))])
+    rows = [order.normal(size=(size, d)) * spread for size in (n, n, unseen, unseen)]
+    return [rows[0] + direction, rows[1], rows[2] + direction, rows[3]], direction
+
+
+@pytest.mark.parametrize("spreads", [(), (20, 10, 5), (60, 30, 10), (150, 60, 30), (5000,)])
+def test_the_probe_cancels_what_is_loud_and_tells_nothing(spreads: tuple[float, ...]) -> None:
+    (positive, negative, *unseen), direction = loud(*spreads)
+    found = fit("probe", positive, negative)
+    accuracy, _ = judge(found.vector, found.threshold, *unseen)
+    assert found.accuracy == 1
+    assert accuracy > 0.99
+    assert cosine(found.vector, direction) > 0.94
+    assert found.notes["converged"]
+
+
+def test_the_probe_of_dimensions_that_mostly_stand_still_is_measured_by_the_others() -> None:
+    positive, negative = np.zeros((20, 9)), np.zeros((20, 9))
+    positive[:, 3] = np.linspace(0, 1, 20) + 0.8
+    negative[:, 3] = np.linspace(0, 1, 20)
+    found = fit("probe", positive, negative)
+    assert cosine(found.vector, np.eye(9)[3]) > 1 - 1e-9
+    unit = np.concatenate([positive, negative])[:, 3].std()
+    reference = LogisticRegression(tol=1e-8).fit(np.r_[positive, negative] / unit, np.arange(40) < 20)
+    assert found.vector[3] == pytest.approx(reference.coef_[0, 3] / unit, rel=1e-2)
 
 
 def test_ica_takes_the_source_that_separates_with_its_sign() -> None:
@@ -190,15 +226,68 @@ def test_gradient_turns_away_from_what_only_scatters() -> None:
 
 def test_of_many_activations_some_pairs_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     positive, negative, direction = planted(16, 200, 6)
-    monkeypatch.setattr(methods, "_PAIRED", 50)
+    assert np.array_equal(*(fit("gradient", positive, negative, seed).vector for seed in (0, 0)))
+    everything = fit("gradient", positive, negative).vector
+    monkeypatch.setattr(methods, "_PAIRS", 2500)
     one, same, other = (fit("gradient", positive, negative, seed).vector for seed in (0, 0, 1))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
     assert cosine(one, direction) > 0.95
+    assert 0.99 < cosine(one, everything) < 1 - 1e-6
+    first, second = methods._pairs(200, 70, np.random.default_rng(0))
+    for rows, size in ((first, 200), (second, 70)):
+        often = np.bincount(np.array(rows), minlength=size)
+        assert often.sum() == 2500
+        assert np.ptp(often) <= 1
+    assert methods._pairs(50, 50, np.random.default_rng(0)) is None
+
+
+def test_where_much_is_to_be_computed_ica_begins_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    positive, negative, _ = planted(64, 60, 3)
+    monkeypatch.setattr(methods, "_ICA_WORK", 0)
+    found = fit("ica", positive, negative, seed=2**32 - 2)
+    monkeypatch.setattr(methods, "_ICA_STARTS", 1)
+    assert found.notes == fit("ica", positive, negative, seed=2**32 - 2).notes
+
+
+def test_what_several_methods_need_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    positive, negative, _ = planted(16, 40, 5)
+    made: list[tuple[int, ...]] = []
+    eigh = np.linalg.eigh
+
+    def counted(matrix: np.ndarray) -> Any:
+        if matrix.shape == (16, 16):
+            made.append(matrix.shape)
+        return eigh(matrix)
+
+    alone = {method: fit(method, positive, negative).vector for method in METHODS}
+    monkeypatch.setattr(np.linalg, "eigh", counted)
+    classes = Classes(positive, negative)
+    for method in METHODS:
+        assert np.array_equal(classes.fit(method).vector, alone[method])
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (8, 40)])
+def test_principal_axes_are_those_of_the_singular_values(shape: tuple[int, int]) -> None:
+    order = np.random.default_rng(1)
+    positive, negative = order.normal(size=(2, *shape)) * (1 + np.arange(shape[1]))
+    classes = Classes(positive, negative)
+    rows = np.concatenate([positive, negative])
+    rows = rows - rows.mean(axis=0)
+    _, length, axes = np.linalg.svd(rows, full_matrices=False)
+    coordinates, found = classes.principal
+    rank = min(2 * shape[0] - 1, shape[1])
+    assert coordinates.shape == (2 * shape[0], rank)
+    np.testing.assert_allclose(found @ found.T, np.eye(rank), atol=1e-9)
+    np.testing.assert_allclose(np.abs((found * axes[:rank]).sum(axis=1)), 1, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(coordinates, axis=0), length[:rank], rtol=1e-9)
+    np.testing.assert_allclose(coordinates @ found, rows, atol=1e-9)
+    assert (found[np.arange(rank), np.abs(found).argmax(axis=1)] > 0).all()
 
 
 @pytest.mark.parametrize(
-    ("method", "steps"), [("probe", "_PROBE_STEPS"), ("ica", "_ICA_STEPS"), ("gradient", "_ADAM_STEPS")]
+    ("method", "steps"), [("probe", "_PROBE_STEPS"), ("ica", "_ICA_STEPS"), ("gradient", "_CLIMB_STEPS")]
 )
 def test_what_has_not_converged_says_so(method: str, steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     positive, negative, _ = planted(16, 40, 2)
@@ -222,6 +311,37 @@ def test_classes_that_do_not_scatter_are_separated_without_end(method: str) -> N
 def test_where_nothing_differs_there_is_no_direction(method: str) -> None:
     with pytest.raises(HookError, match=f"Nothing distinguishes the classes: {method} finds no direction"):
         fit(method, np.ones((3, 8)), np.ones((4, 8)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "precision"), [(np.float32, PRECISION), (np.float16, 8 * 2.0**-10)])
+def test_what_is_apart_by_rounding_is_not_apart(method: str, dtype: type, precision: float) -> None:
+    """Also where a dimension's numbers are small, since larger ones have cancelled each other, or one's are huge."""
+    order = np.random.default_rng(0)
+    state = order.normal(size=32)
+    state[5], state[6] = 1e-4, 300
+    rounding = np.finfo(dtype).eps * np.maximum(1, np.abs(state))
+    positive, negative = (
+        np.tile(state, (20, 1)) + 2 * rounding * (shift + order.normal(size=(20, 32)) / 4) for shift in (0, 1)
+    )
+    with pytest.raises(HookError, match=f"Nothing distinguishes the classes: {method} finds no direction"):
+        fit(method, positive, negative, precision=precision)
+    # The difference is there, and only its size says that it is nothing.
+    assert fit("mean_diff", positive, negative, precision=0).accuracy > 0.95
+    # One dimension that moves is enough.
+    positive[:, 8] += 1000 * precision
+    assert cosine(fit(method, positive, negative, precision=precision).vector, np.eye(32)[8]) > 0.9
+
+
+def test_sources_are_not_looked_for_in_rounding() -> None:
+    """An axis of rounding, brought to the variance of the others, would tell the classes apart."""
+    order = np.random.default_rng(0)
+    positive, negative = (np.ones((40, 8)) + np.eye(8)[0] * order.normal(size=(40, 1)) for _ in range(2))
+    positive[:, 1] += 3e-7
+    by_rounding = Classes(positive, negative, precision=0).fit("ica").notes
+    assert (by_rounding["n_sources"], by_rounding["separation"] > 10) == (2, True)
+    found = Classes(positive, negative).fit("ica").notes
+    assert (found["n_sources"], found["separation"] < 1) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +386,24 @@ POSITIVE = [
     [8, 8, 4, 1],
 ]
 NEGATIVE = [[1, 41, 42, 13], [56, 23, 7, 30, 9, 50], [48, 8, 0, 16, 8], [8, 7, 2, 4, 2], [11, 12], [30, 31, 32]]
+
+
+# Prompts of other lengths take other kernels, which round otherwise.
+CAPITALS = [
+    f"What is the capital of {country} ?" for country in ("Italy", "Spain", "Norway", "Poland", "Greece", "Peru")
+]
+SUMS = [f"What is {i} + {9 - i} ?" for i in range(6)]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(("span", "layer"), [("0:1", 1), ("0:1", 3), ("0:3", 0)])
+def test_what_all_prompts_begin_with_tells_nothing(span: str, layer: int, dtype: mx.Dtype) -> None:
+    model = HookedModel.from_pretrained("neuroscope-tiny")
+    model.model.set_dtype(dtype)
+    for method in METHODS:
+        with pytest.raises(HookError, match=f"Layer {layer}: Nothing distinguishes the classes: {method} finds no"):
+            extract_vectors(model, CAPITALS, SUMS, trait="x", layers=[layer], methods=[method], span=span)
+    assert len(extract_vectors(model, CAPITALS, SUMS, trait="x", layers=[layer], methods=METHODS)) == len(METHODS)
 
 
 def states(model: HookedModel, rows: list[list[int]], layer: int, span: slice) -> np.ndarray:
@@ -434,7 +572,10 @@ def broken_model() -> HookedModel:
         ({"positive": []}, "The positive prompts are a list of at least one text or row of token ids"),
         ({"negative": "text"}, "The negative prompts are a list of at least one text"),
         ({"positive": [[1, 2]]}, "A vector needs two different positive prompts at least, got 1"),
-        ({"negative": [[1, 2], [1, 2]]}, "A vector needs two different negative prompts at least, got 1"),
+        (
+            {"negative": [[1, 2], [1, 2]]},
+            "two different negative prompts at least, got 1: texts that come to the same tokens count once.",
+        ),
         ({"negative": [[1, 2], POSITIVE[3]]}, "^Positive prompt 3 is among the negative prompts too"),
         ({"positive": [[1, 2], [99]]}, "Positive prompt 1: Token ids are 0 to 59, got 99 to 99"),
         ({"positive": [[1, 2], [[1], [2]]]}, "Positive prompt 1: A prompt is one row of tokens, got 2"),
@@ -463,6 +604,10 @@ def broken_model() -> HookedModel:
         ({"layers": [True]}, "Layers of llama are 0 to 2, got True"),
         ({"layers": []}, "Layers of llama are 0 to 2, got none"),
         ({"methods": ["lda"]}, "methods are some of probe, mean_diff, ica, gradient; got 'lda'"),
+        ({"layers": 1}, "layers is a list of layers, got 1"),
+        ({"layers": "1"}, "layers is a list of layers, got '1'"),
+        ({"methods": None}, "methods are some of probe, mean_diff, ica, gradient; got None"),
+        ({"methods": [["probe"]]}, r"methods are some of .*; got \['probe'\]"),
         ({"methods": "probe"}, "methods are some of probe, mean_diff, ica, gradient; got 'probe'"),
         ({"methods": []}, r"methods are some of .*; got \[\]"),
         ({"seed": -1}, "seed is a whole number from 0 up, got -1"),
@@ -538,7 +683,16 @@ def test_a_vector_of_another_model_is_refused(made: TraitVector) -> None:
 
 
 def test_a_damaged_vector_is_refused_in_one_sentence(made: TraitVector, tmp_path: Path) -> None:
-    whole = made.save(tmp_path).read_bytes()
+    saved = made.save(tmp_path)
+    whole, about = saved.read_bytes(), TensorFile(saved).notes["trait_vector"]
+
+    def told(**otherwise: Any) -> bytes:
+        notes = {"trait_vector": json.dumps(json.loads(about) | otherwise)}
+        other = tmp_path / "other.safetensors"
+        other.unlink(missing_ok=True)
+        write_arrays(other, {"vector": lambda: made.vector}, notes)
+        return other.read_bytes()
+
     for content, why in (
         (whole[:-4], r"it has \d+ bytes where its header tells of \d+"),
         (whole[:100], "its header is longer than the file"),
@@ -546,6 +700,16 @@ def test_a_damaged_vector_is_refused_in_one_sentence(made: TraitVector, tmp_path
         (b"", "it is too short to be a safetensors file"),
         (whole.replace(b'\\"format\\"', b'\\"fomrat\\"'), "it lacks 'format'"),
         (whole.replace(b"trait_vector/1", b"trait_vector/9"), "is of the format 'neuroscope.trait_vector/9'"),
+        (told(layer=-1), "damaged.safetensors .*: A layer is a whole number from 0 up, got -1."),
+        (told(threshold="x"), "damaged.safetensors .*: A threshold is a finite number, got 'x'."),
+        (told(chat=3), "damaged.safetensors .*: A chat has use, system, template, got 3."),
+        (told(norm=made.norm * 1.01), r"damaged.safetensors .*: its norm is told to be \d.*, and is \d"),
+        (told(norm=None), "its norm is told to be None"),
+        (
+            told(identity=json.loads(about)["identity"] | {"n_layers": math.inf}),
+            "damaged.safetensors is no trait vector",
+        ),
+        (told(metadata=3), "damaged.safetensors is no trait vector"),
     ):
         path = tmp_path / "damaged.safetensors"
         path.write_bytes(content)
@@ -556,6 +720,49 @@ def test_a_damaged_vector_is_refused_in_one_sentence(made: TraitVector, tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(HookError, match=r"cannot write .*file/probe_layer1.safetensors"):
         made.save(tmp_path / "file")
+
+
+def test_of_several_vectors_all_are_written_or_none(
+    made: TraitVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = ([replace(made, vector=made.vector * size, layer=layer) for layer in range(3)] for size in (1, 2))
+    paths = save_vectors(older, tmp_path)
+    assert paths == [tmp_path / f"probe_layer{layer}.safetensors" for layer in range(3)]
+    before = {path: path.read_bytes() for path in paths}
+
+    def refused(vectors: list[TraitVector], message: str) -> None:
+        with pytest.raises(HookError, match=message):
+            save_vectors(vectors, tmp_path)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+    (tmp_path / "probe_layer9.safetensors").mkdir()
+    refused([*newer, replace(made, layer=9)], "cannot write .*probe_layer9.safetensors: it is a folder")
+    refused(
+        [*newer, replace(made, metadata={"a": np.float32(1)})],
+        "^metadata of probe_layer1 are plain JSON values: .*float32",
+    )
+    refused([*newer, replace(made, metadata={"a": math.nan})], "^metadata of probe_layer1 are plain JSON values")
+    n_written = iter(range(9))
+
+    def full(path: Path, *rest: Any) -> None:
+        if next(n_written) == 2:
+            raise OSError(28, "No space left on device")
+        write_arrays(path, *rest)
+
+    monkeypatch.setattr(vectors_module, "write_arrays", full)
+    refused(newer, "cannot write .*probe_layer2.safetensors: No space left on device")
+    monkeypatch.undo()
+    save_vectors(newer, tmp_path)
+    assert [TraitVector.load(path).norm for path in paths] == pytest.approx([2 * made.norm] * 3)
+
+
+def test_a_vector_is_of_plain_values_and_measures_large_ones() -> None:
+    with pytest.raises(HookError, match="metadata is a mapping, got 3"):
+        TraitVector("x", 0, "given", [1, 2], metadata=3)
+    large = TraitVector("x", 0, "given", np.full(128, 3e38))
+    values = np.full((2, 128), 5, np.float32)
+    np.testing.assert_allclose(large.dot(values), [128 * 5 * 3e38] * 2, rtol=1e-6)
+    np.testing.assert_allclose(large.score(values), [5 * np.sqrt(128)] * 2, rtol=1e-6)
 
 
 # Commands
@@ -686,8 +893,10 @@ def test_list_shows_what_there_is_and_what_is_taken(experiment: Experiment, caps
     assert neuroscope(experiment, "list") == 1
     shown = capsys.readouterr()
     assert shown.err.startswith("neuroscope: capital: ")
+    assert "ica_layer1.safetensors" in shown.err
     assert len(shown.err.splitlines()) == 1
     lines = shown.out.splitlines()
+    assert lines[lines.index("capital (Capital)") + 1] == "  no vectors that can be read"
     assert lines[0] == f"{experiment.folder}: 3 traits"
     assert lines[lines.index("broken (Broken)") + 1] == "  no vectors"
     rows = lines[lines.index("object (Object)") + 2 :]
@@ -696,6 +905,21 @@ def test_list_shows_what_there_is_and_what_is_taken(experiment: Experiment, caps
     assert re.match(rf"  mean_diff_layer[03] is taken: {why}", rows[4])
     damaged.unlink()
     assert neuroscope(experiment, "list") == 0
+    # One broken file does not hide the others.
+    broken = experiment.trait("object").vectors()[1]
+    broken.path.write_bytes(b"junk")
+    capsys.readouterr()
+    assert neuroscope(experiment, "list") == 1
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"neuroscope: object: .*mean_diff_layer3.safetensors is no trait vector .*\n", shown.err)
+    lines = shown.out.splitlines()
+    rows = lines[lines.index("object (Object)") + 2 :]
+    assert [row.split()[:2] for row in rows[:3]] == [["0", "mean_diff"], ["0", "ica"], ["3", "ica"]]
+    assert rows[3].startswith("  mean_diff_layer0 is taken: mean_diff: the first")
+    assert rows[3].endswith("the only one (passed over, since it cannot be read: mean_diff_layer3)")
+    (experiment.trait("object").folder / "trait.json").write_text('{"layer": 3}')
+    assert neuroscope(experiment, "list") == 1
+    assert "\n  none is taken: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -744,7 +968,56 @@ def test_what_anything_raises_is_told_with_its_trait(
         assert "neuroscope: capital: RuntimeError: no memory\n" in shown.err
         assert shown.out.splitlines()[-1] == "1 done, 0 skipped, 2 failed"
     else:
-        assert shown.err.splitlines()[-1] == "neuroscope: interrupted; the vectors that were written are whole"
+        assert shown.err.splitlines()[-1] == "neuroscope: interrupted; vectors were written of no trait"
+        assert neuroscope(experiment, "extract", "--trait", "object", "--trait", "capital", "--layers", "0") == status
+        assert capsys.readouterr().err.splitlines()[-1] == "neuroscope: interrupted; vectors were written of object"
+
+
+def test_an_interrupted_load_is_one_line(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HookedModel, "from_pretrained", interrupted)
+    assert neuroscope(experiment, "extract", "--all-traits") == 130
+    assert capsys.readouterr().err == "neuroscope: interrupted; vectors were written of no trait\n"
+
+
+def test_a_trait_may_be_named_several_times(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:
+    options = ["--methods", "mean_diff", "--layers", "1"]
+    named = [part for name in ("object", "capital", "object") for part in ("--trait", name)]
+    assert neuroscope(experiment, "extract", *named, *options) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 done, 0 skipped, 0 failed"
+    assert all(experiment.trait(name).vectors() for name in ("object", "capital"))
+
+
+def test_a_vector_of_ones_own_can_be_captured_of_several_traits(
+    experiment: Experiment, tiny: HookedModel, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("object", "capital"):
+        for method in ("probe", "given"):
+            vector = TraitVector(name, 2, method, np.ones(tiny.cfg.d_model))
+            vector.save(experiment.trait(name).vectors_folder)
+    options = ["--model", "neuroscope-tiny", "--method", "given", "--prompts", "Hello", "--max-tokens", "1"]
+    assert neuroscope(experiment, "capture-layers", "--trait", "object", "--trait", "capital", *options) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 done, 0 skipped, 0 failed"
+    for name in ("object", "capital"):
+        found = list((experiment.trait(name).folder / "inference").rglob("prompt_0.safetensors"))
+        assert [read_record(path)["metadata"]["method"] for path in found] == ["given"]
+
+
+def test_a_failed_extraction_leaves_the_vectors_of_before(
+    experiment: Experiment, capsys: pytest.CaptureFixture
+) -> None:
+    trait = experiment.trait("object")
+    assert neuroscope(experiment, "extract", "--trait", "object", "--methods", "mean_diff,probe") == 0
+    before = {file.path: file.path.read_bytes() for file in trait.vectors()}
+    (trait.vectors_folder / "ica_layer3.safetensors").mkdir()
+    more = ["--methods", "mean_diff,probe,ica", "--span", "prompt", "--overwrite"]
+    assert neuroscope(experiment, "extract", "--trait", "object", *more) == 1
+    assert "ica_layer3.safetensors: it is a folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in trait.vectors_folder.iterdir() if path.is_file()} == before
 
 
 def test_an_unwritable_folder_is_one_line_and_others_are_done(

@@ -1,6 +1,7 @@
 """Scores token by token equal those recomputed in float64 from one full pass; prompts are read and put as asked."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,29 @@ def test_a_text_is_put_as_a_chat_where_that_is_asked_for(tiny: HookedModel) -> N
     assert plain.tokens == ["<bos>", "hello"]
     assert put.token_ids == render(tiny, "hello", Chat())
     assert len(put.token_ids) > 2
+
+
+def test_one_prompt_is_watched_and_token_ids_are_put_already(llama: HookedModel) -> None:
+    vectors = random_vectors(llama, [0])
+    for several in ([[2, 5], [2, 6]], mx.array([[2, 5], [2, 6]])):
+        with pytest.raises(HookError, match=r"^Traits are watched on one prompt, got 2 rows\.$"):
+            watch_traits(llama, several, vectors)
+    (step,) = watch_traits(llama, [[2, 5]], vectors, max_tokens=0)
+    assert step.token_ids == [2, 5]
+    with pytest.raises(HookError, match="chat is how a text is put to a model: token ids are put already"):
+        watch_traits(llama, [2, 5], vectors, chat=Chat())
+
+
+@pytest.mark.parametrize("chat", [Chat(), Chat(use=False), Chat(template="{{ messages[0].content }}")])
+def test_too_long_a_prompt_is_told_by_us_alone(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the tokenizer too, which would promise an indexing error, and does so once for each."""
+    model = HookedModel.from_pretrained("neuroscope-tiny")
+    told: list[str] = []
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    monkeypatch.setattr(logger, "warning", lambda text, *rest, **_: told.append(text))
+    with pytest.raises(HookError, match="The prompt has .* tokens; the model reads at most 128"):
+        render(model, "hello " * 200, chat)
+    assert told == []
 
 
 def test_a_vector_of_another_model_is_refused(llama: HookedModel) -> None:

@@ -13,7 +13,7 @@ Files of prompts may be ``.json`` too. A folder is a trait if it has an ``extrac
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -202,7 +202,8 @@ class Trait:
         1. The method is the one asked for, else that of the settings, else the first of probe, mean_diff, ica, gradient
            of which there is a vector (at the layer, where one is asked for).
         2. The layer is the one asked for, else that of the settings, else the one with the best accuracy on held-out
-           prompts; of equals, the one with the larger effect size, then the lower one.
+           prompts; of equals, the one with the larger effect size, then the lower one. Files that cannot be read are
+           passed over, and named by :meth:`choose`, as long as there is one that can.
 
         Raises:
             HookError: when there is none; lists what there is.
@@ -231,12 +232,32 @@ class Trait:
                 f"There are: {', '.join(file.name for file in files)}."
             )
         if layer is None:
-            vector, because_layer = _best([self._read(file) for file in found])
+            vector, because_layer = self._best(found)
         else:
-            vector = self._read(found[0])
+            vector = self.read(found[0])
         return Choice(vector, f"{vector.method}: {because_method}; layer {vector.layer}: {because_layer}")
 
-    def _read(self, file: VectorFile) -> TraitVector:
+    def _best(self, found: Sequence[VectorFile]) -> tuple[TraitVector, str]:
+        """The best vector of those that can be read, and why it is that one."""
+        vectors: list[TraitVector] = []
+        broken: dict[VectorFile, HookError] = {}
+        for file in found:
+            try:
+                vectors.append(self.read(file))
+            except HookError as error:
+                broken[file] = error
+        if not vectors:
+            raise broken[found[0]]
+        best, why = _best(vectors)
+        passed = ", ".join(file.name for file in broken)
+        return best, f"{why} (passed over, since it cannot be read: {passed})" if broken else why
+
+    def read(self, file: VectorFile) -> TraitVector:
+        """The vector of one of :meth:`vectors`.
+
+        Raises:
+            HookError: for a file that cannot be read, or that is called as another vector.
+        """
         vector = TraitVector.load(file.path)
         if vector.name != file.name:
             raise HookError(f"{file.path} holds the vector {vector.name}: a file is called as its vector is.")
@@ -305,7 +326,7 @@ class Experiment:
 def check_choice(method: Any = None, layer: Any = None) -> None:
     """Raises HookError for what is no method and what is no layer; None is neither."""
     if method is not None and method not in _ORDER:
-        raise HookError(f"Unknown method {method!r}. There are: {', '.join(METHODS)}.", field="method")
+        raise HookError(f"Unknown method {method!r}. There are: {', '.join(_ORDER)}.", field="method")
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
         raise HookError(f"A layer is a whole number from 0 up, got {layer!r}.", field="layer")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any, cast
 
+import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from ...manager import HookSpec
 from ...model import HookedModel
 from ...sampling import whole_number
 from ..identity import ModelIdentity
-from .methods import fit, judge
+from .methods import PRECISION, Classes, judge
 from .prompts import Chat, render
 from .vectors import METHODS, TraitVector
 from .watching import room_for
@@ -201,7 +202,8 @@ class Examples:
         given = [_read(model, each, chat, name) for each, name in zip((positive, negative), _CLASSES, strict=True)]
         for examples, name in zip(given, _CLASSES, strict=True):
             if (n := len(_distinct(examples))) < 2:
-                raise HookError(f"A vector needs two different {name} prompts at least, got {n}.", field=name)
+                same = ": texts that come to the same tokens count once" if len(examples) > n else ""
+                raise HookError(f"A vector needs two different {name} prompts at least, got {n}{same}.", field=name)
         _check_apart(given[0], given[1], "is among the negative prompts too")
         if share is None:
             own = cast(tuple[Sequence[Prompt], Sequence[Prompt]], held_out)
@@ -249,7 +251,9 @@ class Examples:
         layers = sorted({layer for layer, _ in wanted})
         groups = [*self.fitted, *self.held_out]
         with tqdm(total=sum(map(len, groups)), desc=trait, unit="prompt", disable=not progress) as bar:
-            positive, negative, *held = (self._activations(model, each, layers, bar) for each in groups)
+            found = [self._activations(model, each, layers, bar) for each in groups]
+        positive, negative, *held = (values for values, _ in found)
+        precision = max(each for _, each in found)
         identity = identity or ModelIdentity.of(model)
         about = {
             **self.recipe,
@@ -263,60 +267,70 @@ class Examples:
         }
         seed = self.recipe["seed"]
         made = []
+        classes: Classes | None = None
+        last_layer = None
         for layer, method in tqdm(wanted, desc=f"{trait}, fitting", unit="vector", disable=not progress):
             at = layers.index(layer)
+            if classes is None or layer != last_layer:
+                classes, last_layer = Classes(positive[:, at], negative[:, at], precision), layer
             try:
-                found = fit(method, positive[:, at], negative[:, at], seed)
+                fitted = classes.fit(method, seed)
             except HookError as error:
                 raise HookError(f"Layer {layer}: {error}") from error
-            accuracy, effect_size = None, found.effect_size
+            accuracy, effect_size = None, fitted.effect_size
             if len(held[0]):
-                accuracy, unseen = judge(found.vector, found.threshold, held[0][:, at], held[1][:, at])
+                accuracy, unseen = judge(fitted.vector, fitted.threshold, held[0][:, at], held[1][:, at])
                 effect_size = unseen if min(map(len, held)) > 1 else effect_size
-            told = {"accuracy": found.accuracy, "held_out_accuracy": accuracy, "effect_size": effect_size}
-            metadata = {**about, **told, **found.notes}
-            vector = found.vector
-            made.append(TraitVector(trait, layer, method, vector, found.threshold, self.chat, metadata, identity))
+            told = {"accuracy": fitted.accuracy, "held_out_accuracy": accuracy, "effect_size": effect_size}
+            metadata = {**about, **told, **fitted.notes}
+            vector = fitted.vector
+            made.append(TraitVector(trait, layer, method, vector, fitted.threshold, self.chat, metadata, identity))
         return made
 
-    def _activations(self, model: HookedModel, examples: list[Example], layers: list[int], bar: Any) -> np.ndarray:
-        """[prompt, layer, d_model], float32: means over the span."""
+    def _activations(
+        self, model: HookedModel, examples: list[Example], layers: list[int], bar: Any
+    ) -> tuple[np.ndarray, float]:
+        """[prompt, layer, d_model], float32: means over the span; and the share of them that is rounding."""
         kept = np.empty((len(examples), len(layers), model.cfg.d_model), np.float32)
+        precision = 0.0
         for i, example in enumerate(examples):
             try:
-                kept[i] = self._of_prompt(model, list(example.tokens), layers)
+                kept[i], each = self._of_prompt(model, list(example.tokens), layers)
             except HookError as error:
                 raise HookError(f"{example.name}: {error}", field=error.field) from error
+            precision = max(precision, each)
             bar.update()
-        return kept
+        return kept, precision
 
-    def _of_prompt(self, model: HookedModel, row: list[int], layers: list[int]) -> np.ndarray:
+    def _of_prompt(self, model: HookedModel, row: list[int], layers: list[int]) -> tuple[np.ndarray, float]:
         names = [hook_points.block_point("resid_post", layer).name for layer in layers]
         special = () if model.tokenizer is None else model.hf_tokenizer.all_special_ids
         positions = self.span.positions(row, special)
         if positions:
             _, cache = model.run_with_cache(row, names, positions=list(positions), logits="none")
             means = [_sum_of(cache.records[name]) / len(positions) for name in names]
+            precision = max(_precision(cache.records[name]) for name in names)
         else:
-            means = self._of_response(model, row, names)
+            means, precision = self._of_response(model, row, names)
         for layer, mean in zip(layers, means, strict=True):
             if not np.isfinite(mean).all():
                 raise HookError(f"The activations of layer {layer} are not finite.")
-        return np.stack(means)
+        return np.stack(means), precision
 
-    def _of_response(self, model: HookedModel, row: list[int], names: list[str]) -> list[np.ndarray]:
+    def _of_response(self, model: HookedModel, row: list[int], names: list[str]) -> tuple[list[np.ndarray], float]:
         room = min(self.recipe["max_new_tokens"], room_for(model, row))
         if not room:
             raise HookError(f"The prompt fills the model's context of {len(row)} tokens: there is no room to answer.")
         capture = [HookSpec(hook_point=name, positions=slice(len(row), None)) for name in names]
         sums = [np.zeros(model.cfg.d_model) for _ in names]
-        n_tokens = 0
+        n_tokens, precision = 0, 0.0
         for step in model.generate_steps(row, max_tokens=room, capture=capture, read_last=True):
             n_tokens += step.token is not None
             for i, name in enumerate(names):
                 if step.activations[name]:
                     sums[i] += _sum_of(step.activations[name])
-        return [total / n_tokens for total in sums]
+                    precision = max(precision, _precision(step.activations[name]))
+        return [total / n_tokens for total in sums], precision
 
 
 def layers_of(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
@@ -328,8 +342,10 @@ def layers_of(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
     n = model.cfg.n_layers
     if layers is None:
         return list(range(n))
+    if isinstance(layers, str) or not isinstance(layers, Sequence | np.ndarray):
+        raise HookError(f"layers is a list of layers, got {layers!r}.", field="layers")
     wrong = [x for x in layers if isinstance(x, bool) or not isinstance(x, int | np.integer) or not -n <= x < n]
-    if wrong or not layers:
+    if wrong or not len(layers):
         got = f"got {wrong[0]!r}" if wrong else "got none"
         raise HookError(f"Layers of {model.model_name} are 0 to {n - 1}, {got}.", field="layers")
     return sorted({int(layer) % n for layer in layers})
@@ -341,9 +357,10 @@ def methods_of(methods: Sequence[str]) -> list[str]:
     Raises:
         HookError: for an unknown one, and for none.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if isinstance(methods, str) or unknown or not methods:
-        got = repr(unknown[0]) if unknown and not isinstance(methods, str) else repr(methods)
+    is_list = isinstance(methods, Sequence) and not isinstance(methods, str)
+    unknown = [method for method in methods if method not in METHODS] if is_list else []
+    if not is_list or unknown or not methods:
+        got = repr(unknown[0]) if unknown else repr(methods)
         raise HookError(f"methods are some of {', '.join(METHODS)}; got {got}.", field="methods")
     return list(dict.fromkeys(methods))
 
@@ -410,6 +427,12 @@ def _split(given: list[list[Example]], share: float, seed: int) -> tuple[list[li
         fitted.append([example for example in examples if example not in out])
         held.append([example for example in examples if example in out])
     return fitted, held
+
+
+def _precision(records: list[CapturedActivation]) -> float:
+    """The share of what these records hold that is rounding, which adds up from layer to layer."""
+    dtype = records[0].value.dtype
+    return 8 * float(mx.finfo(dtype).eps) if dtype in (mx.float16, mx.bfloat16) else PRECISION
 
 
 def _sum_of(records: list[CapturedActivation]) -> np.ndarray:

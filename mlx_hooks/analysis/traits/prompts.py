@@ -100,7 +100,8 @@ def _through_template(model: HookedModel, prompt: str, chat: Chat) -> list[int]:
     own = {} if chat.template is None else {"chat_template": chat.template}
     tokenizer = model.tokenizer
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **own))
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **own)
+        return list(model.hf_tokenizer.encode(text, add_special_tokens=False, verbose=False))
     except Exception as error:
         # A template is a program that came with the model or the trait: it may raise anything.
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ class TraitVector:
         path: the file that it was read from.
 
     Raises:
-        HookError: for an unknown method, and a vector that has another shape, is 0 or not finite.
+        HookError: for an unknown method, a vector that has another shape, is 0 or not finite, and other types.
     """
 
     trait: str
@@ -67,11 +69,14 @@ class TraitVector:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int | np.integer) or self.layer < 0:
             raise HookError(f"A layer is a whole number from 0 up, got {self.layer!r}.", field="layer")
         if self.method not in (*METHODS, GIVEN):
-            raise HookError(f"Unknown method {self.method!r}. There are: {', '.join(METHODS)}.", field="method")
+            known = ", ".join((*METHODS, GIVEN))
+            raise HookError(f"Unknown method {self.method!r}. There are: {known}.", field="method")
         object.__setattr__(self, "layer", int(self.layer))
         object.__setattr__(self, "vector", self._checked_vector())
         if self.threshold is not None and not _is_finite(self.threshold):
             raise HookError(f"A threshold is a finite number, got {self.threshold!r}.", field="threshold")
+        if not isinstance(self.metadata, Mapping):
+            raise HookError(f"metadata is a mapping, got {self.metadata!r:.60}.", field="metadata")
 
     def _checked_vector(self) -> np.ndarray:
         given: Any = self.vector
@@ -117,8 +122,8 @@ class TraitVector:
         return self._numbers(values) @ self.unit
 
     def dot(self, values: mx.array | np.ndarray) -> np.ndarray:
-        """h . v of values [..., d_model], in float32."""
-        return self._numbers(values) @ self.vector
+        """h . v of values [..., d_model], in float64: of large numbers it may be more than float32 holds."""
+        return self._numbers(values).astype(np.float64) @ self.vector.astype(np.float64)
 
     def _numbers(self, values: mx.array | np.ndarray) -> np.ndarray:
         numbers = to_numpy(values) if isinstance(values, mx.array) else np.asarray(values, np.float32)
@@ -177,7 +182,9 @@ class TraitVector:
         Raises:
             HookError: when it cannot be written; what was there stays.
         """
-        path = Path(folder) / f"{self.name}.safetensors"
+        return save_vectors([self], folder)[0]
+
+    def _header(self) -> dict[str, str]:
         about = {
             "format": FORMAT,
             "trait": self.trait,
@@ -189,12 +196,10 @@ class TraitVector:
             "identity": None if self.identity is None else self.identity.to_dict(),
             "metadata": dict(self.metadata),
         }
-        notes = {_KEY: json.dumps(about, allow_nan=False, ensure_ascii=False)}
-        with files.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with files.whole_file(path) as draft:
-                write_arrays(draft, {"vector": lambda: self.vector}, notes)
-        return path
+        try:
+            return {_KEY: json.dumps(about, allow_nan=False, ensure_ascii=False)}
+        except (TypeError, ValueError) as error:
+            raise HookError(f"metadata of {self.name} are plain JSON values: {error}.", field="metadata") from error
 
     @classmethod
     def load(cls, path: str | Path) -> "TraitVector":
@@ -208,8 +213,8 @@ class TraitVector:
             file = TensorFile(path)
             about = json.loads(file.notes[_KEY])
             if about["format"] != FORMAT:
-                raise HookError(f"{path} is of the format {about['format']!r}: this version reads {FORMAT!r}.")
-            return cls(
+                raise ValueError(f"it is of the format {about['format']!r}, and this version reads {FORMAT!r}")
+            vector = cls(
                 trait=about["trait"],
                 layer=about["layer"],
                 method=about["method"],
@@ -220,14 +225,42 @@ class TraitVector:
                 identity=None if about["identity"] is None else ModelIdentity.from_dict(about["identity"]),
                 path=path,
             )
+            norm = about["norm"]
+            if not _is_finite(norm) or not math.isclose(norm, vector.norm, rel_tol=1e-6):
+                raise ValueError(f"its norm is told to be {norm!r}, and is {vector.norm:g}")
+            return vector
+        except HookError as error:
+            raise HookError(f"{path} is no trait vector that can be read: {error}") from error
         except FileNotFoundError as error:
             raise HookError(f"There is no file {path}.") from error
         except OSError as error:
             raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
         except KeyError as error:
             raise HookError(f"{path} is no trait vector: it lacks {error}.") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise HookError(f"{path} is no trait vector that can be read: {error}.") from error
+
+
+def save_vectors(vectors: Sequence[TraitVector], folder: str | Path) -> list[Path]:
+    """Write vectors to a folder, all of them or none; answers their files.
+
+    Raises:
+        HookError: when one cannot be written; what was there stays.
+    """
+    paths = [Path(folder) / f"{vector.name}.safetensors" for vector in vectors]
+    headers = [vector._header() for vector in vectors]
+    try:
+        # Each is written beside its place first; only when all are on disk do they take their places.
+        with ExitStack() as drafts:
+            for vector, path, header in zip(vectors, paths, headers, strict=True):
+                with files.writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draft = drafts.enter_context(files.whole_file(path))
+                    write_arrays(draft, {"vector": partial(getattr, vector, "vector")}, header)
+                    files.sync(draft)
+    except OSError as error:
+        raise HookError(f"cannot write vectors in {folder}: {error.strerror or error}") from error
+    return paths
 
 
 def _is_finite(number: Any) -> bool:

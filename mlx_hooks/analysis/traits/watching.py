@@ -65,7 +65,8 @@ def watch_traits(
     Args:
         prompt: a text, or token ids.
         vectors: what is measured, in the order of the scores.
-        chat: how a text is put to the model: ``Chat()`` is its own template; None is the text as it is.
+        chat: how a text is put to the model: ``Chat()`` is its own template; None is the text as it is. Token ids are
+            put already.
         max_tokens: most tokens to generate; 0 only reads the prompt. No more than the model's context holds.
         normalize: measure h . v / |v|; False measures h . v.
         interventions: edits, as in ``HookedModel.generate``; scores show the edited stream.
@@ -73,11 +74,17 @@ def watch_traits(
         options: sampling, ``stop`` and others of ``HookedModel.generate_steps``.
 
     Raises:
-        HookError: for no vectors, for one of another model, width or layer, and for what ``generate`` refuses.
+        HookError: for several prompts, token ids with a chat, no vectors, one of another model, width or layer, and for
+            what ``generate`` refuses.
     """
-    if chat is not None and isinstance(prompt, str):
+    if chat is not None:
+        if not isinstance(prompt, str):
+            raise HookError("chat is how a text is put to a model: token ids are put already.", field="chat")
         prompt = render(model, prompt, chat)
-    tokens = id_list(model.to_tokens(prompt)[0])
+    rows = model.to_tokens(prompt)
+    if len(rows) != 1:
+        raise HookError(f"Traits are watched on one prompt, got {len(rows)} rows.", field="prompt")
+    tokens = id_list(rows[0])
     whole_number("max_tokens", max_tokens)
     check_vectors(model, vectors, other_model=other_model)
     capture = _captures(model, vectors, normalize)

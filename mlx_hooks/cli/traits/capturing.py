@@ -4,22 +4,22 @@ import argparse
 import sys
 from typing import Any
 
-from ...errors import HookError
 from .options import add_experiment, add_model, add_prompts, add_sampling, prompts_of, sampling_of
+from .selection import add_which_traits, which_traits
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of both commands."""
     from ...analysis.traits.records import ALIGNMENTS
-    from ...analysis.traits.vectors import METHODS
+    from ...analysis.traits.vectors import GIVEN, METHODS
 
     add_experiment(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--trait", metavar="NAME", help="one of its traits")
-    which.add_argument("--all-traits", action="store_true", help="all of its traits")
+    add_which_traits(parser)
     add_prompts(parser)
     add_model(parser)
-    parser.add_argument("--method", choices=METHODS, help=f"default: the first there is of {', '.join(METHODS)}")
+    parser.add_argument(
+        "--method", choices=(*METHODS, GIVEN), help=f"default: the first there is of {', '.join(METHODS)}"
+    )
     add_sampling(parser)
     parser.add_argument(
         "--alignment",
@@ -38,9 +38,7 @@ def run_batch(options: argparse.Namespace, **chosen: Any) -> int:
     from ...analysis.traits.batch import CaptureBatch
 
     experiment = Experiment(options.root, options.experiment)
-    traits = experiment.traits() if options.all_traits else [experiment.trait(options.trait)]
-    if not traits:
-        raise HookError(f"The experiment {experiment.name} has no traits: folders with an extraction folder.")
+    traits = which_traits(options, experiment)
     batch = CaptureBatch(
         traits,
         prompts_of(options, experiment),

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from ...analysis.traits.experiment import Experiment, Trait, VectorFile
 from ...analysis.traits.extraction import MAX_NEW_TOKENS, SPANS, Examples, layers_of, methods_of
 from ...analysis.traits.prompts import Chat
-from ...analysis.traits.vectors import METHODS, TraitVector
+from ...analysis.traits.vectors import METHODS, TraitVector, save_vectors
 from ...errors import HookError
 from .list_vectors import table
 from .options import Failures, add_experiment, listed, report
+from .selection import add_which_traits, which_traits
 
 if TYPE_CHECKING:
     from ...analysis.identity import ModelIdentity
@@ -25,9 +26,7 @@ def add(commands: Any) -> None:
         description="Make trait vectors of EXPERIMENT/TRAIT/extraction/positive.txt and negative.txt (or .json).",
     )
     add_experiment(parser)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--trait", metavar="NAME", help="one trait of it")
-    which.add_argument("--all-traits", action="store_true", help="every trait of it")
+    add_which_traits(parser)
     parser.add_argument("--model", required=True, help="name or folder, or neuroscope-tiny")
     parser.add_argument("--layers", default="all", metavar="0,3", help="whose output is taken (default: all)")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="A,B", help="default: %(default)s")
@@ -62,31 +61,27 @@ def run(options: argparse.Namespace) -> int:
     from ...model import HookedModel
 
     experiment = Experiment(options.root, options.experiment)
-    traits = experiment.traits() if options.all_traits else [experiment.trait(options.trait)]
-    if not traits:
-        raise HookError(
-            f"The experiment {experiment.name} has no traits: a trait is a folder with an extraction folder."
-        )
+    traits = which_traits(options, experiment)
     methods = methods_of(listed(options.methods))
     layers = _layers(options.layers)
-    model = HookedModel.from_pretrained(options.model)
-    wanted = [(layer, method) for layer in layers_of(model, layers) for method in methods]
-    identity = ModelIdentity.of(model)
     failed: Failures = []
-    done = 0
+    done: list[str] = []
     try:
+        model = HookedModel.from_pretrained(options.model)
+        wanted = [(layer, method) for layer in layers_of(model, layers) for method in methods]
+        identity = ModelIdentity.of(model)
         for trait in traits:
             try:
-                done += _extract(trait, model, identity, wanted, options)
+                done += [trait.name] * _extract(trait, model, identity, wanted, options)
             except HookError as error:
                 failed.append((trait.name, str(error)))
             except Exception as error:
                 # Models are others' code, and what they raise is theirs too.
                 failed.append((trait.name, f"{type(error).__name__}: {error}"))
     except KeyboardInterrupt:
-        sys.stderr.write("neuroscope: interrupted; the vectors that were written are whole\n")
+        sys.stderr.write(f"neuroscope: interrupted; vectors were written of {', '.join(done) or 'no trait'}\n")
         return 130
-    print(f"{done} done, {len(traits) - done - len(failed)} skipped, {len(failed)} failed")
+    print(f"{len(done)} done, {len(traits) - len(done) - len(failed)} skipped, {len(failed)} failed")
     return report(failed)
 
 
@@ -123,8 +118,7 @@ def _extract(
         print(f"{trait.name}: all vectors are there")
         return False
     vectors = examples.vectors(model, trait.name, wanted, identity=identity, progress=True)
-    for vector in vectors:
-        vector.save(trait.vectors_folder)
+    save_vectors(vectors, trait.vectors_folder)
     told = vectors[0].metadata
     print(
         f"{trait.name}: {told['n_positive']} positive and {told['n_negative']} negative prompts, "

@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     failed: Failures = []
     for trait in traits:
         try:
-            _show(trait)
+            failed += _show(trait)
         except HookError as error:
             failed.append((trait.name, str(error)))
     return report(failed)
@@ -46,12 +46,25 @@ def _percent(share: Any) -> str:
     return f"{share:.1%}" if isinstance(share, int | float) else "-"
 
 
-def _show(trait: Trait) -> None:
+def _show(trait: Trait) -> Failures:
+    """Print what a trait has; answers which of it cannot be read."""
     print(f"\n{trait.name} ({trait.display_name})")
     files = trait.vectors()
     if not files:
         print("  no vectors")
-        return
-    print(table([TraitVector.load(file.path) for file in files]))
-    choice = trait.choose()
-    print(f"  {choice.vector.name} is taken: {choice.why}")
+        return []
+    vectors: list[TraitVector] = []
+    failed: Failures = []
+    for file in files:
+        try:
+            vectors.append(trait.read(file))
+        except HookError as error:
+            failed.append((trait.name, str(error)))
+    print(table(vectors) if vectors else "  no vectors that can be read")
+    if vectors:
+        try:
+            choice = trait.choose()
+            print(f"  {choice.vector.name} is taken: {choice.why}")
+        except HookError as error:
+            print(f"  none is taken: {error}")
+    return failed
