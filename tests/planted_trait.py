@@ -123,6 +123,19 @@ class PlantedTrait:
             made.append(" ".join(words))
         return made
 
+    @cached_property
+    def endings(self) -> tuple[str, str]:
+        """The two words that lie farthest apart."""
+        contents = self.embeddings[2 : 2 + self.n_words]
+        distance = np.square(contents[:, None] - contents[None]).sum(-1)
+        return tuple(f"w{i}" for i in np.unravel_index(distance.argmax(), distance.shape))
+
+    def ended(self, texts: Sequence[str], share: float) -> list[str]:
+        """The texts with another last word: of this share the first of the endings, of the rest the other."""
+        first, second = self.endings
+        n_first = round(share * len(texts))
+        return [f"{text.rsplit(' ', 1)[0]} {first if i < n_first else second}" for i, text in enumerate(texts)]
+
     # The model.
 
     def hooked(self) -> HookedModel:
