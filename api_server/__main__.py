@@ -60,6 +60,8 @@ class CannotStart(Exception):
 
 
 def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
+    if options.experiments is not None and not options.experiments.is_dir():
+        raise CannotStart(f"There is no folder {options.experiments}: --experiments names one with experiments.")
     try:
         return ServerConfig(
             host=options.host,

@@ -1,24 +1,17 @@
-"""The vectors that a request about traits means: those that it brings, and those that are stored in experiments.
+"""The vectors that a request about traits means: those that it brings, and those that are stored in experiments."""
 
-Stored ones are named, never given by path: nothing outside the folder that the server was started with is read, not
-even where a link inside leads out of it.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from mlx_hooks import HookedModel, HookError
-from mlx_hooks.analysis.traits.experiment import Experiment
 from mlx_hooks.analysis.traits.vectors import TraitVector
 from neuroscope_bridge import payload
 
-from . import logs
 from .errors import ApiError
 from .schemas.analysis import TraitsRequest, TraitVectorRequest
 from .schemas.fields import MAX_VECTORS
+from .stored_traits import StoredTraits
 
 
 def vectors_of(asked: TraitsRequest, model: HookedModel, experiments: Path | None) -> list[TraitVector]:
@@ -32,7 +25,12 @@ def vectors_of(asked: TraitsRequest, model: HookedModel, experiments: Path | Non
     """
     found = [_given(one, i, model) for i, one in enumerate(asked.vectors or [])]
     names = {vector.trait for vector in found}
-    for vector in _stored(asked, experiments):
+    stored = (
+        ()
+        if asked.experiment is None
+        else StoredTraits(experiments).vectors(asked.experiment, asked.traits, asked.method, asked.layer)
+    )
+    for vector in stored:
         if vector.trait in names:
             raise ApiError(
                 400,
@@ -74,53 +72,3 @@ def _numbers(wanted: TraitVectorRequest) -> np.ndarray:
     if array.size != max(array.shape, default=0):
         raise HookError(f"The vector of {wanted.name} is to be one row of numbers, got {list(array.shape)}.")
     return array.reshape(-1)
-
-
-def _stored(asked: TraitsRequest, root: Path | None) -> Iterator[TraitVector]:
-    if asked.experiment is None:
-        return
-    if root is None:
-        raise ApiError(
-            400,
-            "This server was started without stored vectors: start it with --experiments DIR, or send 'vectors'.",
-            code="no_experiments",
-            param="experiment",
-        )
-    with _not_found("experiment_not_found", "experiment"):
-        experiment = Experiment(root, asked.experiment)
-    _check_inside(root, experiment.folder)
-    with _not_found("trait_not_found", "experiment"):
-        names = asked.traits or [trait.name for trait in experiment.traits()]
-    if not names:
-        raise ApiError(
-            404, f"The experiment {asked.experiment} has no traits.", code="trait_not_found", param="experiment"
-        )
-    for i, name in enumerate(names):
-        param = f"traits[{i}]" if asked.traits else "experiment"
-        with _not_found("trait_not_found", param):
-            trait = experiment.trait(name)
-        for pattern in ("", "*", "extraction/*", "extraction/vectors/*"):
-            for path in trait.folder.glob(pattern) if pattern else [trait.folder]:
-                _check_inside(root, path)
-        with _not_found("vector_not_found", param):
-            yield trait.find(method=asked.method, layer=asked.layer)
-
-
-@contextmanager
-def _not_found(code: str, param: str) -> Iterator[None]:
-    try:
-        yield
-    except HookError as error:
-        # Where the folder lies is nobody's business.
-        raise ApiError(404, logs.scrub(str(error)), code=code, param=param) from error
-
-
-def _check_inside(root: Path, path: Path) -> None:
-    """Links are followed: what they lead to counts."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ApiError(
-            403,
-            f"{path.relative_to(root)} leads out of the folder with experiments, by a link: it is not read.",
-            code="path_not_allowed",
-            param="experiment",
-        )

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_hooks import HookError
+from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.traits.dynamics import trait_dynamics
+from mlx_hooks.analysis.traits.prompts import render
 from mlx_hooks.analysis.traits.vectors import TraitVector
 from mlx_hooks.analysis.traits.watching import TraitStep, watch_traits
 from mlx_hooks.interventions import InterventionPlan
@@ -33,12 +34,10 @@ def watch(
         ApiError: the prompt cannot be read, a vector belongs to another model, or the reply would be too long.
     """
     model = loaded.model
-    tokens = inference.prompt_tokens(model, asked.source)
-    limit = min(asked.token_limit, inference.room_for(model, tokens))
     for vector in vectors:
-        # Making the identity reads all weights.
-        if vector.identity is not None:
-            _check(vector, loaded)
+        _check(vector, loaded)
+    tokens = _tokens(model, asked, vectors)
+    limit = min(asked.token_limit, inference.room_for(model, tokens))
     most = len(tokens) + limit
     if most * len(vectors) > MAX_SCORES:
         raise ApiError(
@@ -66,10 +65,31 @@ def watch(
 
 
 def _check(vector: TraitVector, loaded: LoadedModel) -> None:
+    # Making the identity reads all weights.
+    identity = loaded.identity if vector.identity is not None else None
     try:
-        vector.check(loaded.model, identity=loaded.identity)
+        vector.check(loaded.model, identity=identity)
     except HookError as error:
         raise ApiError(400, str(error), code="other_model", param="experiment") from error
+
+
+def _tokens(model: HookedModel, asked: TraitsRequest, vectors: Sequence[TraitVector]) -> list[int]:
+    """Of the prompt as it is, or as the prompts were put that the stored vectors were made of."""
+    if not (asked.stored_chat and isinstance(asked.prompt, str)):
+        return inference.prompt_tokens(model, asked.source)
+    found: dict[tuple[int, ...], str] = {}
+    for vector in vectors:
+        if vector.path is not None:
+            found.setdefault(tuple(render(model, asked.prompt, vector.chat)), vector.trait)
+    if len(found) > 1:
+        first, second, *_ = found.values()
+        raise ApiError(
+            400,
+            f"{first} and {second} were made of prompts that were put differently: name traits of one way in 'traits'.",
+            code="invalid_value",
+            param="stored_chat",
+        )
+    return list(next(iter(found)))
 
 
 @dataclass
@@ -130,6 +150,7 @@ class WatchReply:
                 "method": vector.method,
                 "norm": vector.norm,
                 "threshold": vector.threshold,
+                "chat": None if vector.chat is None else vector.chat.to_dict(),
             }
             for vector in self._vectors
         ]

@@ -273,6 +273,8 @@ class ModelWorker:
                     yield Progress(progress.fraction, progress.message)
                 model = HookedModel(*steps.result)
             assert model is not None
+            # What errors call it.
+            model.model_name = name
             loaded = LoadedModel(name, path, model, int(time.time()), _weight_bytes(model))
             self.loaded.put(loaded)
         _release()

@@ -36,13 +36,18 @@ class Projection:
         vectors: [vector, feature], of floats; kept as float32.
 
     Raises:
-        HookError: for an array of other axes, and for numbers that are not finite.
+        HookError: for what is no array of floats with these axes, and for numbers that are not finite.
     """
 
     vectors: mx.array
 
     def __post_init__(self) -> None:
-        vectors = mx.array(self.vectors)
+        try:
+            vectors = mx.array(self.vectors)
+        except (TypeError, ValueError) as error:
+            raise HookError(f"A projection has an array of vectors, got {self.vectors!r:.60}.") from error
+        if not mx.issubdtype(vectors.dtype, mx.floating):
+            raise HookError(f"A projection has vectors of floats, got {vectors.dtype}.")
         if vectors.ndim != 2 or not vectors.size:
             raise HookError(f"A projection has vectors [vector, feature], got an array of shape {vectors.shape}.")
         vectors = vectors.astype(mx.float32)
@@ -81,6 +86,8 @@ def check_reducible(reduce: Reduction, point: HookPoint) -> None:
         size, width = (point.sizes[-1] if point.sizes else None), reduce.vectors.shape[1]
         if why is None and size not in (None, width):
             raise HookError(f"{point.name} is {size} wide, and the projection's vectors {width}.", field="reduce")
+        if why is None and point.axes[-1:] == ("key",):
+            why = f"has no last axis of features to reduce by a projection; its axes are {', '.join(point.axes)}"
         why = why and why.replace("'norm'", "a projection")
     elif reduce == HEAD_MEAN:
         why = None if "head" in point.axes else f"has no axis over heads; its axes are {', '.join(point.axes)}"

@@ -611,7 +611,8 @@ class LMStudioNeuroScopeClient(Connection):
             max_tokens: 0 only reads the prompt; None for the server's default, 100.
             temperature: 0 takes the likeliest token each time.
             interventions: Edits, as in `generate_with_activations`: steering, for one.
-            options: Further fields: method and layer of the stored vectors, normalize (False: scores are h.v in the
+            options: Further fields: method and layer of the stored vectors, stored_chat (True: put the prompt, a text,
+                as the prompts were that they were made of), normalize (False: scores are h.v in the
                 place of h.v/|v|), dynamics (`{"threshold": 0.1, "relative": False, "stays_below": False}`), model, and
                 those of `chat` that choose tokens: top_p, top_k, min_p, seed, stop, the penalties and logit_bias.
 
@@ -627,7 +628,7 @@ class LMStudioNeuroScopeClient(Connection):
         body = {
             "prompt": prompt,
             "messages": messages,
-            "vectors": [{**one, "vector": _vector(one.get("vector"))} for one in vectors] if vectors else None,
+            "vectors": None if vectors is None else _vectors(vectors),
             "experiment": experiment,
             "traits": traits,
             "max_tokens": max_tokens,
@@ -641,6 +642,20 @@ class LMStudioNeuroScopeClient(Connection):
         reply = self._large_json("POST", route, body)
         expect(reply, "scores", list, f"POST {route}")
         return reply
+
+    def stored_traits(self, experiment: str | None = None) -> list[Reply]:
+        """What `traits` can watch by name: the experiments in the server's folder, their traits and these's vectors.
+
+            client.stored_traits()
+            # [{'name': 'moods', 'traits': [{'name': 'calm', 'display_name': 'Calm', 'vectors': [...]}]}]
+
+        Each of the vectors has `method` and `layer`.
+
+        Args:
+            experiment: One of them.
+        """
+        route, params = "/v1/analysis/traits", {"experiment": experiment}
+        return cast("list[Reply]", self._field("GET", route, "experiments", list, params=params))
 
     # -- jobs ------------------------------------------------------------------------------------
 
@@ -697,6 +712,16 @@ class LMStudioNeuroScopeClient(Connection):
         reply = self._large_json("POST", route, body)
         expect(reply, "choices", list, f"POST {route}")
         return with_arrays(reply, f"POST {route}")
+
+
+def _vectors(given: Any) -> list[Reply]:
+    """As a request has them."""
+    listed = [] if isinstance(given, str | Mapping) or not isinstance(given, Iterable) else list(given)
+    if not listed or not all(isinstance(one, Mapping) for one in listed):
+        odd = next((one for one in listed if not isinstance(one, Mapping)), None)
+        kind = f"a list of {type(odd).__name__}" if listed else type(given).__name__
+        raise PayloadError(f"vectors is a list of at least one {{'name', 'layer', 'vector'}}, got {kind}.")
+    return [{**one, "vector": _vector(one.get("vector"))} for one in listed]
 
 
 def _vector(value: Any) -> Any:

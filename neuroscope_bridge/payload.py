@@ -226,6 +226,8 @@ def encode_vector(numbers: Any) -> dict[str, Any]:
 
         encode_vector([0.5, -1.0])      # {'shape': [2], 'dtype': 'float32', 'encoding': 'base64', 'data': 'AAA...'}
 
+    Axes of one entry are left out: a record of one position is a list of numbers.
+
     Raises:
         PayloadError: something that is no list of numbers which float32 can hold, and at least one.
     """
@@ -233,8 +235,9 @@ def encode_vector(numbers: Any) -> dict[str, Any]:
         array = np.asarray(numbers)
     except ValueError as error:
         raise PayloadError("A vector is a list of numbers, got lists of several lengths.") from error
-    if array.dtype.kind not in "iuf" or array.ndim != 1 or not array.size:
+    if array.dtype.kind not in "iuf" or not array.size or array.size != max(array.shape, default=0):
         raise PayloadError(f"A vector is a list of numbers, got shape {list(array.shape)} of {array.dtype}.")
+    array = array.reshape(-1)
     with np.errstate(over="ignore"):
         narrow = array.astype(_WIRE_DTYPES["float32"])
     lost = array[~np.isfinite(narrow)]

@@ -48,15 +48,19 @@ def signal_handlers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def live_server() -> Iterator[SimpleNamespace]:
-    """A real server on a free port with the bundled model loaded as ``neuroscope-tiny``: ``live_server.base_url``."""
-    from server_tools import running_server
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A real server on a free port with the bundled model loaded as ``neuroscope-tiny``: ``live_server.base_url``.
 
-    from api_server import ModelWorker
+    Its experiments are those of ``save_experiments``.
+    """
+    from server_tools import running_server, save_experiments
 
+    from api_server import ModelWorker, ServerConfig
+
+    experiments = save_experiments(tmp_path_factory.mktemp("experiments"))
     with ModelWorker() as worker:
         worker.load("neuroscope-tiny")
-        with running_server(worker) as url:
+        with running_server(worker, ServerConfig(port=0, experiments=experiments)) as url:
             yield SimpleNamespace(base_url=url)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tiny_models import CONFIGS, make_model
@@ -22,7 +23,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from api_server import ModelWorker, Server, ServerConfig, create_app
-from mlx_hooks import HookedModel
+from mlx_hooks import HookedModel, TraitVector
+from mlx_hooks.analysis.identity import ModelIdentity
+from mlx_hooks.analysis.traits.prompts import Chat, render
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>"] + [f"w{i}" for i in range(54)]
 CHAT_TEMPLATE = (
@@ -63,6 +66,20 @@ def save_tiny(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIGS["llama"]))
     make_tokenizer().save_pretrained(str(folder))
     return folder
+
+
+def save_experiments(root: Path) -> Path:
+    """Experiments as docs/traits.md has them: one trait of the bundled model with one vector, ``mean_diff_layer2``."""
+    model = HookedModel.from_pretrained("neuroscope-tiny")
+
+    def end(prompt: str) -> np.ndarray:
+        _, cache = model.run_with_cache(render(model, prompt, Chat()), "blocks.2.hook_resid_post")
+        return cache.numpy(("resid_post", 2))[0, -1]
+
+    direction = end("How do I make a bomb?") - end("What is the capital of France?")
+    vector = TraitVector("refusal", 2, "mean_diff", direction, chat=Chat(), identity=ModelIdentity.of(model))
+    vector.save(root / "tiny_cognitive" / "refusal" / "extraction" / "vectors")
+    return root
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def test_the_python_blocks_run_with_the_values_that_they_name(live_server: Simpl
             assert eval(expression, names) == eval(value), expression
             checked += 1
     names["client"].close()
-    assert checked == DOCUMENT.count("# -> ") == 10
+    assert checked == DOCUMENT.count("# -> ") == 12
 
 
 def test_the_smalltalk_blocks_run(live_server: SimpleNamespace, tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 import copy
 import json
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -14,7 +16,7 @@ import schemathesis
 from flask import Flask
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from server_tools import load_tiny, until
+from server_tools import load_tiny, save_experiments, until
 
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.description import is_described
@@ -24,13 +26,14 @@ NOT_DESCRIBED = {"openapi", "docs", "asset"}
 
 # Schemathesis asks for the description when tests are collected; the fixture starts the worker.
 WORKER = ModelWorker(load_tiny)
-APP = create_app(WORKER, ServerConfig(max_tokens=8))
+EXPERIMENTS = tempfile.TemporaryDirectory()
+APP = create_app(WORKER, ServerConfig(max_tokens=8, experiments=save_experiments(Path(EXPERIMENTS.name))))
 DOCUMENT: dict[str, Any] = APP.test_client().get("/openapi.json").json
 
 
 @pytest.fixture(scope="module", autouse=True)
 def app() -> Iterator[Flask]:
-    with WORKER:
+    with WORKER, EXPERIMENTS:
         WORKER.load("neuroscope-tiny", "tiny")
         yield APP
 
@@ -235,6 +238,10 @@ def test_answers_to_all_that_can_be_asked_are_as_described(app: Flask, stream: b
         "/v1/analysis/traits",
         {"messages": MESSAGES, "vectors": VECTORS, "max_tokens": 0, "stream": stream, "normalize": False},
     )
+    stored = {"experiment": "tiny_cognitive", "stored_chat": True, "stream": stream}
+    ask("post", "/v1/analysis/traits", PROMPT | stored)
+    ask("get", "/v1/analysis/traits")
+    ask("get", "/v1/analysis/traits?experiment=tiny_cognitive")
     whole = ask("post", "/v1/completions/with_activations", PROMPT | CAPTURE | streamed)
     kept = re.search(r"cap-\w+", whole.text)
     assert kept

@@ -251,6 +251,8 @@ def test_the_command_reads_a_tuned_lens(tiny: HookedModel, tmp_path: Path, capsy
             "cannot write no/such/folder/a.html: there is no folder",
         ),
         (["--prompt", "a", "--png", "no/such/folder/a.png"], "cannot write no/such/folder/a.png: there is no folder"),
+        (["--prompt", "a", "--png", "a.html", "--html", "./a.html"], "--html and --png are both a.html"),
+        (["--prompt", "a", "--tuned", "t.html", "--html", "t.html"], "--html is t.html, which is read here"),
         (["--prompt", "a", "--html", "."], "cannot write .: it is a folder; name a file in it"),
         (["--prompt", "a " * 125, "--png", "a.png"], "A picture shows at most 120 positions, got 126: write HTML"),
         (["--prompt", "a " * 3000], "The prompt has 3001 tokens; the model reads at most 128."),

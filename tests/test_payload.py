@@ -374,7 +374,11 @@ def test_a_vector_is_a_record_of_32_bit_floats(numbers):
     assert (record["shape"], record["dtype"]) == ([len(numbers)], "float32")
 
 
-NO_VECTORS = [[], 1, [[1, 2]], ["a"], [True], [np.nan], [np.inf], [1e39], [1, None], [[1], [2, 3]]]
+def test_a_vector_may_be_a_record_of_one_row():
+    assert encode_vector([[[1, 2]]]) == encode_vector([1, 2])
+
+
+NO_VECTORS = [[], 1, [[]], [[1, 2], [3, 4]], ["a"], [True], [np.nan], [np.inf], [1e39], [1, None], [[1], [2, 3]]]
 
 
 @pytest.mark.parametrize("numbers", NO_VECTORS)

@@ -317,6 +317,23 @@ def test_reductions_are_those_of_each_record(model: HookedModel, reduce: str, se
                 np.testing.assert_allclose(record.numpy(), array, rtol=1e-5, atol=1e-5, err_msg=point.name)
 
 
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ("x", "A projection has an array of vectors, got 'x'"),
+        (None, "A projection has an array of vectors, got None"),
+        ([[1.0], [1.0, 2.0]], "A projection has an array of vectors, got"),
+        (np.ones((1, 4), np.complex64), "A projection has vectors of floats, got mlx.core.complex64"),
+        (np.ones((1, 4), int), "A projection has vectors of floats, got mlx.core.int64"),
+        (np.ones(4), "A projection has vectors \\[vector, feature\\], got an array of shape"),
+        (np.full((1, 4), 1e300), "A projection has vectors of finite numbers"),
+    ],
+)
+def test_what_is_no_projection_is_refused(vectors: Any, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        Projection(vectors)
+
+
 @pytest.mark.parametrize("chunk", [2048, 4])
 def test_projections_are_dot_products_of_the_whole_capture(model: HookedModel, chunk: int) -> None:
     vectors = np.random.default_rng(5).normal(size=(3, model.cfg.d_model)).astype(np.float32)
@@ -543,6 +560,10 @@ def test_a_spec_is_plain_json_and_back() -> None:
         ({"heads": [4]}, "Heads are 0 to 3, got 4"),
         ({"heads": [0], "hook_point": "hook_embed"}, "heads need a head axis; the axes of hook_embed are batch, pos"),
         ({"reduce": Projection(mx.ones((1, 5)))}, "blocks.0.attn.hook_z is 8 wide, and the projection's vectors 5."),
+        (
+            {"reduce": Projection(mx.ones((2, 11))), "hook_point": "blocks.0.attn.hook_pattern"},
+            "blocks.0.attn.hook_pattern has no last axis of features to reduce by a projection; its axes are",
+        ),
         ({"reduce": "sum"}, "reduce is null, one of mean, max, last, norm, head_mean or a Projection, got 'sum'"),
         ({"reduce": "mean", "hook_point": "embed.hook_in"}, "holds ids, which cannot be reduced"),
         ({"reduce": "norm", "hook_point": "blocks.0.attn.hook_attn_scores"}, "holds -inf at masked keys"),

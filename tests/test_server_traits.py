@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from flask.testing import FlaskClient
 from server_tools import MESSAGES, load_tiny, paced, running_server, until
 
 from api_server import ModelWorker, ServerConfig, create_app
-from api_server.__main__ import _config, _parser
+from api_server.__main__ import CannotStart, _config, _parser
 from api_server.schemas import analysis
-from api_server.schemas.fields import MAX_VECTORS
+from api_server.schemas.fields import MAX_VECTORS, MAX_WIDTH
 from mlx_hooks import HookedModel, TraitVector, watch_traits
 from mlx_hooks.analysis.identity import ModelIdentity
 from mlx_hooks.analysis.traits.dynamics import trait_dynamics
+from mlx_hooks.analysis.traits.prompts import Chat
 from mlx_hooks.analysis.traits.vectors import GIVEN, METHODS
 from neuroscope_bridge import LMStudioNeuroScopeClient, NeuroScopeAPIError, PayloadError
 from neuroscope_bridge.payload import encode_activation, encode_vector
@@ -155,10 +157,13 @@ def test_every_token_has_a_row_and_the_reply_its_accounts(web: FlaskClient, mode
             "method": "given",
             "norm": pytest.approx(np.linalg.norm(vector.vector.astype(np.float64))),
             "threshold": vector.threshold,
+            "chat": None,
         }
 
 
-@pytest.mark.parametrize("settings", [{}, {"threshold": 0.3, "relative": True}, {"threshold": 4, "stays_below": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"stays_below": True}, {"threshold": 0.3, "relative": True}, {"threshold": 4, "stays_below": True}]
+)
 def test_dynamics_are_of_the_response(web: FlaskClient, settings: dict[str, Any]) -> None:
     reply = ask(web, dynamics=settings or None)
     response = table(reply, *NAMES)[6:].astype(np.float32)
@@ -288,6 +293,29 @@ def test_the_client_refuses_what_is_no_vector(client: LMStudioNeuroScopeClient, 
         client.traits(PROMPT, vectors=[{"name": "a", "layer": 0, "vector": vector}])
 
 
+@pytest.mark.parametrize(
+    ("vectors", "got"),
+    [
+        ([TRAITS[0]], "a list of TraitVector"),
+        (VECTORS[0], "dict"),
+        ([VECTORS[0], "x"], "a list of str"),
+        ("x", "str"),
+        ([], "list"),
+        (3, "int"),
+    ],
+)
+def test_the_client_says_what_vectors_are(client: LMStudioNeuroScopeClient, vectors: Any, got: str) -> None:
+    with pytest.raises(PayloadError, match=f"'name', 'layer', 'vector'}}, got {got}"):
+        client.traits(PROMPT, vectors=vectors)
+
+
+def test_the_client_takes_a_record_of_one_row(client: LMStudioNeuroScopeClient, web: FlaskClient) -> None:
+    for shape in ((1, WIDTH), (1, 1, WIDTH)):
+        vectors = [VECTORS[0] | {"vector": FIRST.reshape(shape)}]
+        reply = client.traits(PROMPT, vectors=vectors, max_tokens=0)
+        assert reply["scores"] == ask(web, vectors=VECTORS[:1], max_tokens=0)["scores"]
+
+
 @pytest.mark.parametrize("numbers", ["NaN", "Infinity", "1e39", "null", "true", '"1"', "[1]", "9" * 400])
 def test_what_is_no_number_is_refused_with_its_index(web: FlaskClient, numbers: str) -> None:
     text = json.dumps(BODY | {"vectors": [VECTORS[0], VECTORS[1] | {"vector": ["here"]}]}).replace('"here"', numbers)
@@ -347,6 +375,24 @@ def test_a_reply_that_would_be_too_long_is_refused(
     small = create_app(worker, ServerConfig(max_tokens=3)).test_client()
     assert "at most 3" in refused(small, "max_tokens", "limit_exceeded")
     assert ask(small, max_tokens=None)["usage"]["completion_tokens"] == 3
+    # What the context has no room for does not count.
+    architecture = worker.get().model.architecture
+    monkeypatch.setattr(architecture, "cfg", replace(architecture.cfg, max_positions=7))
+    assert len(ask(web, max_tokens=32768)["scores"]) == 7
+
+
+def test_given_and_stored_vectors_count_together(web: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_server.trait_vectors.MAX_VECTORS", 4)
+    told = refused(web, "traits", "limit_exceeded", experiment="moods")
+    assert told == "The request watches 5 traits; at most 4 are allowed: name those of interest."
+    assert len(ask(web, experiment="moods", traits=["calm"], max_tokens=0)["traits"]) == 4
+
+
+def test_a_vector_longer_than_any_model_is_wide_is_not_looked_at(web: FlaskClient) -> None:
+    long = VECTORS[0] | {"vector": [1.0] * (MAX_WIDTH + 1)}
+    assert f"at most {MAX_WIDTH} finite" in refused(web, "vectors[0].vector", vectors=[long])
+    vector = analysis.TraitVectorRequest.model_json_schema()["properties"]["vector"]
+    assert vector["anyOf"][0]["maxItems"] == MAX_WIDTH
 
 
 # Stored vectors
@@ -381,7 +427,6 @@ MISSING: list[tuple[dict[str, Any], str, str, str]] = [
     ({"experiment": "moods", "traits": ["calm"], "method": "ica"}, "traits[0]", "vector_not_found", "mean_diff_layer0"),
     ({"experiment": "moods", "layer": 7}, "experiment", "vector_not_found", "layer 7"),
     ({"experiment": "broken", "traits": ["empty"]}, "traits[0]", "vector_not_found", "no vectors"),
-    ({"experiment": "broken", "traits": ["damaged"]}, "traits[0]", "vector_not_found", "no trait vector"),
 ]
 
 
@@ -391,8 +436,59 @@ def test_what_is_not_stored_is_said_with_what_is(
 ) -> None:
     told = refused(web, param, code, 404, vectors=None, **fields)
     assert message in told
-    # Where the folder lies is not told.
-    assert str(experiments.parent) not in told
+
+
+@pytest.fixture(params=["absolute", "relative"])
+def private(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with experiments whose place nobody is told, as the server was given it; "e x p" has "my trait"."""
+    root = tmp_path / "a lab" / "private" / "experiments"
+    TraitVector("x", 1, "probe", FIRST).save(root / "e x p" / "my trait" / "extraction" / "vectors")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return root if request.param == "absolute" else Path("../a lab/private/experiments")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("extraction/vectors/probe_layer1.safetensors", b"rubbish, and enough of it", "is no trait vector"),
+        ("trait.json", b"{no JSON", "is no JSON"),
+        ("chat_template.jinja", b"\xff", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_not_where_it_lies(
+    worker: ModelWorker, private: Path, name: str, content: bytes, message: str
+) -> None:
+    (private / "e x p" / "my trait" / name).write_bytes(content)
+    web = create_app(worker, ServerConfig(experiments=private)).test_client()
+    told = refused(web, "experiment", "vector_unreadable", vectors=None, experiment="e x p")
+    assert told.startswith(f"e x p/my trait/{name} {message}")
+    assert "private" not in told
+
+
+def test_a_broken_vector_beside_a_whole_one_is_passed_over(worker: ModelWorker, private: Path) -> None:
+    (private / "e x p/my trait/extraction/vectors/probe_layer2.safetensors").write_bytes(b"rubbish, and enough of it")
+    web = create_app(worker, ServerConfig(experiments=private)).test_client()
+    (told,) = ask(web, vectors=None, experiment="e x p", max_tokens=0)["traits"]
+    assert (told["method"], told["layer"]) == ("probe", 1)
+    asked = refused(web, "experiment", "vector_unreadable", vectors=None, experiment="e x p", layer=2)
+    assert "probe_layer2.safetensors is no trait vector" in asked
+
+
+def test_what_is_missing_is_named_and_not_where_it_would_lie(worker: ModelWorker, private: Path) -> None:
+    web = create_app(worker, ServerConfig(experiments=private)).test_client()
+    stored = {"vectors": None, "experiment": "e x p"}
+    told = refused(web, "experiment", "experiment_not_found", 404, vectors=None, experiment="nope")
+    assert told == "There is no experiment 'nope' in the folder with experiments. There are: e x p."
+    told = refused(web, "experiment", "vector_not_found", 404, layer=2, **stored)
+    assert told == "The trait my trait has no vector of layer 2 (as asked). There are: probe_layer1."
+    trait = private / "e x p" / "my trait"
+    (trait / "extraction/vectors/probe_layer1.safetensors").unlink()
+    told = refused(web, "experiment", "vector_not_found", 404, **stored)
+    assert told == "The trait my trait has no vectors in e x p/my trait/extraction/vectors: extract them first."
+    private.rename(private.parent / "gone")
+    told = refused(web, "experiment", "experiment_not_found", 404, **stored)
+    assert told == "The server has the folder with experiments no more."
 
 
 def test_a_server_without_experiments_says_how_to_have_some(worker: ModelWorker) -> None:
@@ -400,9 +496,16 @@ def test_a_server_without_experiments_says_how_to_have_some(worker: ModelWorker)
     assert "--experiments" in refused(plain, "experiment", "no_experiments", vectors=None, experiment="moods")
 
 
-def test_the_option_is_the_folder() -> None:
-    assert _config(_parser("x").parse_args(["--experiments", "lab/runs"]), None).experiments == Path("lab/runs")
-    assert _config(_parser("x").parse_args([]), None).experiments is None
+def test_the_option_is_a_folder(tmp_path: Path) -> None:
+    def folder(*arguments: str) -> Path | None:
+        return _config(_parser("x").parse_args(arguments), None).experiments
+
+    assert folder("--experiments", str(tmp_path)) == tmp_path
+    assert folder() is None
+    (tmp_path / "file").touch()
+    for name in ("file", "nowhere"):
+        with pytest.raises(CannotStart, match=f"There is no folder .*{name}: --experiments"):
+            folder("--experiments", str(tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["../lab", "..", ".", "/etc", "a/b", "a\\b", "", ".hidden", "moods\n", "moods\0"])
@@ -411,13 +514,19 @@ def test_a_path_is_no_name(web: FlaskClient, name: str) -> None:
     assert "without '/'" in refused(web, "traits[0]", vectors=None, experiment="moods", traits=[name])
 
 
-@pytest.mark.parametrize("link", ["", "calm", "calm/extraction", "calm/extraction/vectors", "calm/trait.json",
-                                  "calm/extraction/vectors/mean_diff_layer0.safetensors"])  # fmt: skip
+LINKS = [
+    *("", "calm", "calm/extraction", "calm/extraction/vectors", "calm/trait.json", "calm/chat_template.jinja"),
+    "calm/extraction/vectors/mean_diff_layer0.safetensors",
+]
+
+
+@pytest.mark.parametrize("link", LINKS)
 def test_a_link_that_leads_out_is_not_followed(worker: ModelWorker, tmp_path: Path, link: str) -> None:
     root, outside = tmp_path / "experiments", tmp_path / "outside"
     for folder in (root, outside):
         TraitVector("x", 0, "mean_diff", SECOND).save(folder / "moods" / "calm" / "extraction" / "vectors")
         (folder / "moods" / "calm" / "trait.json").write_text("{}")
+        (folder / "moods" / "calm" / "chat_template.jinja").write_text("{{ messages[0].content }}")
     web = create_app(worker, ServerConfig(experiments=root)).test_client()
     stored = {"vectors": None, "experiment": "moods", "max_tokens": 0}
     assert [one["name"] for one in ask(web, **stored)["traits"]] == ["calm"]
@@ -425,13 +534,47 @@ def test_a_link_that_leads_out_is_not_followed(worker: ModelWorker, tmp_path: Pa
     at.rename(tmp_path / "away")
     at.symlink_to(tmp_path / "away")
     assert "leads out" in refused(web, "experiment", "path_not_allowed", 403, **stored)
+    listed = web.get(ROUTE).get_json()["experiments"]
+    assert listed == ([{"name": "moods", "traits": []}] if link else [])
     if not link:
+        refused_list = web.get(f"{ROUTE}?experiment=moods")
+        assert (refused_list.status_code, refused_list.get_json()["error"]["code"]) == (403, "path_not_allowed")
         assert "calm" not in refused(web, "experiment", "path_not_allowed", 403, traits=["sad"], **stored)
     at.unlink()
     # A link inside the folder is as good as what it means.
     (tmp_path / "away").rename(root / "elsewhere")
     at.symlink_to(root / "elsewhere")
     assert [one["name"] for one in ask(web, **stored)["traits"]] == ["calm"]
+
+
+def test_links_to_what_is_not_read_do_no_harm(worker: ModelWorker, tmp_path: Path) -> None:
+    trait = tmp_path / "experiments" / "moods" / "calm"
+    TraitVector("x", 0, "mean_diff", SECOND).save(trait / "extraction" / "vectors")
+    (tmp_path / "disk").mkdir()
+    for name in ("inference", "extraction/positive.txt", "extraction/vectors/notes.txt"):
+        (trait / name).symlink_to(tmp_path / "disk")
+    (trait / "loop").symlink_to(trait / "loop")
+    web = create_app(worker, ServerConfig(experiments=tmp_path / "experiments")).test_client()
+    assert len(ask(web, vectors=None, experiment="moods", max_tokens=0)["traits"]) == 1
+    (trait / "trait.json").symlink_to(trait / "trait.json")
+    assert "leads out" in refused(web, "experiment", "path_not_allowed", 403, vectors=None, experiment="moods")
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        (TraitVector("x", 0, "mean_diff", np.ones(77)), "mean_diff_layer0 is 77 wide; the stream of tiny is 32."),
+        (TraitVector("x", 9, "probe", FIRST), "probe_layer9 is of layer 9; tiny has layers 0 to 2."),
+        (TraitVector("x", 9, GIVEN, FIRST), "given_layer9 is of layer 9; tiny has layers 0 to 2."),
+    ],
+)
+def test_stored_vectors_that_nobody_signed_are_measured_too(
+    worker: ModelWorker, tmp_path: Path, vector: TraitVector, message: str
+) -> None:
+    vector.save(tmp_path / "e" / "t" / "extraction" / "vectors")
+    web = create_app(worker, ServerConfig(experiments=tmp_path)).test_client()
+    told = refused(web, "experiment", "other_model", vectors=None, experiment="e")
+    assert told == f"The vector t/{message}"
 
 
 def test_stored_vectors_of_another_model_are_refused(experiments: Path) -> None:
@@ -465,6 +608,118 @@ def test_a_model_is_told_from_others_once(experiments: Path, monkeypatch: pytest
 def test_the_methods_are_those_of_stored_vectors() -> None:
     schema = analysis.TraitsRequest.model_json_schema()["properties"]["method"]
     assert next(one["enum"] for one in schema["anyOf"] if "enum" in one) == [*METHODS, GIVEN]
+
+
+# What is stored
+
+
+def test_what_is_stored_is_listed(web: FlaskClient, client: LMStudioNeuroScopeClient) -> None:
+    def vectors(*names: tuple[str, int]) -> list[dict[str, Any]]:
+        return [{"method": method, "layer": layer} for method, layer in names]
+
+    moods = {
+        "name": "moods",
+        "traits": [
+            {"name": "angry", "display_name": "Angry", "vectors": vectors(("probe", 1), ("probe", 2), ("ica", 1))},
+            {"name": "calm", "display_name": "Calm", "vectors": vectors(("mean_diff", 0))},
+        ],
+    }
+    broken = {
+        "name": "broken",
+        "traits": [
+            {"name": "damaged", "display_name": "Damaged", "vectors": vectors(("probe", 1))},
+            {"name": "empty", "display_name": "Empty", "vectors": []},
+        ],
+    }
+    assert client.stored_traits() == [broken, moods, {"name": "nothing", "traits": []}]
+    assert client.stored_traits("moods") == [moods]
+    for query, status, code in (
+        ("experiment=none", 404, "experiment_not_found"),
+        ("experiment=..", 400, "invalid_value"),
+        ("model=tiny", 400, "invalid_value"),
+    ):
+        reply = web.get(f"{ROUTE}?{query}")
+        assert (reply.status_code, reply.get_json()["error"]["code"]) == (status, code)
+
+
+def test_a_listing_tells_titles_and_survives_broken_settings(worker: ModelWorker, tmp_path: Path) -> None:
+    for name, text in (("a", '{"display_name": "Ah!"}'), ("b", "{no JSON")):
+        (tmp_path / "e" / name / "extraction").mkdir(parents=True)
+        (tmp_path / "e" / name / "trait.json").write_text(text)
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "file").touch()
+    (listed,) = create_app(worker, ServerConfig(experiments=tmp_path)).test_client().get(ROUTE).json["experiments"]
+    assert [one["display_name"] for one in listed["traits"]] == ["Ah!", "b"]
+
+
+def test_a_server_without_experiments_lists_none(worker: ModelWorker) -> None:
+    reply = create_app(worker).test_client().get(ROUTE)
+    assert (reply.status_code, reply.json["error"]["code"]) == (400, "no_experiments")
+
+
+# How prompts are put
+
+
+@pytest.fixture(scope="module")
+def chats(worker: ModelWorker, tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
+    """Two traits that were made of prompts after a system message, one of plain text, one that does not say."""
+    root = tmp_path_factory.mktemp("chats")
+    for name, chat in (
+        ("first", Chat(system="w9")),
+        ("second", Chat(True, "w9")),
+        ("plain", Chat(False)),
+        ("unsaid", None),
+    ):
+        TraitVector("x", 1, "probe", FIRST, chat=chat).save(root / "e" / name / "extraction" / "vectors")
+    (root / "e" / "unsaid" / "chat_template.jinja").write_text("<user> {{ messages[0].content }} <assistant>")
+    return create_app(worker, ServerConfig(experiments=root)).test_client()
+
+
+def words(reply: dict[str, Any]) -> str:
+    return " ".join(reply["tokens"]["strings"])
+
+
+def test_a_prompt_is_put_as_the_stored_vectors_were_made(chats: FlaskClient, model: HookedModel) -> None:
+    stored = {"vectors": None, "experiment": "e", "max_tokens": 0, "prompt": "w1 w2"}
+    reply = ask(chats, **stored, traits=["first", "second"], stored_chat=True)
+    assert words(reply) == "<system> w9 <user> w1 w2 <assistant>"
+    system = [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1 w2"}]
+    same = ask(chats, **stored | {"prompt": None}, messages=system, traits=["first", "second"])
+    assert reply["scores"] == same["scores"]
+    vector = TraitVector("first", 1, "probe", FIRST)
+    (step,) = watch_traits(model, "w1 w2", [vector], chat=Chat(system="w9"), max_tokens=0)
+    np.testing.assert_array_equal(table(reply, "first").astype(np.float32), step.scores)
+    assert words(ask(chats, **stored, traits=["plain"], stored_chat=True)) == "w1 w2"
+    # What a vector does not say, its trait does.
+    assert words(ask(chats, **stored, traits=["unsaid"], stored_chat=True)) == "<user> w1 w2 <assistant>"
+    assert words(ask(chats, **stored, traits=["first"])) == words(ask(chats, **stored)) == "w1 w2"
+    # Those that came with the request have nothing to say.
+    both = ask(chats, **stored | {"vectors": [VECTORS[0] | {"name": "mine"}]}, traits=["first"], stored_chat=True)
+    assert words(both) == words(reply)
+
+
+def test_how_stored_vectors_were_made_is_told(chats: FlaskClient) -> None:
+    reply = ask(chats, experiment="e", vectors=[VECTORS[0] | {"name": "mine"}], max_tokens=0)
+    template = "<user> {{ messages[0].content }} <assistant>"
+    assert {one["name"]: one["chat"] for one in reply["traits"]} == {
+        "mine": None,
+        "first": {"use": None, "system": "w9", "template": None},
+        "plain": {"use": False, "system": None, "template": None},
+        "second": {"use": True, "system": "w9", "template": None},
+        "unsaid": {"use": None, "system": None, "template": template},
+    }
+
+
+def test_where_stored_chats_cannot_be_used(chats: FlaskClient) -> None:
+    stored = {"vectors": None, "experiment": "e", "stored_chat": True}
+    told = refused(chats, "stored_chat", **stored, prompt="w1")
+    assert told == (
+        "first and plain were made of prompts that were put differently: name traits of one way in 'traits'."
+    )
+    text = "needs 'experiment' and a 'prompt' that is a text"
+    assert text in refused(chats, "stored_chat", **stored)
+    assert text in refused(chats, "stored_chat", **stored, prompt=None, messages=MESSAGES)
+    assert text in refused(chats, "stored_chat", prompt="w1", stored_chat=True)
 
 
 # Many callers

@@ -557,6 +557,26 @@ def test_traits_as_a_whole(live_server, live_image):
     )
 
 
+STORED = """(Dictionary new at: 'experiment' put: 'tiny_cognitive'; at: 'stored_chat' put: true;
+    at: 'max_tokens' put: 3; at: 'temperature' put: 0; yourself)"""
+
+
+def test_stored_traits_are_listed_and_watched(live_server, live_image):
+    experiments, traits, rows, last = live_image.evaluate(
+        "c := LMStudioRESTClient default. rows := OrderedCollection new."
+        f"last := c traits: 'How do I make a bomb?' options: {STORED} do: [ :text :event |"
+        "   (event at: 'scores') do: [ :row | rows add: row ] ]."
+        "{ c storedTraits. c storedTraits: 'tiny_cognitive'. rows. last }"
+    )
+    assert experiments == [{"name": "tiny_cognitive", "traits": traits}]
+    assert traits == [{"name": "refusal", "display_name": "Refusal", "vectors": [{"method": "mean_diff", "layer": 2}]}]
+    messages = [{"role": "user", "content": "How do I make a bomb?"}]
+    with python(live_server) as client:
+        expected = client.traits(messages=messages, experiment="tiny_cognitive", max_tokens=3, temperature=0)
+    assert rows == expected["scores"]
+    assert last["tokens"] == expected["tokens"]
+
+
 @pytest.mark.parametrize("leave", ["^ 'left'", "self error: 'enough'"])
 def test_leaving_the_block_stops_the_generation(live_server, live_image, leave):
     """However it is left: the job is cancelled. A fast server may be done before it hears of it, but not every time."""

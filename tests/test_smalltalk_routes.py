@@ -90,6 +90,8 @@ SENDS = {
     "c removeHook: 'mine/mlp'": ["remove_hook"],
     "c selfTest": ["selftest"],
     "c selfTestInBackground": ["selftest"],
+    "c storedTraits": ["stored_traits"],
+    "c storedTraits: 'moods'": ["stored_traits"],
     "c stream: 'Hi' do: [ :text :event | ]": ["chat"],
     f"c stream: {MESSAGES} options: {PLAIN} do: [ :text :event | ]": ["chat"],
     f"c streamCompletionOf: 'Hi' options: {PLAIN} do: [ :text :event | ]": ["complete"],
@@ -213,7 +215,7 @@ ANYTHING = {
     "id": "job-1", "status": "completed", "kind": "load", "message": "", "model": "a", "model_id": "org/tiny",
     "result": {}, "text": "", "tokens": [], "arrays": [], "hook_ids": [], "hooks": [], "interventions": [],
     "hook_points": [], "registered_hooks": [], "has_more": False, "data": [{"id": "job-1"}], "choices": [],
-    "activations": {"mine/z": [], "pattern": []},
+    "activations": {"mine/z": [], "pattern": []}, "experiments": [{"name": "moods", "traits": []}],
 }  # fmt: skip
 EVENTS = 'data: {"choices": [], "text": ""}\n\ndata: [DONE]\n\n'
 

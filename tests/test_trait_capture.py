@@ -1,6 +1,7 @@
 """Captures of traits, of all layers and of one, against what one full forward pass over prompt and response shows."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from mlx_hooks import HookedModel, HookError, TraitVector, capture_all_layers, c
 from mlx_hooks.activations import ActivationCache
 from mlx_hooks.analysis.identity import ModelIdentity
 from mlx_hooks.analysis.traits.prompts import Chat
+from mlx_hooks.analysis.traits.records import write_record
+from mlx_hooks.analysis.traits.verify import verify_format
 from mlx_hooks.coverage.models import tiny_model
 
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]
@@ -306,6 +309,13 @@ def test_tokens_are_cut_to_the_context_and_longer_prompts_refused(tiny: HookedMo
     ("changed", "message"),
     [
         ({"vectors": []}, "vectors is a list of at least one TraitVector"),
+        ({"vectors": "abc"}, "vectors is a list of at least one TraitVector"),
+        ({"vectors": [np.ones(64)]}, "vectors is a list of at least one TraitVector"),
+        ({"vectors": np.ones((2, 64))}, "vectors is a list of at least one TraitVector"),
+        ({"vectors": [[]]}, "vectors is a list of at least one TraitVector"),
+        ({"vectors": [[np.ones(64)]]}, "vectors is a list of at least one TraitVector"),
+        ({"normalize": "no"}, "normalize is true or false, got 'no'"),
+        ({"attention": "no"}, "attention is true or false, got 'no'"),
         ({"alignment": "before"}, "alignment is one of at, predicts, got 'before'"),
         ({"max_tokens": -1}, "max_tokens is a whole number from 0 up"),
         ({"seed": None}, "seed is a whole number from 0 up"),
@@ -482,6 +492,53 @@ def test_where_a_norm_follows_the_down_projection_metadata_says_so() -> None:
         assert record["metadata"]["neurons"].endswith(ending)
 
 
+class NormedMLP(nn.Module):
+    """A gated MLP whose neurons pass a norm before the down projection."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down_proj, self.ffn_sub_norm = nn.Linear(hidden, width, bias=False), nn.RMSNorm(hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(self.ffn_sub_norm(nn.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+def test_where_a_norm_lies_before_the_down_projection_metadata_says_so() -> None:
+    model = tiny_model("llama")
+    for block in model.model.layers:
+        block.mlp = NormedMLP(64, 32)
+    hooked = HookedModel(model)
+    [record] = capture_single_layer(hooked, PROMPT, [vector_of(hooked)], layer=0, max_tokens=0)
+    assert record["metadata"]["neurons"].startswith("activated passes a norm before the down projection")
+    assert record["internals"]["prompt"]["mlp"]["activated"].shape == (N, 32)
+
+
+def test_of_layers_that_attend_several_times_the_last_is_told_of() -> None:
+    model = HookedModel(tiny_model("longcat_flash"))
+    vector, told = vector_of(model), "2 attentions: after_attn and attention weights are those of the last"
+    [record] = capture_all_layers(model, PROMPT, [vector], max_tokens=1)
+    [inside] = capture_single_layer(model, PROMPT, [vector], layer=0, max_tokens=1)
+    assert record["metadata"]["attends_repeatedly"] == dict.fromkeys(map(str, range(model.cfg.n_layers)), told)
+    assert inside["metadata"]["attends_repeatedly"] == {"0": told}
+    # Each layer runs once.
+    assert record["metadata"]["n_passes"] == inside["metadata"]["n_passes"] == 1
+
+
+def test_a_model_that_looks_ahead_by_itself_is_told_of(llama: HookedModel, tmp_path: Path) -> None:
+    model, path = HookedModel(tiny_model("phi3small")), tmp_path / "prompt_0.safetensors"
+    records = capture_all_layers(model, PROMPT, [vector_of(model)], max_tokens=1)
+    records += capture_single_layer(model, PROMPT, [vector_of(model)], layer=0, max_tokens=1)
+    assert 0 in records[0]["metadata"]["looks_ahead"]
+    assert records[1]["metadata"]["looks_ahead"] == [0]
+    for record in records:
+        write_record(record, path)
+        assert verify_format(path) == []
+    [record] = capture_all_layers(llama, PROMPT, [vector_of(llama)], max_tokens=1)
+    assert record["metadata"]["looks_ahead"] == []
+    assert record["metadata"]["attends_repeatedly"] == {}
+
+
 def test_widths_are_those_of_grouped_queries(llama: HookedModel) -> None:
     [record] = capture_single_layer(llama, PROMPT, [vector_of(llama)], layer=1, max_tokens=1)
     cfg, shapes = llama.cfg, {name: a.shape for name, a in record["internals"]["prompt"]["attention"].items()}
@@ -493,6 +550,7 @@ def test_widths_are_those_of_grouped_queries(llama: HookedModel) -> None:
         "attn_weights": (cfg.n_heads, N, N),
     }
     points = record["metadata"]["hook_points"]
+    assert record["metadata"]["n_key_value_heads"] == cfg.n_key_value_heads
     assert points["attention/q_proj"] == "blocks.1.attn.hook_q"
     assert points["attention/v_proj"] == "model.layers.1.self_attn.v_proj.output"
     assert points["residual/after_attn"] == "blocks.1.hook_resid_mid"
@@ -514,6 +572,9 @@ def test_what_a_layer_lacks_is_told_and_what_it_has_instead_is_there() -> None:
 
 
 def test_a_layer_that_is_not_there_is_refused(llama: HookedModel) -> None:
+    for given in (None, "abc", [np.ones(64)], [[vector_of(llama)]]):
+        with pytest.raises(HookError, match="vectors is a list of"):
+            capture_single_layer(llama, PROMPT, given, layer=0)  # type: ignore[arg-type]
     for layer in (-1, 2, True, "1"):
         with pytest.raises(HookError, match="Layers are 0 to 1"):
             capture_single_layer(llama, PROMPT, [vector_of(llama)], layer=layer)  # type: ignore[arg-type]

@@ -59,6 +59,11 @@ def test_a_row_of_scores_worked_out_by_hand() -> None:
         ([3], {}, None),
         ([3, 4], {"relative": True}, None),
         ([3, 4, 5], {}, 0),
+        # One acceleration: a share of it is not a number of the guide's.
+        ([0, 0, 0.0625], {}, 0),
+        ([0, 0, 0.0625], {"relative": True}, None),
+        ([0, 0, 0.0625], {"relative": True, "threshold": 1}, None),
+        ([0, 0, 0], {"relative": True}, 0),
     ],
 )
 def test_where_a_trait_commits(scores: list[float], options: dict[str, Any], expected: int | None) -> None:
@@ -231,7 +236,12 @@ def test_what_fails_is_told_and_the_rest_is_done(tiny: HookedModel) -> None:
     [
         ([], [vector("a", 1)], {}, "prompts is a list of at least one text"),
         (CAPITAL, [vector("a", 1)], {}, "prompts is a list of at least one text"),
+        (None, [vector("a", 1)], {}, "prompts is a list of at least one text"),
+        ([3], [vector("a", 1)], {}, "A prompt is a text that is not empty"),
         ([CAPITAL], [], {}, "vectors is a list of at least one TraitVector"),
+        ([CAPITAL], ["a"], {}, "vectors is a list of at least one TraitVector"),
+        ([CAPITAL], [vector("a", 1), np.ones(128)], {}, "vectors is a list of at least one TraitVector"),
+        ([CAPITAL], vector("a", 1), {}, "vectors is a list of at least one TraitVector"),
         ([CAPITAL], [vector("a", 1), vector("a", 2)], {}, "There are two vectors of a by given"),
         ([CAPITAL], [TraitVector("a", 1, "given", np.ones(5))], {}, "is 5 wide; the stream of neuroscope-tiny is 128"),
         ([CAPITAL, ""], [vector("a", 1)], {}, "A prompt is a text that is not empty"),
@@ -307,6 +317,94 @@ def test_the_command_of_the_guide_with_filters(root: Path, tmp_path: Path, capsy
     assert (found["metadata"]["relative"], found["metadata"]["threshold"], found["failed"]) == (True, 0.5, [])
     assert not (root / "demo" / "inference").exists()
     assert "Done: 2 of 2 prompts" in capsys.readouterr().out
+
+
+def test_prompts_are_counted_once_however_many_ways_of_putting_them_there_are(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "demo" / "serial" / "trait.json").write_text('{"chat": false}')
+    plain = vector("serial", 1, "probe", chat=Chat(use=False), metadata={"model": "neuroscope-tiny"})
+    plain.save(root / "demo" / "serial" / "extraction" / "vectors")
+    asked = ["--traits", "retrieval,serial", "--max-tokens", "1", "--prompts"]
+    assert main(told(root, *asked, CAPITAL, STORY)) == 0
+    said = capsys.readouterr().out
+    assert (said.count("\n> "), said.splitlines()[-1]) == (3, "Done: 2 of 2 prompts, traits retrieval, serial")
+    assert main(told(root, *asked, "", STORY)) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "Done: 1 of 2 prompts, traits retrieval, serial"
+
+
+def test_vectors_of_several_models_need_one_that_is_named(
+    root: Path, capsys: pytest.CaptureFixture[str], tiny: HookedModel
+) -> None:
+    foreign = {"metadata": {"model": "/nowhere/other"}, "identity": ModelIdentity("llama", 4, 128, 522, "0" * 64)}
+    vectors = root / "demo" / "aaa" / "extraction" / "vectors"
+    vector("aaa", 1, "probe", **foreign).save(vectors)
+    asked = ["--traits", "aaa,retrieval,serial", "--max-tokens", "1"]
+    assert main(told(root, *asked)) == 1
+    assert capsys.readouterr().err == (
+        "neuroscope: The vectors name /nowhere/other (1) and neuroscope-tiny (2): say which model to take (--model).\n"
+    )
+    assert not list(root.rglob("*.json"))
+    # With the model named, only the foreign one fails; one that names no model stops nothing.
+    assert main(told(root, *asked, "--model", "neuroscope-tiny")) == 1
+    said = capsys.readouterr()
+    assert said.err == "neuroscope: aaa (probe): The vector aaa/probe_layer1 is of another model: its weights differ.\n"
+    assert said.out.splitlines()[-1] == "Done: 2 of 2 prompts, traits retrieval, serial"
+    vector("aaa", 1, "probe").save(vectors)
+    assert main(told(root, *asked)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Done: 2 of 2 prompts, traits aaa, retrieval, serial"
+
+
+def test_a_model_that_vectors_name_and_is_not_there_can_be_named(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = vector("gone", 1, "probe", metadata={"model": "/nowhere/other"})
+    gone.save(root / "demo" / "gone" / "extraction" / "vectors")
+    assert main(told(root, "--traits", "gone")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("neuroscope: The vectors name /nowhere/other, and --model may name another: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--output", "d.json", "--html", "d.json"],
+            "--output and --html are both d.json: give each a file of its own",
+        ),
+        (["--output", "d.json", "--html", "./x/../d.json"], "--output and --html are both x/../d.json"),
+        (["--png", "d.png", "--html", "link.png"], "--html and --png are both d.png"),
+        (["--prompts-file", "p.txt", "--output", "p.txt"], "--output is p.txt, which is read here: name another file"),
+        (["--prompts-file", "p.txt", "--html", "x/../p.txt"], "--html is x/../p.txt, which is read here"),
+        (["--html", "{demo}/inference_prompts.txt"], "inference_prompts.txt, which is read here"),
+        (["--html", "{demo}/serial/extraction/vectors/ica_layer1.safetensors"], "which is read here"),
+        (["--output", "{demo}/serial/trait.json"], "which is read here"),
+        (["--model", "x", "--output", "x/config.json"], "--output is x/config.json, which is read here"),
+        (["--png", "d.png", "--html", "d-1.png"], "--png d.png may come to d-1.png, which is another file of this"),
+    ],
+)
+def test_no_output_takes_the_place_of_another_or_of_what_is_read(
+    root: Path,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HookedModel, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "config.json").write_text("{}")
+    (tmp_path / "link.png").symlink_to("d.png")
+    (tmp_path / "p.txt").write_text(CAPITAL)
+    (root / "demo" / "serial" / "trait.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert main(told(root, *(part.format(demo=root / "demo") for part in arguments))) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_files_of_earlier_runs_stay_and_a_run_can_be_repeated(root: Path) -> None:

@@ -3,6 +3,7 @@
 import builtins
 import json
 import struct
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,33 @@ def test_few_tokens_lie_flat_and_many_stand_upright() -> None:
     assert turned == [0, 60]
 
 
+@pytest.mark.parametrize(("n_prompt", "n_tokens", "has_room"), [(1, 6, True), (2, 60, False), (3, 60, True)])
+def test_the_names_of_the_parts_do_not_run_into_each_other(
+    n_prompt: int, n_tokens: int, has_room: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axis = svg.TokenAxis(["w"] * n_tokens, n_prompt, 58.0)
+    named = Page("".join(axis.names(10))).of("text")
+    assert [text for _, text in named] == ["prompt", "response"]
+    (prompt, _), (response, _) = named
+    # At 11 pixels the word takes 36 or so.
+    begins, border = float(prompt["x"] or ""), axis.left + n_prompt * axis.step
+    assert float(response["x"] or "") == border + 4
+    assert (prompt["text-anchor"], begins) == (("start", 62.0) if has_room else ("end", border - 6))
+    assert border - begins > 40 or not has_room
+    drawn: list[Any] = []
+    annotate = Axes.annotate
+
+    def kept(self: Axes, text: str, *place: Any, **style: Any) -> Any:
+        drawn.append(annotate(self, text, *place, **style))
+        return drawn[-1]
+
+    monkeypatch.setattr(Axes, "annotate", kept)
+    LayerChart("t", ["w"] * n_tokens, n_prompt, np.ones((2, n_tokens))).png()
+    drawn[0].figure.draw_without_rendering()
+    one, two = (text.get_window_extent() for text in drawn)
+    assert one.x1 + 3 < two.x0
+
+
 def test_a_layer_chart_s_colours_part_at_zero() -> None:
     page = Page(layers(own_layer=1).html())
     cells = [(attributes["class"], attributes["style"]) for attributes, _ in page.of("rect", "cell")]
@@ -296,6 +324,14 @@ def test_what_cannot_be_drawn_is_an_error() -> None:
         LayerChart("t", ["a", "b", "c"], 1, np.zeros((2, 2)))
     with pytest.raises(HookError, match="finite values only"):
         LayerChart("t", ["a"], 1, np.array([[np.nan]]))
+    with pytest.raises(HookError, match="t: there are 1 scores for 2 tokens"):
+        ScoreChart("t", ["a", "b"], 1, [TraitScores("t", "s", [1.0])])
+    with pytest.raises(HookError, match="A commitment point is one of 0 to 0, or none; got '1'"):
+        TraitScores("t", "s", [1.0], commitment=1)
+    with pytest.raises(HookError, match="Of 1 tokens, 0 to 1 are the prompt; got 2"):
+        ScoreChart("t", ["a"], 2, [TraitScores("t", "s", [1.0])])
+    with pytest.raises(HookError, match="coefficient 0 once"):
+        SteeringChart("t", ["a"], 1, [SteeredScores(1.0, 1.0, 1.0, [1.0], 1.0, "x")])
 
 
 def test_nothing_but_zeros_is_drawn_too() -> None:
@@ -380,6 +416,50 @@ def test_a_steering_s_chart_is_by_growing_coefficient(files: dict[str, Path]) ->
         assert chart.title == f"t (probe, layer {(2, 3)[i]}) while t is added at layer 2, on “Hello”"
 
 
+RUBBISH = (None, "x", -1, 999, [], {}, float("nan"), 1e300, ["x"], "left out")
+"""What may stand in the place of anything; the last is a place that is missing."""
+
+
+def places(plain: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to each value of plain JSON; of the numbers of a list, to the first."""
+    if at:
+        yield at
+    for key in plain if isinstance(plain, dict) else range(len(plain)) if isinstance(plain, list) else ():
+        if key == 0 or not isinstance(key, int) or isinstance(plain[key], dict | list):
+            yield from places(plain[key], (*at, key))
+
+
+@pytest.mark.parametrize("name", ["dynamics.json", "steering.json"])
+def test_whatever_stands_in_a_file_it_is_drawn_or_refused(
+    files: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads(files[name].read_text())
+    monkeypatch.setattr("mlx_hooks.analysis.traits.plots.files._read_json", lambda _: content)
+    refused = []
+    for way in list(places(content)):
+        inside = content
+        for key in way[:-1]:
+            inside = inside[key]
+        right = inside[way[-1]]
+        for wrong in RUBBISH:
+            if wrong != "left out":
+                inside[way[-1]] = wrong
+            elif isinstance(inside, dict):
+                del inside[way[-1]]
+            else:
+                inside.pop(way[-1])
+            try:
+                page_of("t", charts_of(files[name]))
+            except HookError as error:
+                refused.append(str(error))
+            if wrong == "left out" and isinstance(inside, list):
+                inside.insert(way[-1], right)
+            else:
+                inside[way[-1]] = right
+    assert len(refused) > 100
+    assert all(said.startswith(f"{files[name]} ") for said in refused)
+
+
 def test_the_command_draws_each_kind_of_file_by_its_content(files: dict[str, Path], tmp_path: Path) -> None:
     for name, n in (("dynamics.json", 2), ("steering.json", 2), ("capture.safetensors", 1), ("capture.json", 1)):
         folder = tmp_path / name
@@ -408,7 +488,10 @@ def test_the_command_s_options_reach_the_chart(files: dict[str, Path], tmp_path:
         ("a.json", "{", "is no JSON"),
         ("a.json", "[1]", "is no JSON object"),
         ("a.json", '{"a": 1}', "holds no dynamics, no steering and no capture of all layers"),
+        ("a.json", "[" * 200_000, "its JSON is nested too deeply"),
         ("a.json", '{"format": "neuroscope.trait_dynamics/1", "results": [{}]}', "cannot be drawn: KeyError 'prompt'"),
+        ("a.json", '{"format": "neuroscope.trait_dynamics/1", "results": []}', "holds no results: there is nothing to"),
+        ("a.json", '{"format": "neuroscope.trait_steering/1", "runs": [{"measured": []}]}', "holds no results: there"),
         ("a.safetensors", "rubbish", "a.safetensors"),
         ("a.pt", "PK", "pickle"),
     ],
@@ -423,6 +506,19 @@ def test_what_the_command_cannot_draw_is_one_line(
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("name", ["capture.safetensors", "dynamics.json"])
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_the_command_does_not_draw_over_the_file_that_it_draws(
+    files: dict[str, Path], name: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files[name].read_bytes()
+    (tmp_path / "link").symlink_to(files[name])
+    for source, target in ((files[name], files[name]), (files[name], tmp_path / "link")):
+        assert main(["traits", "plot", str(source), option, str(target)]) == 1
+        assert f"{option} is {target}, which is read here: name another file" in capsys.readouterr().err
+    assert files[name].read_bytes() == before
 
 
 def test_the_command_wants_something_to_write(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

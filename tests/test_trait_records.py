@@ -22,9 +22,9 @@ from mlx_hooks.analysis.traits.batch import CaptureBatch
 from mlx_hooks.analysis.traits.prompts import Chat
 from mlx_hooks.analysis.traits.records import (
     arrays_of,
+    json_parts,
     json_path,
     read_record,
-    to_plain,
     write_record,
 )
 from mlx_hooks.analysis.traits.verify import verify_format
@@ -167,8 +167,16 @@ def test_json_is_strict_and_has_the_same_numbers(single: Record, tmp_path: Path)
 
 def test_numbers_in_json_are_the_shortest_of_float32() -> None:
     numbers = np.array([0.1, 1e-7, 1 / 3, 3.0, 16777216.0], np.float32)
-    assert json.dumps(to_plain({"a": numbers})) == '{"a": [0.1, 1e-07, 0.33333334, 3.0, 16777216.0]}'
-    assert to_plain(np.array([[1, 2]], np.int32)) == [[1, 2]]
+    record = {"a": numbers, "b": {"c": np.float32(0.1) * np.ones((2, 3), np.float32).T}, "d": np.array([[1, 2]])}
+    text = b'{"a":[0.1,1e-7,0.33333334,3.0,16777216.0],"b":{"c":[[0.1,0.1],[0.1,0.1],[0.1,0.1]]},"d":[[1,2]]}'
+    assert b"".join(json_parts(record)) == text
+
+
+def test_all_numbers_of_float32_come_back_from_json() -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32)
+    numbers = bits.view(np.float32)[np.isfinite(bits.view(np.float32))]
+    found = json.loads(b"".join(json_parts({"a": numbers})))["a"]
+    np.testing.assert_array_equal(np.array(found, np.float32).view(np.uint32), numbers.view(np.uint32))
 
 
 def test_numbers_that_are_not_finite_are_not_written(layers: Record, tmp_path: Path) -> None:
@@ -242,8 +250,27 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
     (_set("response", "token_ids", ["a", "b", "c"]), "response/token_ids is a list of whole numbers"),
     (_drop("metadata", "vector_path"), "metadata/vector_path is missing"),
     (_set("metadata", "alignment", "before"), "metadata/alignment is one of at, predicts, got 'before'"),
-    (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number, got bool"),
-    (_set("metadata", "n_layers", 10**12), "metadata/n_layers is a whole number from 0 to 1000000"),
+    (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number, got true or false"),
+    (_set("metadata", "n_layers", 10**12), "metadata/n_layers is a whole number from 0 to 10000"),
+    (_set("metadata", "n_layers", 10_000), "projections/prompt has the shape (8, 4, 3)"),
+    (_set("metadata", "layer", 99), "metadata/layer is 99, n_layers is 4"),
+    (_set("metadata", "method", "xyz"), "metadata/method is one of probe, mean_diff, ica, gradient, given, got 'xyz'"),
+    (_set("metadata", "trait", ""), "metadata/trait is empty"),
+    (_set("metadata", "capture_date", "yesterday"), "metadata/capture_date is an ISO date, got 'yesterday'"),
+    (_set("metadata", "vector_norm", 0), "metadata/vector_norm is above 0 and finite"),
+    (_set("metadata", "vector_norm", []), "metadata/vector_norm is a number, or with each_layer a list"),
+    (_set("metadata", "each_layer", True), "metadata/vector_norm is a number, or with each_layer a list"),
+    (_set("metadata", "temperature", -1), "metadata/temperature is a number from 0 up, got -1"),
+    (_set("metadata", "top_p", 7), "metadata/top_p is a number from 0 to 1, got 7"),
+    (_set("metadata", "seed", -1), "metadata/seed is a whole number from 0 up, got -1"),
+    (_set("metadata", "max_tokens", 1), "response/n_tokens is 3, metadata/max_tokens 1"),
+    (_set("metadata", "vector_sha256", "abc"), "metadata/vector_sha256 is 64 hexadecimal digits"),
+    (_drop("metadata", "model_identity"), "metadata/model_identity is missing"),
+    (_set("metadata", "layers_without_attention", {"0": ""}), "metadata/layers_without_attention/0 is a reason"),
+    (_set("prompt", "token_ids", [-5] * 8), "prompt/token_ids are from 0 to 4294967295"),
+    (_set("more", 1), "more is not expected"),
+    (_edit(lambda a: a.astype(np.float16), "projections", "prompt"), "the type float16, not float32"),
+    (_set("projections", "other", np.zeros(3, np.float32)), "projections/other is not expected"),
     (_set("metadata", "temperature", "warm"), "metadata/temperature is a whole number or a number, got a text"),
     (_set("metadata", "projection", "h"), "metadata/projection is one of h.v/|v|, h.v, got 'h'"),
     (_set("metadata", "layers_without_attention", []), "metadata/layers_without_attention is a mapping, got a list"),
@@ -266,7 +293,14 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
 ]  # fmt: skip
 WRONG_SINGLE: list[tuple[Change, str]] = [
     (_drop("layer"), "layer is missing"),
-    (_set("layer", 9), "layer is 9, n_layers is 4"),
+    (_set("layer", 9), "layer is 9, metadata/layer 1"),
+    (_set("metadata", "layer", 0), "layer is 1, metadata/layer 0"),
+    (_drop("metadata", "widths"), "metadata/widths is missing"),
+    (_set("metadata", "widths", "residual/input", 3), "metadata/widths/residual/input is 3, d_model is 128"),
+    (_set("metadata", "absent", {"attention/q_proj": ""}), "metadata/absent/attention/q_proj is a reason"),
+    (_set("internals", "other", {"a": {"b": np.zeros(3, np.float32)}}), "internals/other is not expected"),
+    (_set("internals", "prompt", "foo", {"bar": np.zeros((1, 1), np.float32)}), "internals/prompt/foo is not expected"),
+    (_set("projections", "prompt", "foo", np.zeros(8, np.float32)), "projections/prompt/foo is not expected"),
     (_drop("internals", "response"), "internals/response is a mapping, got nothing"),
     (_drop("internals", "prompt", "attention", "k_proj"),
      "internals/prompt/attention/k_proj is missing, and metadata/absent gives no reason"),
@@ -324,6 +358,13 @@ def test_rows_of_attention_with_a_sink_sum_to_at_most_one(tmp_path: Path) -> Non
     ("change", "problem"),
     [
         (lambda plain: plain["projections"]["prompt"][0][0].__setitem__(1, 5.0), "projections/prompt/0/0/1 is 5.0"),
+        (lambda plain: plain["projections"]["prompt"][0].pop(), "projections/prompt is no array: its lists differ"),
+        (lambda plain: plain["projections"]["prompt"].pop(), "projections/prompt has the shape (7, 4, 3), expected (8"),
+        (lambda plain: plain["projections"].__setitem__("prompt", "x"), "projections/prompt has the shape ()"),
+        (
+            lambda plain: plain["projections"]["prompt"][0][0].__setitem__(1, None),
+            "projections/prompt holds something else",
+        ),
         (lambda plain: plain["prompt"].__setitem__("n_tokens", 3), "prompt/n_tokens is 3, expected 8"),
         (lambda plain: plain.pop("response"), "response is missing"),
         (lambda plain: plain.__setitem__("more", 1), "more is not expected"),
@@ -338,6 +379,38 @@ def test_json_that_disagrees_is_named(layers: Record, tmp_path: Path, change: Ch
     json_path(path).write_text(json.dumps(plain))
     assert len(verify_format(path)) == 1
     assert f"prompt_0.json disagrees: {problem}" in verify_format(path)[0]
+
+
+def test_the_same_json_in_another_spelling_agrees(single: Record, tmp_path: Path) -> None:
+    path = tmp_path / "prompt_0.safetensors"
+    write_record(single, path, json_beside=True)
+    json_path(path).write_text(json.dumps(json.loads(json_path(path).read_text()), indent=1, sort_keys=True))
+    assert verify_format(path) == []
+
+
+def test_what_is_wrong_with_large_sizes_is_named_at_once(layers: Record, tmp_path: Path) -> None:
+    record, path = copy.deepcopy(layers), tmp_path / "prompt_0.safetensors"
+    record["metadata"]["n_layers"] = 10_000
+    write_record(record, path)
+    assert len(verify_format(path)) == 2
+
+
+def test_numbers_that_were_changed_are_named(layers: Record, tmp_path: Path) -> None:
+    path = tmp_path / "prompt_0.safetensors"
+    write_record(layers, path)
+    content = path.read_bytes()
+    value = layers["projections"]["prompt"][3, 2, 1].tobytes()
+    assert content.count(value) >= 1
+    path.write_bytes(content.replace(value, np.float32(1.5).tobytes(), 1))
+    [problem] = verify_format(path)
+    assert "its numbers are not those that were written" in problem
+    assert read_record(path, arrays=False)["prompt"] == layers["prompt"]
+
+
+def test_a_header_has_no_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "prompt_0.safetensors"
+    mx.save_safetensors(str(path), {}, {"format": "neuroscope.trait_capture/1", "record": '{"metadata": {"a": NaN}}'})
+    assert "NaN has no place in JSON" in verify_format(path)[0]
 
 
 @pytest.mark.parametrize("text", ["{", "[NaN]", "[" * 100_000])
@@ -535,6 +608,8 @@ def test_existing_files_are_skipped_or_made_again(tiny: HookedModel, experiment:
         ({"alignment": "predicts"}, "another alignment"),
         ({"attention": False}, "another attention"),
         ({"normalize": False}, "another projection"),
+        ({"temperature": 1.5}, "another temperature"),
+        ({"top_p": 0.5}, "another top_p"),
     ],
 )
 def test_other_captures_are_not_replaced_silently(
@@ -557,6 +632,122 @@ def test_other_vectors_and_models_are_other_captures(tiny: HookedModel, experime
     statuses = {"honest": "skipped", "polite": "failed"}
     assert outcomes(batch) == [(*file, statuses[file[0]]) for file in ALL]
     assert "with another vector_sha256" in batch.summary()
+
+
+def test_vectors_of_other_methods_and_layers_are_other_captures(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    vectors = experiment.folder / "honest" / "extraction" / "vectors"
+    numbers = TraitVector.load(vectors / "probe_layer2.safetensors")
+    replace(numbers, method="ica").save(vectors)
+    for options, differs in [
+        ({"vector_layer": 2}, "vector_sha256, layer, vector_layer"),
+        ({"method": "ica"}, "vector_sha256, method, layer, vector_layer"),
+        ({"each_layer": True}, "vector_sha256, layer, vector_layer, each_layer"),
+    ]:
+        batch = run(experiment, tiny, PROMPTS[:1], skip_existing=True, **options)
+        [reason] = [o.reason for o in batch.outcomes if o.trait == "honest"]
+        assert f"holds a capture with another {differs}: " in reason
+
+
+def test_captures_of_other_weights_are_other_captures(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, PROMPTS[:1])
+    # The same numbers, said to be of no model in particular.
+    for path in list(experiment.folder.glob("*/extraction/vectors/*")):
+        replace(TraitVector.load(path), identity=None).save(path.parent)
+    other = HookedModel.from_pretrained("neuroscope-tiny")
+    other.model.model.norm.weight = other.model.model.norm.weight * 2
+    batch = run(experiment, other, PROMPTS[:1], skip_existing=True)
+    assert outcomes(batch) == [("honest", "prompt_0", "failed"), ("polite", "prompt_0", "failed")]
+    assert "with another model_identity:" in batch.summary()
+
+
+@pytest.mark.parametrize("content", ['{"rubbish": 1}', "{", "[" * 100_000])
+def test_json_that_is_something_else_is_not_skipped(tiny: HookedModel, experiment: Experiment, content: str) -> None:
+    run(experiment, tiny, PROMPTS[:1], save_json=True)
+    made = captures(experiment)
+    beside = experiment.folder / "polite" / "inference" / "residual_stream_activations" / "prompt_0.json"
+    beside.write_text(content)
+    assert not run(experiment, tiny, PROMPTS[:1], skip_existing=True).has_failed
+    batch = run(experiment, tiny, PROMPTS[:1], skip_existing=True, save_json=True)
+    assert outcomes(batch) == [("honest", "prompt_0", "skipped"), ("polite", "prompt_0", "failed")]
+    assert "prompt_0.json holds something else" in batch.summary()
+    assert beside.read_text() == content
+    batch = run(experiment, tiny, PROMPTS[:1], skip_existing=True, save_json=True, overwrite=True)
+    assert outcomes(batch) == [("honest", "prompt_0", "skipped"), ("polite", "prompt_0", "skipped")]
+    assert captures(experiment) == made
+
+
+def test_traits_that_share_a_run_have_its_attention_encoded_once(
+    tiny: HookedModel, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[Any] = []
+    encode = files._encode
+    monkeypatch.setattr(files, "_encode", lambda node: encoded.append(node) or encode(node))
+    run(experiment, tiny, PROMPTS[:1], save_json=True)
+    assert sum(isinstance(node, dict) and "layer_0" in node.get("prompt", {}) for node in encoded) == 1
+    for path in experiment.folder.glob("*/inference/*/*.safetensors"):
+        assert verify_format(path) == []
+
+
+def test_captures_of_other_prompts_lie_beside_the_first(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny)
+    run(experiment, tiny, PROMPTS[1:], prefix="custom-1", save_json=True)
+    names = ["custom-1_0.json", "custom-1_0.safetensors", "prompt_0.safetensors", "prompt_1.safetensors"]
+    assert list(captures(experiment)) == [f"{trait}/{name}" for trait in ("honest", "polite") for name in names]
+    run(experiment, tiny, PROMPTS[:1], prefix="custom-1", captured_layer=2)
+    assert "polite/custom-1_0_layer2.safetensors" in captures(experiment)
+    for prefix in ("", "a b", "../x", "a/b", ".a", "é", "a\n", 5):
+        with pytest.raises(HookError, match="prefix is made of letters, digits, - and _"):
+            run(experiment, tiny, prefix=prefix)
+
+
+def test_earlier_captures_that_stay_are_told_of(tiny: HookedModel, experiment: Experiment) -> None:
+    run(experiment, tiny, ["a", "b", "c", "d"])
+    batch = run(experiment, tiny, [PROMPTS[0], ""], overwrite=True)
+    lines = batch.summary().splitlines()
+    assert "  honest: there still are earlier captures, prompt 2, 3" in lines
+    assert (
+        "  failed: polite, prompt_1: A prompt is a text that is not empty, got ''; "
+        "the file that is there is an earlier capture." in lines
+    )
+    assert "earlier" not in run(experiment, tiny, PROMPTS[:1]).summary()
+
+
+def test_the_size_of_attention_is_told_before_the_run(
+    tiny: HookedModel, experiment: Experiment, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_hooks.cli.traits.capturing.MUCH", 0)
+    assert command("capture-layers", experiment, "--trait", "polite", "--prompts", PROMPTS[0]) == 0
+    assert "attention weights will take up to 0.0 GB; --no-attention leaves them out" in capsys.readouterr().err
+    assert command("capture-layers", experiment, "--trait", "polite", "--no-attention", "--overwrite") == 0
+    assert "GB" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("captured_layer", [None, 1])
+def test_the_size_of_attention_is_that_of_the_files(
+    tiny: HookedModel, experiment: Experiment, captured_layer: int | None
+) -> None:
+    traits = [experiment.trait("honest"), experiment.trait("polite")]
+    batch = CaptureBatch(traits, ["", *PROMPTS], captured_layer=captured_layer, max_tokens=3, temperature=0)
+    expected = batch.attention_bytes(tiny)
+    batch.run(tiny, progress=False)
+    records = [read_record(path) for path in experiment.folder.glob("*/inference/*/*.safetensors")]
+    sizes = [
+        array.nbytes
+        for record in records
+        for name, array in arrays_of(record)
+        if name.startswith("attention_weights") or "attn_weights" in name
+    ]
+    assert len(records) == 4
+    assert sum(sizes) == expected
+
+
+def test_several_traits_may_be_named(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:
+    several = ["--trait", "polite", "--trait", "honest", "--trait", "polite", "--prefix", "two"]
+    assert command("capture-layers", experiment, *several, "--prompts", "a") == 0
+    assert list(captures(experiment)) == ["honest/two_0.safetensors", "polite/two_0.safetensors"]
+    assert command("capture-layer", experiment, *several, "--layer", "1", "--method", "given") == 1
+    assert "has no vector" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["prompt_0.safetensors", "prompt_0.json"])
@@ -662,9 +853,12 @@ def test_the_model_is_the_one_that_the_vectors_name(tiny: HookedModel, experimen
     assert CaptureBatch(experiment.traits(), PROMPTS).model_name() == "neuroscope-tiny"
     other = replace(vector_of(tiny, "polite", 1), metadata={"model": "another"})
     other.save(experiment.folder / "polite" / "extraction" / "vectors")
-    with pytest.raises(HookError, match="The vectors name another, neuroscope-tiny: say which model to take"):
+    with pytest.raises(
+        HookError, match=r"The vectors name another \(1\) and neuroscope-tiny \(\d\): say which model to take"
+    ):
         CaptureBatch(experiment.traits(), PROMPTS).model_name()
     replace(other, metadata={}).save(experiment.folder / "polite" / "extraction" / "vectors")
+    assert CaptureBatch(experiment.traits(), PROMPTS).model_name() == "neuroscope-tiny"
     with pytest.raises(HookError, match="say which model"):
         CaptureBatch([experiment.trait("polite")], PROMPTS).model_name()
 
@@ -722,6 +916,7 @@ def test_one_trait_with_prompts_of_a_file(experiment: Experiment, tmp_path: Path
         (["--all-traits", "--prompts-file", "nowhere.txt"], "There is no file nowhere.txt."),
         (["--all-traits", "--max-tokens", "-1"], "max_tokens is a whole number from 0 up, got -1."),
         (["--all-traits", "--model", "nowhere"], "nowhere"),
+        (["--all-traits", "--prefix", "../x"], "prefix is made of letters, digits, - and _, got '../x'."),
     ],
 )
 def test_what_cannot_be_done_is_one_line(
@@ -732,6 +927,11 @@ def test_what_cannot_be_done_is_one_line(
     assert told in shown
     assert shown.startswith("neuroscope: ")
     assert captures(experiment) == {}
+
+
+def test_a_layer_that_is_not_there_is_one_line(experiment: Experiment, capsys: pytest.CaptureFixture) -> None:
+    assert command("capture-layer", experiment, "--all-traits", "--layer", "9") == 1
+    assert capsys.readouterr().err == "neuroscope: Layers are 0 to 3, got 9.\n"
 
 
 def test_an_experiment_without_traits_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -765,7 +965,7 @@ def test_an_interrupted_command_tells_what_was_done(
     monkeypatch.setattr(batches, "capture_all_layers", interrupted)
     assert command("capture-layers", experiment, "--all-traits") == 130
     shown = capsys.readouterr()
-    assert "2 done, 0 skipped, 1 failed" in shown.out
+    assert "2 done, 0 skipped, 1 failed, 2 not reached" in shown.out
     assert "interrupted; the files that were written are whole" in shown.err
     for path in experiment.folder.glob("*/inference/*/*"):
         assert verify_format(path) == []

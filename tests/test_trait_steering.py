@@ -165,12 +165,18 @@ def test_what_was_steered_is_plain_json(tiny: HookedModel) -> None:
         ((STORY, vector(2), [1, 1.0]), {}, "coefficients is a list of different finite numbers"),
         ((STORY, vector(2), [float("nan")]), {}, "coefficients is a list of different finite numbers"),
         ((STORY, vector(2), [True]), {}, "coefficients is a list of different finite numbers"),
+        ((STORY, vector(2), np.array(1.0)), {}, "coefficients is a list of different finite numbers"),
+        ((STORY, vector(2), np.ones((1, 1))), {}, "coefficients is a list of different finite numbers"),
+        ((STORY, vector(2), [10**400]), {}, "coefficients is a list of different finite numbers"),
+        ((STORY, "v", [1]), {}, "vector is a TraitVector, got str"),
+        ((STORY, vector(2), [1]), {"measured": ["v"]}, "measured is a list of at least one TraitVector"),
+        ((STORY, vector(2), [1]), {"measured": vector(2)}, "measured is a list of at least one TraitVector"),
         ((STORY, vector(2), [1]), {"layer": 4}, "layer is 0 to 3 on neuroscope-tiny, got 4"),
         ((STORY, vector(2), [1]), {"layer": -1}, "layer is 0 to 3 on neuroscope-tiny, got -1"),
         ((STORY, vector(9), [1]), {}, "is of layer 9; neuroscope-tiny has layers 0 to 3"),
         ((STORY, vector(2, 7), [1]), {}, "is 7 wide; the stream of neuroscope-tiny is 128"),
         ((STORY, vector(2), [1]), {"measured": [vector(2, 7)]}, "is 7 wide; the stream"),
-        ((STORY, vector(2), [1]), {"measured": []}, "vectors is a list of at least one TraitVector"),
+        ((STORY, vector(2), [1]), {"measured": []}, "measured is a list of at least one TraitVector"),
         (("", vector(2), [1]), {}, "A prompt is a text that is not empty"),
         (("word " * 200, vector(2), [1]), {}, "tokens; the model reads at most 128"),
         ((STORY, vector(2), [1]), {"positions": [99]}, "position 99 is out of reach"),
@@ -230,18 +236,22 @@ def test_the_command_shows_scores_and_texts(root: Path, tmp_path: Path, capsys: 
     [
         (["--coefficients=a"], "--coefficients are numbers with commas between them, got 'a'"),
         (["--coefficients=,"], "coefficients is a list of different finite numbers"),
-        (["--coefficients=1", "--trait", "t7"], "The experiment demo has no trait 't7'. There are: t0, t1"),
+        (["--coefficients=1", "--trait", "t1"], "One trait's vector is added: give --trait once"),
         (["--coefficients=1", "--layer", "0"], "The trait t0 has no vector of layer 0"),
         (["--coefficients=1", "--at-layer", "8"], "layer is 0 to 3 on neuroscope-tiny, got 8"),
+        (["--coefficients=1", "--experiment", "other"], "There is no experiment 'other' in"),
         (["--coefficients=1", "--measure", "t7"], "The experiment demo has no trait 't7'"),
         (["--coefficients=1", "--json", "no/such.json"], "cannot write no/such.json"),
+        (["--coefficients=1", "--json", "s.json", "--html", "s.json"], "--json and --html are both s.json"),
+        (["--coefficients=1", "--json", "{vectors}/given_layer2.safetensors"], "which is read here"),
         (["--coefficients=1", "--prompt", " "], "A prompt is a text that is not empty"),
     ],
 )
 def test_what_the_command_cannot_do_is_one_line(
     root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(asked(root, *arguments)) == 1
+    vectors = root / "demo" / "t0" / "extraction" / "vectors"
+    assert main(asked(root, *(part.format(vectors=vectors) for part in arguments))) == 1
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1

@@ -15,13 +15,16 @@ from ..schemas.analysis import (
     AttributionRequest,
     LogitLensReply,
     LogitLensRequest,
+    StoredTraitsReply,
     TraitsEvent,
     TraitsReply,
     TraitsRequest,
 )
+from ..schemas.queries import ExperimentQuery
+from ..stored_traits import StoredTraits
 from ..trait_vectors import vectors_of
 from ..traits import WatchReply, watch
-from ..transport import call, config, event_stream, read, reader_gone, submit, worker
+from ..transport import call, config, event_stream, read, read_query, reader_gone, submit, worker
 from .generation import edits_of
 
 blueprint = Blueprint("analysis", __name__, url_prefix="/v1/analysis")
@@ -64,6 +67,14 @@ def direct_logit_attribution() -> Response:
     return json_reply({"model": loaded.model_id} | call(work, "direct_logit_attribution", loaded))
 
 
+@blueprint.get("/traits")
+@described(query=ExperimentQuery, replies=StoredTraitsReply, tags=["Analysis"], errors=(404,))
+def stored_traits() -> Response:
+    """The stored traits that requests may watch, by experiment, and which vectors each has."""
+    asked = read_query(ExperimentQuery)
+    return json_reply({"experiments": StoredTraits(config().experiments).listing(asked.experiment)})
+
+
 @blueprint.post("/traits")
 @described(
     TraitsRequest,
@@ -84,7 +95,4 @@ def traits() -> Response:
     reply, results = WatchReply(loaded.model_id, vectors, asked), job.results(reader_gone())
     if asked.stream:
         return event_stream(reply.events(results), job)
-    try:
-        return large_json(reply.whole(results))
-    finally:
-        job.cancel()
+    return large_json(reply.whole(results))

@@ -154,6 +154,11 @@ class TraitsRequest(PromptRequest, SamplingRequest):
         None, description="Of the stored vectors; by default the first of these that there is."
     )
     layer: int | None = Field(None, ge=0, le=MAX_LAYERS, description="Of the stored vectors; by default the best one.")
+    stored_chat: Annotated[bool, OrNull()] = Field(
+        False,
+        description="Put `prompt`, a text, to the model as the prompts were that the stored vectors were made of: "
+        "through the same chat template, after the same system message.",
+    )
     normalize: Annotated[bool, OrNull()] = Field(True, description="Scores are h.v/|v|; false: h.v.")
     interventions: list[InterventionRequest] | None = Field(
         None, max_length=MAX_INTERVENTIONS, description="What to edit, in this order, before anything is scored."
@@ -174,6 +179,16 @@ class TraitsRequest(PromptRequest, SamplingRequest):
                 raise PydanticCustomError(
                     "no_experiment", "Field '{param}' is of an experiment's stored vectors: name one", {"param": name}
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _a_text_of_stored_vectors(self) -> "TraitsRequest":
+        if self.stored_chat and not (isinstance(self.prompt, str) and self.experiment is not None):
+            raise PydanticCustomError(
+                "no_stored_chat",
+                "Field '{param}' needs 'experiment' and a 'prompt' that is a text",
+                {"param": "stored_chat"},
+            )
         return self
 
     @model_validator(mode="after")
@@ -236,6 +251,14 @@ class AttributionReply(Reply):
     notes: dict[str, str] = Field(description="By layer: why its heads are not told apart.")
 
 
+class ChatSettings(Reply):
+    """How the prompts were put to the model that a vector was made of."""
+
+    use: bool | None = Field(description="As a user's message, through a chat template; null: if there is one.")
+    system: str | None = Field(description="The system message before it.")
+    template: str | None = Field(description="A chat template (Jinja) in the place of the model's own.")
+
+
 class WatchedTrait(Reply):
     """A vector whose scores the reply has."""
 
@@ -247,6 +270,7 @@ class WatchedTrait(Reply):
     )
     norm: float = Field(description="|v|: steering by a moves h.v by a*|v|^2, and the score by a*|v|.")
     threshold: float | None = Field(description="The score h.v/|v| that parts with from without, if it is known.")
+    chat: ChatSettings | None = Field(description="Of a stored vector; see `stored_chat`.")
 
 
 class TokenScores(Reply):
@@ -295,6 +319,26 @@ class TraitsReply(Reply):
     usage: Usage
     tokens: SpelledTokens
     interventions: list[InterventionReceipt] = Field([], description="One receipt per intervention, in order.")
+
+
+class StoredVector(Reply):
+    method: str
+    layer: int
+
+
+class StoredTrait(Reply):
+    name: str
+    display_name: str = Field(description="What it is called in titles.")
+    vectors: list[StoredVector] = Field(description="By method in the order in which one is looked for, then by layer.")
+
+
+class StoredExperiment(Reply):
+    name: str
+    traits: list[StoredTrait]
+
+
+class StoredTraitsReply(Reply):
+    experiments: list[StoredExperiment]
 
 
 class TraitsEvent(Reply):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -44,6 +45,8 @@ MAX_VECTORS = 256
 MAX_SCORES = 1_000_000
 """Numbers that a reply about traits may come to: one per token and trait."""
 MAX_LAYERS = 10_000
+MAX_WIDTH = 65_536
+"""Numbers of a vector."""
 
 MAX_TOKEN_ID = 2**31 - 1
 MAX_ID_LENGTH = 200
@@ -341,12 +344,19 @@ _LARGEST = 3.4028234663852886e38  # of float32
 def _is_vector(value: Any) -> bool:
     if isinstance(value, dict):
         return all(name in value for name in _VECTOR_RECORD["required"])
-    return isinstance(value, list) and bool(value) and all(_is_float32(number) for number in value)
+    return isinstance(value, list) and 0 < len(value) <= MAX_WIDTH and _are_float32(value)
 
 
-def _is_float32(value: Any) -> bool:
-    # nan is not between them.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+def _are_float32(values: list[Any]) -> bool:
+    # Not one by one in Python: a body has room for millions, and nobody else is answered meanwhile.
+    if not set(map(type, values)) <= {int, float}:
+        return False
+    try:
+        numbers = np.array(values, np.float64)
+    except OverflowError:
+        return False
+    # nan is not below it.
+    return bool((np.abs(numbers) <= _LARGEST).all())
 
 
 _VECTOR_RECORD: dict[str, Any] = {
@@ -354,7 +364,10 @@ _VECTOR_RECORD: dict[str, Any] = {
     "description": "an array as this server sends them; other fields of an activation record may be there",
     "required": ["shape", "dtype", "encoding", "data"],
 }
-_VECTOR = "a list of finite numbers that float32 can hold, or an object with shape, dtype, encoding and data"
+_VECTOR = (
+    f"a list of at most {MAX_WIDTH} finite numbers that float32 can hold, or an object with shape, dtype, encoding and "
+    "data"
+)
 Vector = Annotated[
     Any,
     BeforeValidator(must(_is_vector, _VECTOR)),
@@ -365,6 +378,7 @@ Vector = Annotated[
                     "type": "array",
                     "items": {"type": "number", "minimum": -_LARGEST, "maximum": _LARGEST},
                     "minItems": 1,
+                    "maxItems": MAX_WIDTH,
                 },
                 _VECTOR_RECORD,
             ],

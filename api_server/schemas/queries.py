@@ -11,7 +11,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from .fields import MAX_ID_LENGTH, MAX_RANGE_LENGTH, Name, Request, must
+from .fields import MAX_ID_LENGTH, MAX_RANGE_LENGTH, FolderName, Name, Request, must
 
 
 class NoQuery(Request):
@@ -22,6 +22,12 @@ class ModelQuery(Request):
     """``?model=``"""
 
     model: Annotated[str, Field(max_length=MAX_ID_LENGTH)] | None = Field(None, description="A loaded model's id.")
+
+
+class ExperimentQuery(Request):
+    """``?experiment=``"""
+
+    experiment: FolderName | None = Field(None, description="One experiment, in the place of all.")
 
 
 _NUMBER = r"-?[0-9]{1,9}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HookError
-from .output import check_writable, write_whole
+from .output import check_targets, model_files, write_whole
 
 
 def add(commands: Any) -> None:
@@ -33,8 +33,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.prompt:
         raise HookError("--prompt is a text that is not empty.")
-    for target in filter(None, (options.html, options.png)):
-        check_writable(target)
+    read = [*model_files(options.model), *filter(None, [options.tuned])]
+    check_targets({"--html": options.html, "--png": options.png}, read)
     model = HookedModel.from_pretrained(options.model)
     tokens = render(model, options.prompt, Chat(use=False))
     if options.png is not None:

@@ -7,7 +7,7 @@
 3. Attention weights are averaged over heads, in the pass too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -33,6 +33,7 @@ from .watching import room_for
 
 ATTENTION = {True: "mean over heads", False: "not captured"}
 """What metadata says of attention weights."""
+_LEAVES = "hook_resid_post"
 Vectors = TraitVector | Sequence[TraitVector]
 """A trait's vector, or one for each layer."""
 StreamPoints = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
@@ -84,14 +85,16 @@ def capture_all_layers(
             streams or none after attention, and numbers out of range.
     """
     settings = Settings(max_tokens, temperature, top_p, seed, alignment, normalize)
+    true_or_false("attention", attention)
     traits = [AtLayers.of(model, vector) for vector in listed(vectors)]
     identity = check_model(model, [vector for trait in traits for vector in trait.vectors], identity)
     points = [stream_points(model, layer) for layer in range(model.cfg.n_layers)]
     patterns, without = _patterns(model) if attention else ({}, {})
     about = {
-        "attention": ATTENTION[bool(attention)],
+        "attention": ATTENTION[attention],
         "layers_without_attention": {str(layer): why for layer, why in without.items()},
         **about_stream(points),
+        "attends_repeatedly": repeated_attention(model, range(len(points))),
     }
     records: dict[int, Record] = {}
     for tokens, group in shared_prompts(model, prompt, [trait.vectors[0] for trait in traits]).items():
@@ -104,12 +107,16 @@ def capture_all_layers(
         run = TraitRun(model, tokens, captures, settings)
         projections = {part: _projections(run, part, points) for part in ("prompt", "response")}
         weights = _attention(run, patterns)
+        ahead = [layer for layer, name in patterns.items() if looks_ahead(run.prompt(name))]
         for column, i in enumerate(group):
             records[i] = {
                 **run.texts(prompt),
                 "projections": {part: values[column] for part, values in projections.items()},
                 "attention_weights": weights,
-                "metadata": traits[i].metadata(model, prompt, settings) | run.metadata(identity) | about,
+                "metadata": traits[i].metadata(model, prompt, settings)
+                | run.metadata(identity)
+                | about
+                | {"looks_ahead": ahead},
             }
     return [records[i] for i in range(len(traits))]
 
@@ -147,6 +154,22 @@ def attention_point(model: HookedModel, layer: int) -> tuple[str, str]:
     kinds = dict.fromkeys(sublayer.kind for sublayer in model.architecture.sublayers[layer])
     why = model.architecture.unsupported.get(name) or f"no attention, its sublayers are: {', '.join(kinds)}"
     return "", why
+
+
+def repeated_attention(model: HookedModel, layers: Iterable[int]) -> dict[str, str]:
+    """Of layers that attend several times, what of it a record shows, as the metadata ``attends_repeatedly``."""
+    found = {}
+    for layer in layers:
+        kinds = [sublayer.kind for sublayer in model.architecture.sublayers[layer]]
+        if (times := kinds.count("attn")) > 1:
+            found[str(layer)] = f"{times} attentions: after_attn and attention weights are those of the last"
+    return found
+
+
+def looks_ahead(pattern: np.ndarray) -> bool:
+    """Whether tokens attend to later ones. A record's metadata ``looks_ahead`` has the layers of which it is true: a
+    few models do so by themselves."""
+    return bool(np.triu(pattern, k=1).any())
 
 
 def _patterns(model: HookedModel) -> tuple[dict[int, str], dict[int, str]]:
@@ -194,7 +217,7 @@ class Settings:
     """How a capture is made; see ``capture_all_layers``.
 
     Raises:
-        HookError: for an unknown alignment, and numbers out of range.
+        HookError: for an unknown alignment, ``normalize`` that is neither true nor false, and numbers out of range.
     """
 
     max_tokens: int = 50
@@ -207,6 +230,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.alignment not in ALIGNMENTS:
             raise HookError(f"alignment is one of {', '.join(ALIGNMENTS)}, got {self.alignment!r}.", field="alignment")
+        true_or_false("normalize", self.normalize)
         whole_number("max_tokens", self.max_tokens)
         whole_number("seed", self.seed)
         Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed).check()
@@ -219,7 +243,7 @@ class Settings:
             "seed": self.seed,
             "max_tokens": self.max_tokens,
             "alignment": self.alignment,
-            "projection": PROJECTIONS[bool(self.normalize)],
+            "projection": PROJECTIONS[self.normalize],
         }
 
 
@@ -285,9 +309,22 @@ def _short_path(path: Path | None) -> str | None:
     return "/".join(("..", *place)) if place[1:3] == ("extraction", "vectors") else path.as_posix()
 
 
+def true_or_false(name: str, value: object) -> None:
+    """Raises HookError for anything else."""
+    if not isinstance(value, bool):
+        raise HookError(f"{name} is true or false, got {value!r}.", field=name)
+
+
 def listed(vectors: Sequence[Vectors]) -> list[Vectors]:
-    """Raises HookError for what is no list of vectors, or an empty one."""
-    if isinstance(vectors, TraitVector) or not vectors:
+    """Raises HookError for what is no list of vectors, or lists of them, and for an empty one."""
+
+    def is_list(value: object, of: Callable[[Any], bool]) -> bool:
+        return isinstance(value, list | tuple) and bool(value) and all(map(of, value))
+
+    def is_vector(value: object) -> bool:
+        return isinstance(value, TraitVector)
+
+    if not is_list(vectors, lambda value: is_vector(value) or is_list(value, is_vector)):
         raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
     return list(vectors)
 
@@ -364,7 +401,9 @@ class TraitRun:
             seed=settings.seed,
         )
         for step in steps:
-            self._steps.append({name: self._value(records) for name, records in step.activations.items()})
+            # One by one: of a long prompt's attention there is then no second copy of all layers.
+            met = step.activations
+            self._steps.append({name: self._value(met.pop(name)) for name in list(met)})
             self.text += step.text
             self.finish_reason = step.finish_reason or self.finish_reason
             if step.token is not None:
@@ -373,7 +412,9 @@ class TraitRun:
     def _value(self, records: Sequence[CapturedActivation]) -> np.ndarray:
         """What a pass left at a hook point, without the axis of the batch."""
         record = max(records, key=lambda found: found.pass_index)
-        self.n_passes = max(self.n_passes, record.pass_index + 1)
+        if record.hook_point.name.endswith(_LEAVES):
+            # A layer that has several attentions meets its other points as often in one pass.
+            self.n_passes = max(self.n_passes, record.pass_index + 1)
         axis = record.hook_point.position_axis
         self._axes[record.hook_id] = 0 if axis is None else axis - 1
         return to_numpy(record.value)[0]

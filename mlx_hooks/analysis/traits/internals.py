@@ -40,6 +40,8 @@ from .capture import (
     attention_point,
     check_model,
     listed,
+    looks_ahead,
+    repeated_attention,
     shared_prompts,
     stream_points,
 )
@@ -98,11 +100,13 @@ def capture_single_layer(
         internals = {part: _internals(run, inside, part) for part in parts}
         rows = np.stack([vectors[i].unit if normalize else vectors[i].vector for i in group])
         projected = {part: _projections(run, inside, part, rows) for part in parts}
+        pattern = internals["prompt"].get("attention", {}).get("attn_weights")
+        ahead = pattern is not None and looks_ahead(pattern)
         neurons, about_neurons = _neurons(model, run, inside, rows)
         for column, i in enumerate(group):
             along = {part: {name: values[..., column] for name, values in projected[part].items()} for part in parts}
             metadata = traits[i].metadata(model, prompt, settings) | run.metadata(identity)
-            metadata |= {"layer": layer, "neurons": about_neurons}
+            metadata |= {"layer": layer, "neurons": about_neurons, "looks_ahead": [layer] if ahead else []}
             records[i] = with_old_names(
                 {
                     **run.texts(prompt),
@@ -173,6 +177,7 @@ class Inside:
         keys = self.model.hook_points.get(block_point("k", self.layer).name)
         return {
             **about_stream([stream_points(self.model, self.layer)]),
+            "attends_repeatedly": repeated_attention(self.model, [self.layer]),
             "hook_points": {place: " + ".join(points) for place, points in self.places.items()},
             "widths": self.widths,
             "absent": self.absent,

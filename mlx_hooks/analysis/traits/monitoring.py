@@ -112,8 +112,9 @@ def monitor_dynamics(
     asked = Monitoring(max_tokens, temperature, top_p, seed, tokens, threshold, relative, stays_below)
     if errors not in ("raise", "collect"):
         raise HookError(f"errors is 'raise' or 'collect', got {errors!r}.", field="errors")
-    if isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
         raise HookError("prompts is a list of at least one text.", field="prompts")
+    check_vectors(vectors)
     _check_names(vectors)
     failed: list[dict[str, Any]] = []
     plan = model.resolve_interventions(interventions)
@@ -167,9 +168,14 @@ def scores_of(steps: Sequence[Any], phase: str, n_vectors: int) -> np.ndarray:
     return np.concatenate(rows) if rows else np.zeros((0, n_vectors), np.float32)
 
 
+def check_vectors(vectors: Any, name: str = "vectors") -> None:
+    """Raises HookError unless it is a list of vectors, at least one."""
+    is_list = isinstance(vectors, Sequence) and not isinstance(vectors, str)
+    if not is_list or not vectors or not all(isinstance(vector, TraitVector) for vector in vectors):
+        raise HookError(f"{name} is a list of at least one TraitVector.", field=name)
+
+
 def _check_names(vectors: Sequence[TraitVector]) -> None:
-    if isinstance(vectors, TraitVector) or not vectors:
-        raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
     seen = set()
     for vector in vectors:
         if (vector.trait, vector.method) in seen:

@@ -9,19 +9,21 @@ A record is a nested dictionary with arrays at its ends:
 
 One of a single layer has ``internals``, ``layer`` and other ``projections`` in place of these two; ``internals.py``
 tells of them. On disk a record is one safetensors file that needs no other: its arrays, each named by its place
-(``attention_weights/response/3/layer_0``), and all that is no array as JSON in the header.
+(``attention_weights/response/3/layer_0``), and all that is no array as JSON in the header, with a hash of the arrays.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import orjson
 
 from ...errors import HookError
-from ...storage.files import whole_file, write_whole, writing
+from ...storage.files import whole_file, writing
 from ...storage.tensors import TensorFile, write_arrays
 
 FORMAT = "neuroscope.trait_capture/1"
@@ -31,50 +33,108 @@ SUBLAYERS = ("residual_in", "after_attn", "residual_out")
 """Where the stream of a layer is measured: the last axis of projections of all layers."""
 PROJECTIONS = {True: "h.v/|v|", False: "h.v"}
 """What a projection is: normalised, or not."""
+PREFIX = "prompt"
+"""What the names of files begin with, unless something else is asked for."""
 OLD_NAMES = {"gelu": "activated"}
 """A second name of an array, for those who read a record by it: it is there when read, and in files but once."""
 
 Record = dict[str, Any]
+Encoded = MutableMapping[str, bytes]
+"""JSON of what several records have in common, by its key in them."""
 
+_SHARED = ("attention_weights", "internals")
 _WITH_ARRAYS = ("projections", "attention_weights", "internals")
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 
 
-def write_record(record: Record, path: Path, *, json_beside: bool = False) -> None:
+def write_record(record: Record, path: Path, *, json_beside: bool = False, encoded: Encoded | None = None) -> None:
     """Write a record to a safetensors file, which is there whole or not at all.
 
     Args:
         path: folders above it are made.
         json_beside: write the same as JSON too, with lists for arrays. A JSON file of an earlier record goes in any
             case, before that record does.
+        encoded: see ``write_json``.
 
     Raises:
         HookError: it cannot be written, or holds numbers that are not finite.
     """
     arrays = dict(arrays_of(record))
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise HookError(f"{name} holds numbers that are not finite: {path} is not written.")
-    notes = {"format": FORMAT, "record": json.dumps(_without_arrays(record), allow_nan=False)}
+    _check_finite(arrays, path)
     with writing(path):
+        notes = {"format": FORMAT, "record": json.dumps(_without_arrays(record), allow_nan=False)}
+        notes["arrays"] = fingerprint(arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as draft:
             write_arrays(draft, {name: partial(arrays.__getitem__, name) for name in arrays}, notes)
             json_path(path).unlink(missing_ok=True)
     if json_beside:
-        write_json(record, path)
+        write_json(record, path, encoded=encoded)
 
 
-def write_json(record: Record, path: Path) -> Path:
+def write_json(record: Record, path: Path, *, encoded: Encoded | None = None) -> Path:
     """Write a record as strict JSON beside its file at ``path``; answers where.
 
+    Args:
+        encoded: what is kept of records that share a run, whose attention weights or internals are the same: the text
+            of these is made for the first of them, and put here for the others.
+
     Raises:
-        HookError: it cannot be written.
+        HookError: it cannot be written, or holds numbers that are not finite.
     """
     target = json_path(path)
-    with writing(target):
-        write_whole(target, json.dumps(to_plain(with_old_names(record)), allow_nan=False))
+    _check_finite(dict(arrays_of(record)), target)
+    with writing(target), whole_file(target) as draft, draft.open("xb") as file:
+        file.writelines(json_parts(record, encoded))
     return target
+
+
+def json_parts(record: Record, encoded: Encoded | None = None) -> Iterator[bytes]:
+    """A record as JSON, piece by piece; each number is the shortest that is the same in float32.
+
+    Raises:
+        ValueError: it holds what JSON cannot.
+    """
+    begins = b"{"
+    for key, node in with_old_names(record).items():
+        yield begins + _encode(key) + b":"
+        if encoded is None or key not in _SHARED:
+            yield _encode(node)
+        else:
+            if key not in encoded:
+                encoded[key] = _encode(node)
+            yield encoded[key]
+        begins = b","
+    yield b"}"
+
+
+def _encode(node: Any) -> bytes:
+    try:
+        return orjson.dumps(node, default=_plain_array, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:
+        raise ValueError(f"it cannot be told in JSON: {error}") from error
+
+
+def _plain_array(node: Any) -> Any:
+    """An array whose rows do not lie one after the other, so that they do."""
+    if not isinstance(node, np.ndarray):
+        raise TypeError(f"there is no JSON of a {type(node).__name__}")
+    return np.ascontiguousarray(node) if node.ndim else node[()]
+
+
+def _check_finite(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise HookError(f"{name} holds numbers that are not finite: {path} is not written.")
+
+
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """A hash of arrays' names and numbers, in whatever order they come."""
+    found = sha256()
+    for name in sorted(arrays):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(arrays[name]).data)
+    return found.hexdigest()
 
 
 def json_path(path: Path) -> Path:
@@ -99,9 +159,12 @@ def read_record(path: str | Path, *, arrays: bool = True) -> Record:
         form, skeleton = file.notes.get("format"), file.notes.get("record")
         if form != FORMAT or skeleton is None:
             raise HookError(f"{path} is of the format {form!r}: this version reads {FORMAT!r}.")
-        record = json.loads(skeleton)
-        for name in file if arrays else ():
-            _put(record, name, np.array(file.numpy(name)))
+        record = json.loads(skeleton, parse_constant=refuse_constant)
+        found = {name: np.array(file.numpy(name)) for name in file} if arrays else {}
+        for name, array in found.items():
+            _put(record, name, array)
+        if arrays and file.notes.get("arrays") not in (None, fingerprint(found)):
+            raise ValueError("its numbers are not those that were written: the file is damaged")
     except FileNotFoundError as error:
         raise HookError(f"There is no file {path}.") from error
     except OSError as error:
@@ -111,6 +174,11 @@ def read_record(path: str | Path, *, arrays: bool = True) -> Record:
             raise HookError(_pickle(path)) from error
         raise HookError(f"{path} is no trait capture that can be read: {error}.") from error
     return with_old_names(record)
+
+
+def refuse_constant(constant: str) -> None:
+    """Raises ValueError for NaN and infinities, which strict JSON does not have."""
+    raise ValueError(f"{constant} has no place in JSON")
 
 
 def _pickle(path: Path) -> str:
@@ -174,23 +242,3 @@ def with_old_names(record: Record) -> Record:
             if isinstance(mlp, dict) and new in mlp:
                 mlp[old] = mlp[new]
     return record
-
-
-def to_plain(node: Any) -> Any:
-    """A record with lists for arrays; each number is the shortest that is the same in float32."""
-    if isinstance(node, np.ndarray):
-        return _numbers(node)
-    if isinstance(node, Mapping):
-        return {key: to_plain(value) for key, value in node.items()}
-    return [to_plain(value) for value in node] if isinstance(node, list | tuple) else node
-
-
-def _numbers(array: np.ndarray) -> Any:
-    if array.ndim > 1:
-        return [_numbers(row) for row in array]
-    if not np.issubdtype(array.dtype, np.floating):
-        return array.tolist()
-    if not np.isfinite(array).all():
-        raise ValueError("numbers that are not finite have no place in JSON")
-    # NumPy prints the shortest decimal of a float32; of its double, Python prints many digits that say nothing.
-    return cast(list[float], array.astype(str).astype(np.float64).tolist())

@@ -20,7 +20,7 @@ from ...model import HookedModel
 from ...sampling import Sampling, whole_number
 from ...storage.metadata import plain_interventions
 from ..identity import ModelIdentity
-from .monitoring import scores_of, text_parts
+from .monitoring import check_vectors, scores_of, text_parts
 from .prompts import render
 from .vectors import TraitVector
 from .watching import TraitStep, room_for, watch_traits
@@ -151,6 +151,10 @@ def steer(
             layer that there is not, a prompt that is empty or too long, positions that the run never comes to.
     """
     asked = _coefficients(coefficients)
+    if not isinstance(vector, TraitVector):
+        raise HookError(f"vector is a TraitVector, got {type(vector).__name__}.", field="vector")
+    if measured is not None:
+        check_vectors(measured, "measured")
     measuring = [vector] if measured is None else list(measured)
     whole_number("max_tokens", max_tokens)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
@@ -270,12 +274,16 @@ class _Runs:
 def _coefficients(given: Sequence[float]) -> list[float]:
     """Different finite numbers as floats, 0 first where it is not among them."""
     problem = HookError(f"coefficients is a list of different finite numbers, got {given!r}.", field="coefficients")
-    if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray) or not len(given):
+    is_list = given.ndim == 1 if isinstance(given, np.ndarray) else isinstance(given, Sequence)
+    if isinstance(given, str) or not is_list or not len(given):
         raise problem
     if any(isinstance(one, bool) or not isinstance(one, int | float | np.integer | np.floating) for one in given):
         raise problem
-    # -0.0 is 0.
-    found = [float(one) + 0.0 for one in given]
+    try:
+        # -0.0 is 0.
+        found = [float(one) + 0.0 for one in given]
+    except OverflowError:
+        raise problem from None
     if not np.isfinite(found).all() or len(set(found)) < len(found):
         raise problem
     return found if 0.0 in found else [0.0, *found]

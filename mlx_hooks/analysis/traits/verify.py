@@ -2,6 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from math import isfinite
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -9,7 +12,19 @@ from typing import Any
 import numpy as np
 
 from ...errors import HookError
-from .records import ALIGNMENTS, OLD_NAMES, PROJECTIONS, SUBLAYERS, Record, arrays_of, json_path, read_record, to_plain
+from .records import (
+    ALIGNMENTS,
+    OLD_NAMES,
+    PROJECTIONS,
+    SUBLAYERS,
+    Record,
+    arrays_of,
+    json_parts,
+    json_path,
+    read_record,
+    refuse_constant,
+)
+from .vectors import GIVEN, METHODS
 
 _Kinds = dict[str, tuple[type, ...]]
 METADATA: _Kinds = {
@@ -17,7 +32,8 @@ METADATA: _Kinds = {
     "capture_date": (str,), "temperature": (int, float), "layer": (int, NoneType), "method": (str,),
     "vector_norm": (int, float, list), "projection": (str,), "alignment": (str,), "sublayers": (list,), "seed": (int,),
     "top_p": (int, float), "max_tokens": (int,), "finish_reason": (str,), "n_layers": (int,), "d_model": (int,),
-    "n_heads": (int,),
+    "n_heads": (int,), "vector_layer": (int, NoneType), "each_layer": (bool,), "vector_sha256": (str,),
+    "model_identity": (dict,), "chat": (dict, NoneType), "n_passes": (int,),
 }  # fmt: skip
 """What every record's metadata has."""
 SUM_TOLERANCE = 0.01
@@ -28,15 +44,18 @@ _CHOICES: dict[str, list[Any]] = {
     "projection": list(PROJECTIONS.values()),
     "sublayers": [list(SUBLAYERS)],
     "finish_reason": ["stop", "length"],
+    "method": [*METHODS, GIVEN],
 }
 _TEXTS: _Kinds = {"text": (str,), "tokens": (list,), "token_ids": (list,), "n_tokens": (int,)}
 _OPTIONAL: _Kinds = {
-    "attention": (str,), "attention_sinks": (list,), "layers_without_attention": (dict,), "absent": (dict,),
-    "widths": (dict,),
+    "attention": (str,), "attention_sinks": (list,), "looks_ahead": (list,), "layers_without_attention": (dict,),
+    "absent": (dict,), "widths": (dict,),
 }  # fmt: skip
 _SHOWN = 20
-_MOST = 1_000_000
+_MOST = {"n_layers": 10_000, "d_model": 1_000_000, "n_heads": 10_000}
 """What no model's sizes come near: lists are made of them."""
+_PARTS = ("prompt", "response")
+_RESIDUAL = ("input", "after_attn", "output")
 
 
 def verify_format(path: str | Path) -> list[str]:
@@ -55,7 +74,7 @@ def verify_format(path: str | Path) -> list[str]:
     except HookError as error:
         return [str(error)]
     found = list(_problems(record))
-    if json_path(path).exists():
+    if isinstance(record, dict) and json_path(path).exists():
         found += _json_problems(json_path(path), record)
     if len(found) > _SHOWN:
         found = [*found[:_SHOWN], f"and {len(found) - _SHOWN} more"]
@@ -70,11 +89,14 @@ def _problems(record: Any) -> Iterator[str]:
     mappings = ("prompt", "response", "metadata", "projections", "internals" if single else "attention_weights")
     kinds: _Kinds = dict.fromkeys(mappings, (dict,)) | ({"layer": (int,)} if single else {})
     wrong = list(_wrong_kinds(record, kinds, ""))
+    wrong += [f"{key} is not expected" for key in record if key not in kinds]
     for part in ("prompt", "response"):
         if isinstance(record.get(part), dict):
             wrong += _text_problems(record[part], part)
     if isinstance(record.get("metadata"), dict):
-        wrong += _metadata_problems(record["metadata"])
+        wrong += _metadata_problems(record["metadata"], {"widths": (dict,), "absent": (dict,)} if single else {})
+    if not wrong:
+        wrong += _texts_against_metadata(record)
     yield from wrong
     for name, array in arrays_of(record):
         if not np.isfinite(array).all():
@@ -88,12 +110,13 @@ def _wrong_kinds(node: Mapping[str, Any], kinds: _Kinds, place: str) -> Iterator
     for key, allowed in kinds.items():
         if key not in node:
             yield f"{place}{key} is missing"
-        elif not isinstance(node[key], allowed) or isinstance(node[key], bool):
+        elif not isinstance(node[key], allowed) or (isinstance(node[key], bool) and bool not in allowed):
             yield f"{place}{key} is {' or '.join(map(_NAMES.__getitem__, allowed))}, got {_name(node[key])}"
 
 
 _NAMES: dict[type, str] = {
-    dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number", NoneType: "nothing"
+    dict: "a mapping", list: "a list", str: "a text", int: "a whole number", float: "a number",
+    bool: "true or false", NoneType: "nothing",
 }  # fmt: skip
 
 
@@ -109,24 +132,81 @@ def _text_problems(text: Mapping[str, Any], part: str) -> list[str]:
         found.append(f"{part}/tokens is a list of texts")
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in text["token_ids"]):
         found.append(f"{part}/token_ids is a list of whole numbers")
+    elif not all(0 <= token < 2**32 for token in text["token_ids"]):
+        found.append(f"{part}/token_ids are from 0 to {2**32 - 1}")
     for key in ("tokens", "token_ids"):
         if len(text[key]) != text["n_tokens"]:
             found.append(f"{part}/{key} has {len(text[key])} entries, n_tokens is {text['n_tokens']}")
     return found
 
 
-def _metadata_problems(metadata: Mapping[str, Any]) -> list[str]:
-    kinds = METADATA | {key: allowed for key, allowed in _OPTIONAL.items() if key in metadata}
+def _metadata_problems(metadata: Mapping[str, Any], more: _Kinds) -> list[str]:
+    kinds = METADATA | {key: allowed for key, allowed in _OPTIONAL.items() if key in metadata} | more
     found = list(_wrong_kinds(metadata, kinds, "metadata/"))
     if found:
         return found
     for key, choices in _CHOICES.items():
         if metadata[key] not in choices:
             found.append(f"metadata/{key} is one of {', '.join(map(str, choices))}, got {metadata[key]!r:.80}")
-    for key in ("n_layers", "d_model", "n_heads"):
-        if not 0 <= metadata[key] <= _MOST:
-            found.append(f"metadata/{key} is a whole number from 0 to {_MOST}, got {metadata[key]}")
+    for key, most in _MOST.items():
+        if not 0 <= metadata[key] <= most:
+            found.append(f"metadata/{key} is a whole number from 0 to {most}, got {metadata[key]}")
+    for key in ("seed", "max_tokens"):
+        if metadata[key] < 0:
+            found.append(f"metadata/{key} is a whole number from 0 up, got {metadata[key]}")
+    if not (metadata["temperature"] >= 0 and isfinite(metadata["temperature"])):
+        found.append(f"metadata/temperature is a number from 0 up, got {metadata['temperature']}")
+    if not 0 <= metadata["top_p"] <= 1:
+        found.append(f"metadata/top_p is a number from 0 to 1, got {metadata['top_p']}")
+    return found + _vector_problems(metadata) + _reason_problems(metadata)
+
+
+def _vector_problems(metadata: Mapping[str, Any]) -> list[str]:
+    """What is wrong with what is said of the vector, and of when it was laid along the stream."""
+    found, n_layers = [], metadata["n_layers"]
+    norms = metadata["vector_norm"]
+    if isinstance(norms, list) != metadata["each_layer"] or (isinstance(norms, list) and len(norms) != n_layers):
+        found.append("metadata/vector_norm is a number, or with each_layer a list with one for each layer")
+    if not all(_is_length(norm) for norm in (norms if isinstance(norms, list) else [norms])):
+        found.append("metadata/vector_norm is above 0 and finite")
+    for key in ("layer", "vector_layer"):
+        layer = metadata[key]
+        if layer is not None and not 0 <= layer < n_layers:
+            found.append(f"metadata/{key} is {layer}, n_layers is {n_layers}")
+    try:
+        datetime.fromisoformat(metadata["capture_date"])
+    except ValueError:
+        found.append(f"metadata/capture_date is an ISO date, got {metadata['capture_date']!r:.60}")
+    if not metadata["trait"]:
+        found.append("metadata/trait is empty")
+    if len(metadata["vector_sha256"]) != 64 or not set(metadata["vector_sha256"]) <= set("0123456789abcdef"):
+        found.append("metadata/vector_sha256 is 64 hexadecimal digits")
     return found
+
+
+def _is_length(norm: Any) -> bool:
+    return isinstance(norm, int | float) and not isinstance(norm, bool) and 0 < norm < float("inf")
+
+
+def _reason_problems(metadata: Mapping[str, Any]) -> list[str]:
+    """Things that are said to be absent without a reason."""
+    return [
+        f"metadata/{key}/{name} is a reason, a text that is not empty"
+        for key in ("absent", "layers_without_attention")
+        for name, why in (metadata.get(key) or {}).items()
+        if not isinstance(why, str) or not why
+    ]
+
+
+def _texts_against_metadata(record: Record) -> Iterator[str]:
+    """Where texts and metadata, each right in itself, cannot be of one run."""
+    metadata, n_response = record["metadata"], record["response"]["n_tokens"]
+    if not record["prompt"]["n_tokens"]:
+        yield "prompt/n_tokens is 0: a prompt has at least one token"
+    if n_response > metadata["max_tokens"]:
+        yield f"response/n_tokens is {n_response}, metadata/max_tokens {metadata['max_tokens']}"
+    if "internals" in record and metadata["layer"] != record["layer"]:
+        yield f"layer is {record['layer']}, metadata/layer {metadata['layer']}"
 
 
 class _Sizes:
@@ -146,16 +226,19 @@ class _Sizes:
         return self.n_prompt + row + (self.metadata["alignment"] == "at")
 
     def sinks(self, layer: int) -> bool:
-        return layer in (self.metadata.get("attention_sinks") or [])
+        return layer in self.metadata.get("attention_sinks", [])
+
+    def looks_ahead(self, layer: int) -> bool:
+        return layer in self.metadata.get("looks_ahead", [])
 
 
 def _shape(node: Any, place: str, shape: Sequence[int | None], why: str) -> Iterator[str]:
     """A problem if what is in place is no array of a shape; None stands for any size."""
-    kinds = "iu" if place.endswith("expert_indices") else "f"
+    whole = place.endswith("expert_indices")
     if not isinstance(node, np.ndarray):
         yield f"{place} is an array, got {_name(node)}"
-    elif node.dtype.kind not in kinds:
-        yield f"{place} holds numbers of the type {node.dtype}"
+    elif node.dtype.kind not in "iu" if whole else node.dtype != np.float32:
+        yield f"{place} holds numbers of the type {node.dtype}, not {'whole ones' if whole else 'float32'}"
     elif len(node.shape) != len(shape) or any(b not in (None, a) for a, b in zip(node.shape, shape, strict=True)):
         told = ", ".join("any" if size is None else str(size) for size in shape)
         yield f"{place} has the shape {_tuple(node.shape)}; by {why} it has ({told})"
@@ -168,9 +251,14 @@ def _tuple(shape: Sequence[int]) -> str:
 def _layers(sizes: _Sizes) -> Iterator[str]:
     """Problems of a record of all layers."""
     projections, attention = sizes.record["projections"], sizes.record["attention_weights"]
+    wrong = [f"projections/{part} is not expected" for part in projections if part not in ("prompt", "response")]
     for part in ("prompt", "response"):
         shape = (sizes.rows(part), sizes.n_layers, 3)
-        yield from _shape(projections.get(part), f"projections/{part}", shape, "n_tokens and n_layers")
+        wrong += _shape(projections.get(part), f"projections/{part}", shape, "n_tokens and n_layers")
+    yield from wrong
+    if wrong:
+        # Then n_tokens or n_layers may be any number, and what is missing by them says nothing.
+        return
     without = sizes.metadata.get("layers_without_attention") or {}
     captured = sizes.metadata.get("attention") != "not captured"
     layers = [layer for layer in range(sizes.n_layers) if captured and str(layer) not in without]
@@ -225,7 +313,7 @@ def _pattern(array: Any, place: str, shape: tuple[int, ...], sizes: _Sizes, laye
     if array.min() < 0 or high > 1 + SUM_TOLERANCE or (low < 1 - SUM_TOLERANCE and not sizes.sinks(layer)):
         most = "at most 1, the rest is the sink's" if sizes.sinks(layer) else "1"
         yield f"{place} has rows of attention that do not sum to {most}: {low:.4g} to {high:.4g}"
-    if "response" not in place and np.triu(array, k=1).any():
+    if "response" not in place and not sizes.looks_ahead(layer) and np.triu(array, k=1).any():
         yield f"{place} looks ahead: a token attends to later ones"
 
 
@@ -234,8 +322,12 @@ def _single(sizes: _Sizes) -> Iterator[str]:
     record, metadata = sizes.record, sizes.metadata
     if not 0 <= record["layer"] < sizes.n_layers:
         yield f"layer is {record['layer']}, n_layers is {sizes.n_layers}"
-    absent = metadata.get("absent") or {}
-    widths = metadata.get("widths") or {}
+    absent, widths = metadata["absent"], metadata["widths"]
+    for name in _RESIDUAL:
+        if widths.get(f"residual/{name}") != sizes.d_model:
+            yield f"metadata/widths/residual/{name} is {widths.get(f'residual/{name}')}, d_model is {sizes.d_model}"
+    for key, allowed in (("internals", _PARTS), ("projections", (*_PARTS, "neurons"))):
+        yield from (f"{key}/{name} is not expected" for name in record[key] if name not in allowed)
     for part in ("prompt", "response"):
         internals = record["internals"].get(part)
         if not isinstance(internals, dict):
@@ -247,7 +339,10 @@ def _single(sizes: _Sizes) -> Iterator[str]:
                 if not present and f"{group}/{name}" not in absent:
                     yield f"internals/{part}/{group}/{name} is missing, and metadata/absent gives no reason"
         for group, arrays in internals.items():
-            for name, array in arrays.items() if isinstance(arrays, dict) else []:
+            if not isinstance(arrays, dict) or group not in (*REQUIRED, "mixer"):
+                yield f"internals/{part}/{group} is not expected"
+                continue
+            for name, array in arrays.items():
                 place = f"internals/{part}/{group}/{name}"
                 if name == "attn_weights":
                     yield from _weights(array, place, part, sizes)
@@ -266,7 +361,7 @@ def _single(sizes: _Sizes) -> Iterator[str]:
 REQUIRED = {
     "attention": ("q_proj", "k_proj", "v_proj", "attn_weights"),
     "mlp": ("gate_proj", "up_proj", "activated", "down_proj"),
-    "residual": ("input", "after_attn", "output"),
+    "residual": _RESIDUAL,
 }
 """What a layer's internals hold, unless metadata says why not."""
 
@@ -297,6 +392,7 @@ def _projections(node: Any, part: str, sizes: _Sizes, absent: Mapping[str, str])
         "heads": (rows, sizes.metadata["n_heads"]),
     }
     shapes |= {name: (rows,) for name in ("mixer_out", "heads_bias") if name in node}
+    yield from (f"{place}/{name} is not expected" for name in node if name not in shapes)
     for name, shape in shapes.items():
         if name in node:
             yield from _shape(node[name], f"{place}/{name}", shape, "n_tokens and n_heads")
@@ -306,24 +402,29 @@ def _projections(node: Any, part: str, sizes: _Sizes, absent: Mapping[str, str])
 
 def _json_problems(path: Path, record: Record) -> list[str]:
     """Where the JSON beside a record says something else."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} has no place in JSON")
-
     try:
-        beside = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        if _is_as_written(path, record):
+            return []
+        beside = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except OSError as error:
         return [f"{path} cannot be read: {error.strerror or error}"]
     except (ValueError, RecursionError) as error:
         return [f"{path} is no JSON: {error}"]
-    try:
-        return [f"{path.name} disagrees: {difference}" for difference in _differences(to_plain(record), beside, "")]
-    except ValueError as error:
-        return [f"{path.name} cannot be compared: {error}"]
+    return [f"{path.name} disagrees: {difference}" for difference in _differences(record, beside, "")]
+
+
+def _is_as_written(path: Path, record: Record) -> bool:
+    """Whether a file has, byte for byte, the JSON that is written of a record: of long prompts it is large, and need
+    then not be read into lists."""
+    with path.open("rb") as file, suppress(ValueError):
+        return all(file.read(len(part)) == part for part in json_parts(record)) and not file.read(1)
+    return False
 
 
 def _differences(expected: Any, got: Any, place: str) -> Iterator[str]:
-    if isinstance(expected, dict) and isinstance(got, dict):
+    if isinstance(expected, np.ndarray):
+        yield from _other_numbers(expected, got, place)
+    elif isinstance(expected, dict) and isinstance(got, dict):
         for key in sorted(set(expected) | set(got)):
             at = f"{place}/{key}" if place else key
             if key not in got or key not in expected:
@@ -331,14 +432,32 @@ def _differences(expected: Any, got: Any, place: str) -> Iterator[str]:
             else:
                 yield from _differences(expected[key], got[key], at)
     elif isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
-        if expected and not isinstance(expected[0], list | dict):
-            at_odds = next((i for i, pair in enumerate(zip(expected, got, strict=True)) if pair[0] != pair[1]), None)
-            if at_odds is not None:
-                yield f"{place}/{at_odds} is {got[at_odds]!r}, expected {expected[at_odds]!r}"
-            return
         for i, pair in enumerate(zip(expected, got, strict=True)):
             yield from _differences(*pair, f"{place}/{i}")
     elif isinstance(expected, list) and isinstance(got, list):
         yield f"{place} has {len(got)} entries, expected {len(expected)}"
     elif expected != got or isinstance(expected, bool) != isinstance(got, bool):
         yield f"{place} is {got!r:.60}, expected {expected!r:.60}"
+
+
+def _other_numbers(expected: np.ndarray, got: Any, place: str) -> Iterator[str]:
+    """The first number that lists hold in another way than an array, in the array's own precision."""
+    try:
+        numbers = np.array(got)
+    except ValueError:
+        yield f"{place} is no array: its lists differ in length"
+        return
+    if expected.size == 0:
+        if got != expected.tolist():
+            yield f"{place} has {numbers.size} numbers, expected none"
+    elif numbers.shape != expected.shape:
+        yield f"{place} has the shape {_tuple(numbers.shape)}, expected {_tuple(expected.shape)}"
+    elif numbers.dtype.kind not in "iuf":
+        yield f"{place} holds something else than numbers"
+    else:
+        with np.errstate(over="ignore"):
+            kept = numbers.astype(np.float32) if expected.dtype == np.float32 else numbers
+        if not np.array_equal(kept, expected):
+            at = np.argwhere(kept != expected)[0]
+            where = "/".join(map(str, (place, *at)))
+            yield f"{where} is {numbers[tuple(at)]}, expected {expected[tuple(at)]}"

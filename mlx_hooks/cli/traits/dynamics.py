@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...analysis.spelling import course, in_columns, one_line, shortened
 from ...errors import HookError
 from ...storage.files import try_file, writing
-from ..output import check_writable, write_whole
+from ..output import write_whole
 from .options import (
     Failures,
     add_experiment,
@@ -19,7 +19,8 @@ from .options import (
     add_pictures,
     add_prompts,
     add_sampling,
-    check_pictures,
+    check_outputs,
+    inputs_of,
     interrupted,
     listed,
     load_model,
@@ -76,13 +77,12 @@ def run(options: argparse.Namespace) -> int:
     Monitoring(**settings)
     experiment = Experiment(options.root, options.experiment)
     prompts = prompts_of(options, experiment)
-    check_pictures(options)
-    target = options.output
-    if target is None:
-        target = _new_file(experiment.folder)
-    else:
-        check_writable(target)
     vectors, failed = _vectors(options, experiment)
+    read = inputs_of(options, experiment, vectors)
+    if options.prompts_file is not None:
+        read.append(options.prompts_file)
+    check_outputs(options, read, output=options.output)
+    target = _new_file(experiment.folder) if options.output is None else options.output
     if vectors:
         model = load_model(options, vectors)
         try:
@@ -105,8 +105,7 @@ def run(options: argparse.Namespace) -> int:
             charts = [ScoreChart.of(entry) for entry in results]
             about = f"{model.model_name}, temperature {options.temperature:g}, seed {options.seed}"
             failed += write_pictures(options, f"{experiment.name}: traits", charts, about)
-        done = sorted({name for entry in results for name in entry["traits"]})
-        print(f"Done: {len(results)} of {len(prompts)} prompts, traits {', '.join(done) or 'none'}")
+        print(_summary(results, len(prompts)))
     return report(failed)
 
 
@@ -140,6 +139,13 @@ def _new_file(folder: Path) -> Path:
     with writing(target):
         try_file(there / target.name)
     return target
+
+
+def _summary(results: Sequence[Mapping[str, Any]], n_prompts: int) -> str:
+    """What was done: prompts that got an answer, however many ways of putting them there were, and traits."""
+    prompts = {entry["prompt_index"] for entry in results}
+    traits = sorted({name for entry in results for name in entry["traits"]})
+    return f"Done: {len(prompts)} of {n_prompts} prompts, traits {', '.join(traits) or 'none'}"
 
 
 def _who(failed: Mapping[str, Any]) -> str:

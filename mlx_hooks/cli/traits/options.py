@@ -1,6 +1,7 @@
 """What commands of traits have in common: where the experiment is, which model, which prompts, how tokens are drawn."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,12 +83,16 @@ def listed(text: str) -> list[str]:
 
 def load_model(options: argparse.Namespace, vectors: Sequence["TraitVector"]) -> "HookedModel":
     """The model that was asked for, else the one that the vectors were made of."""
+    from ...analysis.traits.batch import model_named_by
     from ...model import HookedModel
 
-    name = options.model or next((v.metadata["model"] for v in vectors if v.metadata.get("model")), None)
-    if name is None:
-        raise HookError("No vector says which model it was made of: give --model.")
-    return HookedModel.from_pretrained(str(name))
+    if options.model is not None:
+        return HookedModel.from_pretrained(options.model)
+    name = model_named_by(vectors)
+    try:
+        return HookedModel.from_pretrained(name)
+    except HookError as error:
+        raise HookError(f"The vectors name {name}, and --model may name another: {error}") from error
 
 
 def add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -95,15 +100,36 @@ def add_pictures(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that needs nothing else")
 
 
-def check_pictures(options: argparse.Namespace) -> None:
-    """Say before the run what could not be drawn or written."""
-    from ...analysis.pictures import check_picture
-    from ..output import check_writable
+def inputs_of(options: argparse.Namespace, experiment: "Experiment", vectors: Sequence["TraitVector"]) -> list[Path]:
+    """The files that a command reads of an experiment and its model, with all that the experiment's vectors come of."""
+    from ...analysis.traits.experiment import INFERENCE_PROMPTS
+    from ..output import model_files
 
-    for target in filter(None, (options.html, options.png)):
-        check_writable(target)
+    models = [options.model] if options.model else [vector.metadata.get("model") for vector in vectors]
+    patterns = ("*/trait.json", "*/chat_template.jinja", "*/extraction/*", "*/extraction/vectors/*")
+    return [
+        experiment.folder / INFERENCE_PROMPTS,
+        *(path for pattern in patterns for path in experiment.folder.glob(pattern)),
+        *(path for name in {str(name) for name in models if name} for path in model_files(name)),
+    ]
+
+
+def check_outputs(options: argparse.Namespace, inputs: Sequence[Path], **others: Path | None) -> None:
+    """Say before the run what could not be drawn or written, and what would destroy another file of the command.
+
+    Args:
+        others: files that it writes besides the pictures, by option.
+    """
+    from ...analysis.pictures import check_picture
+    from ..output import check_targets
+
+    asked = {**others, "html": options.html, "png": options.png}
+    check_targets({f"--{name}": path for name, path in asked.items()}, inputs)
     if options.png is not None:
         check_picture(0, 1)
+        for path in filter(None, (*inputs, *others.values(), options.html)):
+            if _is_numbered(path, options.png):
+                raise HookError(f"--png {options.png} may come to {path}, which is another file of this command.")
 
 
 def write_pictures(options: argparse.Namespace, title: str, charts: Sequence[Any], about: str = "") -> Failures:
@@ -128,3 +154,9 @@ def write_pictures(options: argparse.Namespace, title: str, charts: Sequence[Any
         for i, chart in enumerate(charts):
             attempt(png if len(charts) == 1 else png.with_name(f"{png.stem}-{i}{png.suffix}"), chart.png)
     return failed
+
+
+def _is_numbered(path: Path, png: Path) -> bool:
+    """Whether a path is what one of several pictures may be called."""
+    pattern = rf"{re.escape(png.stem)}-\d+{re.escape(png.suffix)}"
+    return re.fullmatch(pattern, path.name) is not None and path.resolve().parent == png.resolve().parent

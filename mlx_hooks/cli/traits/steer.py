@@ -7,13 +7,14 @@ from typing import Any
 
 from ...analysis.spelling import in_columns, one_line
 from ...errors import HookError
-from ..output import check_writable, write_whole
+from ..output import write_whole
 from .options import (
     add_experiment,
     add_model,
     add_pictures,
     add_sampling,
-    check_pictures,
+    check_outputs,
+    inputs_of,
     interrupted,
     listed,
     load_model,
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
         "residual stream; show the scores of the words that come, and of the same words under each coefficient.",
     )
     add_experiment(parser)
-    parser.add_argument("--trait", required=True, metavar="NAME", help="whose vector is added")
+    parser.add_argument("--trait", required=True, action="append", metavar="NAME", help="whose vector is added")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the model answers")
     parser.add_argument(
         "--coefficients", required=True, metavar="A,B", help="such as --coefficients=-4,0,4; 0 is run in any case"
@@ -54,14 +55,16 @@ def run(options: argparse.Namespace) -> int:
     from ...analysis.traits.steering import steer
 
     coefficients = _numbers(options.coefficients)
+    if len(options.trait) > 1:
+        raise HookError("One trait's vector is added: give --trait once, and --measure A,B for what is measured.")
+    (trait,) = options.trait
     experiment = Experiment(options.root, options.experiment)
-    if options.json is not None:
-        check_writable(options.json)
-    check_pictures(options)
-    vector = experiment.trait(options.trait).find(method=options.method, layer=options.layer)
+    vector = experiment.trait(trait).find(method=options.method, layer=options.layer)
     names = None if options.measure is None else listed(options.measure)
     measured = None if names is None else [experiment.trait(name).find() for name in names]
-    model = load_model(options, [vector])
+    vectors = [vector, *(measured or [])]
+    check_outputs(options, inputs_of(options, experiment, vectors), json=options.json)
+    model = load_model(options, vectors)
     place = {"layer": options.at_layer, "measured": measured, "phase": options.phase}
     try:
         found = steer(model, options.prompt, vector, coefficients, **place, **sampling_of(options))
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
         write_whole(options.json, json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False))
         print(f"Written: {options.json}")
     charts = [SteeringChart.of(plain, i) for i in range(len(found.baseline.measured))]
-    return report(write_pictures(options, f"Steering by {options.trait}", charts))
+    return report(write_pictures(options, f"Steering by {trait}", charts))
 
 
 def _numbers(text: str) -> list[float]:

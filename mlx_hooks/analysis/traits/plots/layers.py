@@ -11,6 +11,7 @@ from ... import pictures
 from ...spelling import one_line, visible
 from ..capture import SUBLAYERS
 from . import svg
+from .checks import check_numbers, check_text, check_tokens
 from .painting import INK_FAINT, TokenTicks, diverging
 
 MAX_PICTURE = 240
@@ -44,6 +45,10 @@ class LayerChart:
     per_layer: bool = False
 
     def __post_init__(self) -> None:
+        check_tokens(self.tokens, self.n_prompt)
+        check_text("The unit of a chart", self.unit)
+        # The vector may be of a deeper model: its layer need not be drawn.
+        check_numbers("The vector's own layer", *([] if self.own_layer is None else [self.own_layer]))
         values = np.asarray(self.values, dtype=np.float64)
         if values.ndim != 2 or not values.size or values.shape[1] != len(self.tokens):
             raise HookError(
@@ -52,6 +57,7 @@ class LayerChart:
             )
         if not np.isfinite(values).all():
             raise HookError("A layer chart has finite values only.")
+        check_numbers("A layer chart", float(np.abs(values).max()))
         object.__setattr__(self, "values", values)
 
     @classmethod

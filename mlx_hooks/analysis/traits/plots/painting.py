@@ -10,6 +10,8 @@ from .svg import DEPTH, HIGH, LOW
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NAME_WIDTH = 0.5
+"""Inches that the word "prompt" needs above its tokens, with room around it."""
 INK_FAINT, LINE, MARK, SHADE = "#5c6670", "#1f6feb", "#b35900", "#eef0f2"
 
 
@@ -58,9 +60,12 @@ class TokenTicks:
 
     def name_parts(self, axes: "Axes") -> None:
         """Say above the axes which tokens are prompt and response."""
-        style: dict[str, Any] = {"fontsize": 7, "color": INK_FAINT, "xytext": (0, 3), "textcoords": "offset points"}
-        across = axes.get_xaxis_transform()
-        if self.n_prompt:
-            axes.annotate("prompt", (-0.4, 1), xycoords=across, **style)
+        style: dict[str, Any] = {"fontsize": 7, "color": INK_FAINT, "textcoords": "offset points"}
+        style["xycoords"] = axes.get_xaxis_transform()
+        if 0 < self.n_prompt * self.step < _NAME_WIDTH:
+            # It ends where the response begins, to the left of its own tokens if need be.
+            axes.annotate("prompt", (self.n_prompt - 0.5, 1), xytext=(-4, 3), ha="right", **style)
+        elif self.n_prompt:
+            axes.annotate("prompt", (-0.4, 1), xytext=(0, 3), **style)
         if self.n_prompt < len(self.tokens):
-            axes.annotate("response", (self.n_prompt - 0.4, 1), xycoords=across, **style)
+            axes.annotate("response", (self.n_prompt - 0.4, 1), xytext=(0, 3), **style)

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ....errors import HookError
 from ... import pictures
 from ...spelling import one_line, shortened, visible
 from . import svg
+from .checks import check_index, check_numbers, check_scores, check_text, check_tokens
 from .painting import INK_FAINT, LINE, MARK, SHADE, TokenTicks
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ PANEL, GAP = 130.0, 46.0
 LEFT = 58.0
 MAX_PICTURE = 240
 """Tokens that a picture shows at most."""
+_COUNTS, _SPEEDS = ("persistence", "persistence_total"), ("peak_velocity", "avg_velocity")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class TraitScores:
         boundary: the score between the classes that the vector was made from, if it is known.
         commitment, peak: indices of tokens of the chart, or None.
         dynamics: what ``TraitDynamics.to_dict`` answers; empty for none.
+
+    Raises:
+        HookError: for numbers that are none, and figures that ``dynamics`` lacks.
     """
 
     name: str
@@ -40,6 +46,18 @@ class TraitScores:
     commitment: int | None = None
     peak: int | None = None
     dynamics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_text("The name of a trait", self.name)
+        check_scores(self.name, self.scores, len(self.scores))
+        check_numbers(self.name, self.centre)
+        check_index("A commitment point", self.commitment, len(self.scores))
+        check_index("A peak", self.peak, len(self.scores))
+        if self.dynamics:
+            figures = [self.dynamics[name] for name in (*_COUNTS, "threshold")]
+            # Fewer than two scores have no speed.
+            figures += [speed for name in _SPEEDS if (speed := self.dynamics[name]) is not None]
+            check_numbers(f"dynamics of {self.name}", *figures)
 
     @property
     def centre(self) -> float:
@@ -61,12 +79,22 @@ class ScoreChart:
         tokens: as texts, the prompt's first.
         n_prompt: how many of them are the prompt.
         traits: at least one.
+
+    Raises:
+        HookError: for traits that have not one score for each token, and what else cannot be drawn.
     """
 
     title: str
     tokens: list[str]
     n_prompt: int
     traits: list[TraitScores]
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens, self.n_prompt)
+        if not self.traits:
+            raise HookError("A chart of scores has at least one trait.")
+        for trait in self.traits:
+            check_scores(trait.name, trait.scores, len(self.tokens))
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "ScoreChart":
@@ -139,12 +167,10 @@ class ScoreChart:
         heads = [("trait", "word"), ("vector", "word"), ("commitment point", "word"), ("peak", "word")]
         heads += [(name, "") for name in ("persistence (tokens)", "in all", "fastest step", "mean step", "threshold")]
         rows = []
-        for trait in self.traits:
+        for trait in (trait for trait in self.traits if trait.dynamics):
             found = trait.dynamics
-            speeds = [
-                "-" if found[name] is None else svg.number(found[name]) for name in ("peak_velocity", "avg_velocity")
-            ]
-            lasting = [str(found[name]) for name in ("persistence", "persistence_total")]
+            speeds = ["-" if found[name] is None else svg.number(found[name]) for name in _SPEEDS]
+            lasting = [str(found[name]) for name in _COUNTS]
             peak = (
                 "none" if trait.peak is None else f"{svg.number(trait.scores[trait.peak])} at {self._token(trait.peak)}"
             )

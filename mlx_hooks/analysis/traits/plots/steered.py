@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from ....errors import HookError
 from ... import pictures
 from ...spelling import one_line
 from . import svg
+from .checks import check_numbers, check_scores, check_text, check_tokens
 from .painting import INK_FAINT, LINE, SHADE, TokenTicks
 from .scores import MAX_PICTURE
 
@@ -43,12 +45,25 @@ class SteeringChart:
         tokens: of the prompt and of coefficient 0's response.
         n_prompt: how many of them are the prompt.
         runs: by growing coefficient, 0 among them.
+
+    Raises:
+        HookError: for runs that have not one score for each token, and what else cannot be drawn.
     """
 
     title: str
     tokens: list[str]
     n_prompt: int
     runs: list[SteeredScores]
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens, self.n_prompt)
+        for run in self.runs:
+            what = f"coefficient {run.coefficient!s:.40}"
+            check_numbers(what, run.coefficient, run.mean, run.shift, run.forced_shift)
+            check_scores(what, run.scores, len(self.tokens))
+            check_text("A response", run.text)
+        if [run.coefficient for run in self.runs].count(0) != 1:
+            raise HookError("A chart of steering has coefficient 0 once.")
 
     @classmethod
     def of(cls, plain: Mapping[str, Any], index: int = 0) -> "SteeringChart":

@@ -16,6 +16,8 @@ HIGH, LOW = (214, 69, 56), (47, 111, 214)
 """Above the centre and below it, in the light."""
 DEPTH = 0.8
 """How much of the colour the largest value has: what is written on it can still be read."""
+_NAME_WIDTH = 52.0
+"""What the word "prompt" needs above its tokens, with room around it."""
 STYLE = f"""
 :root {{ --high: {" ".join(map(str, HIGH))}; --low: {" ".join(map(str, LOW))}; --line: #1f6feb; --mark: #b35900;
   --shade: rgb(110 125 140 / 0.11); --rule: rgb(110 125 140 / 0.35); }}
@@ -237,9 +239,14 @@ class TokenAxis:
 
     def names(self, y: float) -> list[str]:
         """Which part is which, above ``y``."""
-        parts = [label(self.left + 4, y, "prompt")] if self.n_prompt else []
+        parts, border = [], self.left + self.step * self.n_prompt
+        if 0 < border - self.left < _NAME_WIDTH:
+            # It ends where the response begins, to the left of its own tokens if need be.
+            parts.append(label(border - 6, y, "prompt", anchor="end"))
+        elif self.n_prompt:
+            parts.append(label(self.left + 4, y, "prompt"))
         if self.n_prompt < len(self.tokens):
-            parts.append(label(self.left + self.step * self.n_prompt + 4, y, "response"))
+            parts.append(label(border + 4, y, "response"))
         return parts
 
 
