@@ -5,11 +5,10 @@ Nothing is named by a path, and nothing outside the folder is read, not even whe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_hooks import HookError
+from mlx_hooks import HookError, UnknownVectorError
 from mlx_hooks.analysis.traits.experiment import Experiment, Trait
 from mlx_hooks.analysis.traits.vectors import TraitVector
 
@@ -112,15 +111,12 @@ class StoredTraits:
 
     def _vector(self, trait: Trait, method: str | None, layer: int | None, param: str) -> TraitVector:
         with self._refusing(400, "vector_unreadable", param):
-            settings, files = trait.settings, trait.vectors()
-        method = settings.method if method is None else method
-        layer = settings.layer if layer is None else layer
-        there = any(method in (None, file.method) and layer in (None, file.layer) for file in files)
-        status, code = (400, "vector_unreadable") if there else (404, "vector_not_found")
-        with self._refusing(status, code, param):
-            vector = trait.find(method=method, layer=layer)
-        with self._refusing(400, "vector_unreadable", param):
-            return vector if vector.chat is not None else replace(vector, chat=trait.chat)
+            try:
+                return trait.find(method=method, layer=layer)
+            except UnknownVectorError as error:
+                missing = error
+        with self._refusing(404, "vector_not_found", param):
+            raise missing
 
     def _experiment(self, name: str) -> Experiment:
         with self._refusing(404, "experiment_not_found"):

@@ -25,6 +25,10 @@ class UnknownHookError(HookError):
     """A hook point, layer, component or hook id that the model does not have; the message lists what it has."""
 
 
+class UnknownVectorError(HookError):
+    """A trait's vector that there is not; the message lists those that there are."""
+
+
 class ObserverError(HookError):
     """An observer of a generation that failed; what it raised is the ``__cause__``.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_hooks import Experiment, HookError, TraitVector
+from mlx_hooks import Experiment, HookError, TraitVector, UnknownVectorError, read_record
 from mlx_hooks.analysis.traits.experiment import Trait
 from mlx_hooks.analysis.traits.prompts import Chat
+from mlx_hooks.cli import main
 
 
 def make_trait(root: Path, name: str = "sum", experiment: str = "tests") -> Trait:
@@ -240,3 +241,45 @@ def test_a_damaged_vector_is_named(tmp_path: Path) -> None:
     with pytest.raises(HookError, match="probe_layer1.safetensors is no trait vector"):
         trait.find()
     assert trait.find("ica").layer == 3
+
+
+def test_a_vector_that_does_not_say_how_has_its_traits_way_to_put_prompts(tmp_path: Path) -> None:
+    trait = make_trait(tmp_path, "mine")
+    write(trait.folder / "trait.json", {"chat": False})
+    save(trait, ("given", 0))
+    said = Chat(system="Be brief")
+    TraitVector("mine", 1, "given", np.arange(1, 5), chat=said).save(trait.vectors_folder)
+    assert trait.find(layer=0).chat == Chat(False)
+    assert trait.find(layer=1).chat == said
+    assert trait.choose(layer=0).why == "given: there is no other; layer 0: as asked"
+
+
+def test_that_there_is_no_vector_is_told_from_one_that_cannot_be_read(tmp_path: Path) -> None:
+    trait = make_trait(tmp_path)
+    with pytest.raises(UnknownVectorError, match="has no vectors in"):
+        trait.find()
+    save(trait, ("probe", 0))
+    with pytest.raises(UnknownVectorError, match=r"no vector of layer 3 \(as asked\)"):
+        trait.find(layer=3)
+    (trait.vectors_folder / "probe_layer0.safetensors").write_text("rubbish")
+    with pytest.raises(HookError) as failure:
+        trait.find()
+    assert not isinstance(failure.value, UnknownVectorError)
+
+
+def test_all_commands_put_a_prompt_in_the_traits_way(tmp_path: Path) -> None:
+    trait = make_trait(tmp_path, "mine")
+    write(trait.folder / "trait.json", {"chat": False})
+    vector = TraitVector("mine", 1, "given", np.arange(1, 129), metadata={"model": "neuroscope-tiny"})
+    vector.save(trait.vectors_folder)
+    where = ["--experiment", "tests", "--root", str(tmp_path), "--max-tokens", "1"]
+    asked = [*where, "--prompts", "Hello"]
+    assert main(["traits", "dynamics", *asked, "--output", str(tmp_path / "d.json")]) == 0
+    steered = [*where, "--trait", "mine", "--prompt", "Hello", "--coefficients=1", "--json", str(tmp_path / "s.json")]
+    assert main(["traits", "steer", *steered]) == 0
+    assert main(["traits", "capture-layers", *asked, "--trait", "mine"]) == 0
+    record = read_record(trait.folder / "inference" / "residual_stream_activations" / "prompt_0.safetensors")
+    moved = json.loads((tmp_path / "d.json").read_text())["results"][0]
+    pushed = json.loads((tmp_path / "s.json").read_text())
+    for read in (record, moved, pushed):
+        assert read["prompt"]["tokens"] == ["<bos>", "Hello"]

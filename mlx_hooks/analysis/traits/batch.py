@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -324,21 +324,16 @@ def model_named_by(vectors: Sequence[TraitVector]) -> str:
 
 
 def _find(trait: Trait, method: str | None, layer: int | None, each_layer: bool) -> Vectors:
-    """A trait's vector, or those that its method made at all layers, each with the way to put prompts to the model."""
+    """A trait's vector, or those that its method made at all layers."""
     found = trait.find(method, layer)
     if not each_layer:
-        return _with_chat(trait, found)
+        return found
     layers = [file.layer for file in trait.vectors() if file.method == found.method]
-    return [_with_chat(trait, trait.find(found.method, layer)) for layer in layers]
+    return [trait.find(found.method, layer) for layer in layers]
 
 
 def _first(vectors: Vectors) -> TraitVector:
     return vectors if isinstance(vectors, TraitVector) else vectors[0]
-
-
-def _with_chat(trait: Trait, vector: TraitVector) -> TraitVector:
-    """A vector with the chat that it was made with, or its trait's."""
-    return vector if vector.chat is not None else replace(vector, chat=trait.chat)
 
 
 def _check_folder(folder: Path) -> None:

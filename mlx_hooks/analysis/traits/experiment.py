@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import HookError
+from ...errors import HookError, UnknownVectorError
 from .prompts import SUFFIXES, Chat, read_prompts
 from .vectors import GIVEN, METHODS, TraitVector
 
@@ -206,7 +206,8 @@ class Trait:
            passed over, and named by :meth:`choose`, as long as there is one that can.
 
         Raises:
-            HookError: when there is none; lists what there is.
+            UnknownVectorError: when there is none; lists what there is.
+            HookError: for files that cannot be read.
         """
         return self.choose(method, layer).vector
 
@@ -215,7 +216,9 @@ class Trait:
         check_choice(method, layer)
         files = self.vectors()
         if not files:
-            raise HookError(f"The trait {self.name} has no vectors in {self.vectors_folder}: extract them first.")
+            raise UnknownVectorError(
+                f"The trait {self.name} has no vectors in {self.vectors_folder}: extract them first."
+            )
         because_method = "as asked" if method is not None else f"by {_SETTINGS}"
         because_layer = "as asked" if layer is not None else f"by {_SETTINGS}"
         method = self.settings.method if method is None else method
@@ -223,11 +226,13 @@ class Trait:
         found = [file for file in files if layer in (None, file.layer)]
         if method is None and found:
             method, because_method = found[0].method, f"the first of {', '.join(METHODS)} that there is"
+            if method == GIVEN:
+                because_method = "there is no other"
         found = [file for file in found if file.method == method]
         if not found:
             wanted = [f"method {method} ({because_method})"] if method is not None else []
             wanted += [f"layer {layer} ({because_layer})"] if layer is not None else []
-            raise HookError(
+            raise UnknownVectorError(
                 f"The trait {self.name} has no vector of {' and '.join(wanted)}. "
                 f"There are: {', '.join(file.name for file in files)}."
             )
@@ -253,7 +258,7 @@ class Trait:
         return best, f"{why} (passed over, since it cannot be read: {passed})" if broken else why
 
     def read(self, file: VectorFile) -> TraitVector:
-        """The vector of one of :meth:`vectors`.
+        """The vector of one of :meth:`vectors`; one that does not say how its prompts were put has the trait's way.
 
         Raises:
             HookError: for a file that cannot be read, or that is called as another vector.
@@ -262,7 +267,7 @@ class Trait:
         if vector.name != file.name:
             raise HookError(f"{file.path} holds the vector {vector.name}: a file is called as its vector is.")
         # The folder may have been renamed or copied since.
-        return replace(vector, trait=self.name)
+        return replace(vector, trait=self.name, chat=self.chat if vector.chat is None else vector.chat)
 
 
 @dataclass(frozen=True)
