@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from every_architecture import FALCON_H1
 
 from mlx_hooks import Experiment, HookedModel, HookError, TraitVector, capture_all_layers, capture_single_layer
 from mlx_hooks.analysis.identity import ModelIdentity
@@ -127,7 +128,7 @@ def test_short_responses_are_kept_too(tiny: HookedModel, tmp_path: Path, max_tok
         assert verify_format(path) == []
 
 
-@pytest.mark.parametrize("name", ["jamba", "gpt_oss", "mixtral", "cohere", "falcon_h1", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["jamba", "gpt_oss", "mixtral", "cohere", FALCON_H1, "deepseek_v2"])
 @pytest.mark.parametrize("alignment", ["at", "predicts"])
 def test_captures_of_every_kind_of_layer_are_right(name: str, alignment: str, tmp_path: Path) -> None:
     model, path, prompt = HookedModel(tiny_model(name)), tmp_path / "prompt_0.safetensors", [3, 1, 4, 1, 5]
