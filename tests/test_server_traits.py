@@ -652,6 +652,43 @@ def test_a_listing_tells_titles_and_survives_broken_settings(worker: ModelWorker
     assert [one["display_name"] for one in listed["traits"]] == ["Ah!", "b"]
 
 
+def test_a_listing_survives_what_cannot_be_read(
+    worker: ModelWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("moods/calm", "moods/odd", "sealed/calm"):
+        TraitVector("x", 0, "mean_diff", SECOND).save(tmp_path / name / "extraction" / "vectors")
+    odd = tmp_path / "moods" / "odd" / "extraction" / "vectors"
+    odd.rename(tmp_path / "away")
+    odd.touch()
+    # Not even the system can say whether that is a folder.
+    for folder in (tmp_path, tmp_path / "moods"):
+        (folder / "nowhere").symlink_to("x" * 300)
+    read = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "sealed":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    web = create_app(worker, ServerConfig(experiments=tmp_path)).test_client()
+    calm = {"name": "calm", "display_name": "Calm", "vectors": [{"method": "mean_diff", "layer": 0}]}
+    moods = {"name": "moods", "traits": [calm, {"name": "odd", "display_name": "Odd", "vectors": []}]}
+    listed = web.get(ROUTE)
+    assert listed.get_json() == {
+        "experiments": [{"name": "away", "traits": []}, moods, {"name": "sealed", "traits": []}]
+    }
+    assert web.get(f"{ROUTE}?experiment=moods").get_json() == {"experiments": [moods]}
+    # Who asks for it is told.
+    told = web.get(f"{ROUTE}?experiment=sealed")
+    assert told.status_code == 404
+    assert told.get_json()["error"]["message"] == "sealed cannot be read: Permission denied."
+    stored = {"vectors": None, "experiment": "moods", "max_tokens": 0}
+    told = refused(web, "traits[0]", "vector_unreadable", traits=["odd"], **stored)
+    assert told == "moods/odd/extraction/vectors cannot be read: Not a directory."
+    assert [one["name"] for one in ask(web, traits=["calm"], **stored)["traits"]] == ["calm"]
+
+
 def test_a_server_without_experiments_lists_none(worker: ModelWorker) -> None:
     reply = create_app(worker).test_client().get(ROUTE)
     assert (reply.status_code, reply.json["error"]["code"]) == (400, "no_experiments")
