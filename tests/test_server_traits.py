@@ -1,6 +1,7 @@
 """Traits over HTTP: what Python measures, number by number, as a whole and as events; vectors given and stored."""
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -757,6 +758,32 @@ def test_where_stored_chats_cannot_be_used(chats: FlaskClient) -> None:
     assert text in refused(chats, "stored_chat", **stored)
     assert text in refused(chats, "stored_chat", **stored, prompt=None, messages=MESSAGES)
     assert text in refused(chats, "stored_chat", prompt="w1", stored_chat=True)
+
+
+def test_too_long_a_prompt_is_refused_alike_however_it_is_put(
+    worker: ModelWorker, chats: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = worker.get("tiny").model
+    most = model.cfg.max_positions
+    assert most is not None
+    monkeypatch.setattr(model.hf_tokenizer, "model_max_length", most)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    stored = {"vectors": None, "experiment": "e", "traits": ["first"], "max_tokens": 0}
+    text = " ".join(["w1"] * (most + 1))
+    system = [{"role": "system", "content": "w9"}, {"role": "user", "content": text}]
+    for fields, added in (
+        ({"prompt": text}, 0),
+        ({"prompt": None, "messages": system}, 4),
+        ({"prompt": text, "stored_chat": True}, 4),
+        ({"prompt": text, "stored_chat": True, "traits": ["plain"]}, 0),
+    ):
+        told = refused(chats, None, "context_length_exceeded", **stored | fields)
+        assert told == f"The prompt has {most + 1 + added} tokens; the model reads at most {most}."
+    # The tokenizer would warn, once, of errors that nobody gets.
+    assert not caplog.records
+    assert not model.hf_tokenizer.deprecation_warnings
+    model.tokenizer.encode(text)
+    assert "indexing errors" in caplog.text
 
 
 # Many callers
