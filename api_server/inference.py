@@ -11,6 +11,7 @@ from mlx_hooks import CapturedActivation, GenerationStep, HookedModel, SelfTest
 from mlx_hooks.analysis import attribution
 from mlx_hooks.analysis.attribution import attribution_points
 from mlx_hooks.analysis.logit_lens import HEADS, LogitLens, component_of
+from mlx_hooks.encoding import encode_chat, encode_text
 from mlx_hooks.interventions import InterventionPlan, Reach
 from mlx_hooks.manager import CapturePlan
 from mlx_hooks.token_text import TokenText
@@ -180,7 +181,8 @@ def prompt_tokens(model: HookedModel, prompt: PromptSource) -> list[int]:
         ApiError: no tokenizer, no chat template, one that refuses the messages, an id beyond the vocabulary, no tokens.
     """
     if isinstance(prompt, str):
-        tokens = list(_tokenizer(model).encode(prompt))
+        _tokenizer(model)
+        tokens = encode_text(model, prompt)
     elif messages := [part for part in prompt if isinstance(part, ChatMessage)]:
         tokens = _chat_tokens(model, messages)
     else:
@@ -327,20 +329,18 @@ def _positions(tokens: list[int], asked: Any, param: str) -> list[int]:
 
 
 def _chat_tokens(model: HookedModel, messages: list[ChatMessage]) -> list[int]:
-    tokenizer = _tokenizer(model)
-    if not tokenizer.has_chat_template:
+    if not _tokenizer(model).has_chat_template:
         raise ApiError(
             400, "This model has no chat template: use /v1/completions.", code="no_chat_template", param="messages"
         )
     try:
-        tokens = tokenizer.apply_chat_template([m.plain() for m in messages], add_generation_prompt=True)
+        return encode_chat(model, [m.plain() for m in messages])
     except Exception as error:
         # A template is a program that came with the model: it may raise anything, and means the messages by it.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ApiError(
             400, f"The model's chat template refuses these messages: {reason}", code="invalid_value", param="messages"
         ) from error
-    return list(tokens)
 
 
 def _tokenizer(model: HookedModel) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hooks import HookError, UnknownVectorError
-from mlx_hooks.analysis.traits.experiment import Experiment, Trait
+from mlx_hooks.analysis.traits.experiment import Experiment, Trait, is_folder
 from mlx_hooks.analysis.traits.vectors import TraitVector
 
 from . import logs
@@ -51,33 +51,45 @@ class StoredTraits:
     def listing(self, experiment: str | None = None) -> list[dict[str, Any]]:
         """All experiments, or one, with the names of their traits' vectors; no vector is opened.
 
+        Of what cannot be read nothing is listed, and all else is: who asks for it is told.
+
         Raises:
-            ApiError: there is no such experiment, or it lies outside.
+            ApiError: the experiment that is asked for is not there, cannot be read, or lies outside.
         """
-        names = self._experiments() if experiment is None else [experiment]
-        return [{"name": name, "traits": self._traits_of(self._experiment(name))} for name in names]
+        if experiment is not None:
+            return [{"name": experiment, "traits": self._traits_of(experiment)}]
+        return [{"name": name, "traits": self._readable_of(name)} for name in self._experiments()]
 
     def _experiments(self) -> list[str]:
         try:
-            folders = [path for path in sorted(self._root.iterdir()) if path.is_dir() and self._is_inside(path)]
+            folders = [path for path in sorted(self._root.iterdir()) if is_folder(path) and self._is_inside(path)]
         except OSError as error:
             message = f"The server cannot read {FOLDER}: {error.strerror}."
             raise ApiError(404, message, code="experiment_not_found", param="experiment") from error
         return [path.name for path in folders if is_folder_name(path.name)]
 
-    def _traits_of(self, experiment: Experiment) -> list[dict[str, Any]]:
+    def _readable_of(self, name: str) -> list[dict[str, Any]]:
+        try:
+            return self._traits_of(name)
+        except ApiError:
+            return []
+
+    def _traits_of(self, name: str) -> list[dict[str, Any]]:
+        experiment = self._experiment(name)
         with self._refusing(404, "trait_not_found"):
             traits = experiment.traits()
         return [self._listed(trait) for trait in traits if all(map(self._is_inside, _read_for(trait)))]
 
     def _listed(self, trait: Trait) -> dict[str, Any]:
-        with self._refusing(400, "vector_unreadable"):
+        try:
             files = trait.vectors()
+        except HookError:
+            files = []
         vectors = [{"method": file.method, "layer": file.layer} for file in files]
         try:
             title = trait.display_name
         except HookError:
-            # Its settings are broken; who asks for its vectors is told.
+            # Its settings are broken.
             title = trait.name
         return {"name": trait.name, "display_name": title, "vectors": vectors}
 

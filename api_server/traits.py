@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.traits.dynamics import trait_dynamics
-from mlx_hooks.analysis.traits.prompts import render
+from mlx_hooks.analysis.traits.prompts import put
 from mlx_hooks.analysis.traits.vectors import TraitVector
 from mlx_hooks.analysis.traits.watching import TraitStep, watch_traits
 from mlx_hooks.interventions import InterventionPlan
@@ -80,7 +80,8 @@ def _tokens(model: HookedModel, asked: TraitsRequest, vectors: Sequence[TraitVec
     found: dict[tuple[int, ...], str] = {}
     for vector in vectors:
         if vector.path is not None:
-            found.setdefault(tuple(render(model, asked.prompt, vector.chat)), vector.trait)
+            # Too long a prompt is refused as any other is.
+            found.setdefault(tuple(put(model, asked.prompt, vector.chat)), vector.trait)
     if len(found) > 1:
         first, second, *_ = found.values()
         raise ApiError(

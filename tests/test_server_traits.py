@@ -1,6 +1,7 @@
 """Traits over HTTP: what Python measures, number by number, as a whole and as events; vectors given and stored."""
 
 import json
+import logging
 import socket
 import threading
 import time
@@ -652,6 +653,43 @@ def test_a_listing_tells_titles_and_survives_broken_settings(worker: ModelWorker
     assert [one["display_name"] for one in listed["traits"]] == ["Ah!", "b"]
 
 
+def test_a_listing_survives_what_cannot_be_read(
+    worker: ModelWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("moods/calm", "moods/odd", "sealed/calm"):
+        TraitVector("x", 0, "mean_diff", SECOND).save(tmp_path / name / "extraction" / "vectors")
+    odd = tmp_path / "moods" / "odd" / "extraction" / "vectors"
+    odd.rename(tmp_path / "away")
+    odd.touch()
+    # Not even the system can say whether that is a folder.
+    for folder in (tmp_path, tmp_path / "moods"):
+        (folder / "nowhere").symlink_to("x" * 300)
+    read = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "sealed":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    web = create_app(worker, ServerConfig(experiments=tmp_path)).test_client()
+    calm = {"name": "calm", "display_name": "Calm", "vectors": [{"method": "mean_diff", "layer": 0}]}
+    moods = {"name": "moods", "traits": [calm, {"name": "odd", "display_name": "Odd", "vectors": []}]}
+    listed = web.get(ROUTE)
+    assert listed.get_json() == {
+        "experiments": [{"name": "away", "traits": []}, moods, {"name": "sealed", "traits": []}]
+    }
+    assert web.get(f"{ROUTE}?experiment=moods").get_json() == {"experiments": [moods]}
+    # Who asks for it is told.
+    told = web.get(f"{ROUTE}?experiment=sealed")
+    assert told.status_code == 404
+    assert told.get_json()["error"]["message"] == "sealed cannot be read: Permission denied."
+    stored = {"vectors": None, "experiment": "moods", "max_tokens": 0}
+    told = refused(web, "traits[0]", "vector_unreadable", traits=["odd"], **stored)
+    assert told == "moods/odd/extraction/vectors cannot be read: Not a directory."
+    assert [one["name"] for one in ask(web, traits=["calm"], **stored)["traits"]] == ["calm"]
+
+
 def test_a_server_without_experiments_lists_none(worker: ModelWorker) -> None:
     reply = create_app(worker).test_client().get(ROUTE)
     assert (reply.status_code, reply.json["error"]["code"]) == (400, "no_experiments")
@@ -720,6 +758,32 @@ def test_where_stored_chats_cannot_be_used(chats: FlaskClient) -> None:
     assert text in refused(chats, "stored_chat", **stored)
     assert text in refused(chats, "stored_chat", **stored, prompt=None, messages=MESSAGES)
     assert text in refused(chats, "stored_chat", prompt="w1", stored_chat=True)
+
+
+def test_too_long_a_prompt_is_refused_alike_however_it_is_put(
+    worker: ModelWorker, chats: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = worker.get("tiny").model
+    most = model.cfg.max_positions
+    assert most is not None
+    monkeypatch.setattr(model.hf_tokenizer, "model_max_length", most)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    stored = {"vectors": None, "experiment": "e", "traits": ["first"], "max_tokens": 0}
+    text = " ".join(["w1"] * (most + 1))
+    system = [{"role": "system", "content": "w9"}, {"role": "user", "content": text}]
+    for fields, added in (
+        ({"prompt": text}, 0),
+        ({"prompt": None, "messages": system}, 4),
+        ({"prompt": text, "stored_chat": True}, 4),
+        ({"prompt": text, "stored_chat": True, "traits": ["plain"]}, 0),
+    ):
+        told = refused(chats, None, "context_length_exceeded", **stored | fields)
+        assert told == f"The prompt has {most + 1 + added} tokens; the model reads at most {most}."
+    # The tokenizer would warn, once, of errors that nobody gets.
+    assert not caplog.records
+    assert not model.hf_tokenizer.deprecation_warnings
+    model.tokenizer.encode(text)
+    assert "indexing errors" in caplog.text
 
 
 # Many callers

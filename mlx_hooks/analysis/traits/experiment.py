@@ -304,7 +304,7 @@ class Experiment:
 
     def traits(self) -> list[Trait]:
         """Its traits by name: the folders that have an ``extraction`` folder."""
-        return [Trait(path) for path in _folders(self.folder) if (path / "extraction").is_dir()]
+        return [Trait(path) for path in _folders(self.folder) if is_folder(path / "extraction")]
 
     def trait(self, name: str) -> Trait:
         """One of them.
@@ -336,6 +336,15 @@ def check_choice(method: Any = None, layer: Any = None) -> None:
         raise HookError(f"A layer is a whole number from 0 up, got {layer!r}.", field="layer")
 
 
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder, or leads to one; what cannot be looked at is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        # The folder that it lies in may not be entered, or a link leads to what cannot be.
+        return False
+
+
 def _best(vectors: list[TraitVector]) -> tuple[TraitVector, str]:
     """The vector that separates best what it was not made of, and why it is that one."""
     best = max(vectors, key=lambda vector: (*_merit(vector), -vector.layer))
@@ -362,7 +371,7 @@ def _number(value: Any, otherwise: float) -> float:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
+    return [path for path in _entries(folder) if is_folder(path)]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ...encoding import encode_chat, encode_text
 from ...errors import HookError
 from ...model import HookedModel
 
@@ -68,40 +69,40 @@ class Chat:
 
 
 def render(model: HookedModel, prompt: str, chat: Chat | None = None) -> list[int]:
-    """The tokens that a model reads for a prompt.
-
-    Args:
-        prompt: a text that is not empty.
-        chat: how it is put; None for a :class:`Chat` of defaults.
+    """The tokens that a model reads for a prompt, as :func:`put` has them.
 
     Raises:
-        HookError: for an empty prompt, one that is longer than the model reads, a model without tokenizer, and a
-            template that refuses the prompt.
+        HookError: also for a prompt that is longer than the model reads.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise HookError(f"A prompt is a text that is not empty, got {prompt!r}.", field="prompt")
-    chat = chat or Chat()
-    tokens = _through_template(model, prompt, chat) if chat.is_used(model) else _plain(model, prompt)
+    tokens = put(model, prompt, chat)
     limit = model.cfg.max_positions
     if limit is not None and len(tokens) > limit:
         raise HookError(f"The prompt has {len(tokens)} tokens; the model reads at most {limit}.", field="prompt")
     return tokens
 
 
-def _plain(model: HookedModel, prompt: str) -> list[int]:
-    # Too long a text is told by ``render``, not by the tokenizer's warning.
-    return list(model.hf_tokenizer.encode(prompt, verbose=False))
+def put(model: HookedModel, prompt: str, chat: Chat | None = None) -> list[int]:
+    """The tokens of a prompt, which may be more than the model reads.
+
+    Args:
+        prompt: a text that is not empty.
+        chat: how it is put; None for a :class:`Chat` of defaults.
+
+    Raises:
+        HookError: for an empty prompt, a model without tokenizer, and a template that refuses the prompt.
+    """
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise HookError(f"A prompt is a text that is not empty, got {prompt!r}.", field="prompt")
+    chat = chat or Chat()
+    return _through_template(model, prompt, chat) if chat.is_used(model) else encode_text(model, prompt)
 
 
 def _through_template(model: HookedModel, prompt: str, chat: Chat) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
     if chat.system is not None:
         messages.insert(0, {"role": "system", "content": chat.system})
-    own = {} if chat.template is None else {"chat_template": chat.template}
-    tokenizer = model.tokenizer
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **own)
-        return list(model.hf_tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        return encode_chat(model, messages, chat.template)
     except Exception as error:
         # A template is a program that came with the model or the trait: it may raise anything.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
