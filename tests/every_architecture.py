@@ -36,3 +36,9 @@ def _marks(name: str) -> list[pytest.MarkDecorator]:
 on_every_architecture = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=_marks(name)) for name in sorted([*CONFIGURATIONS, *VARIANTS])]
 )
+
+FALCON_H1 = pytest.param(
+    "falcon_h1",
+    marks=pytest.mark.skipif(IS_OLDER, reason="an older mlx-lm runs one layer of it only where there is no KV cache"),
+)
+"""Blocks whose attention and mixer run side by side."""

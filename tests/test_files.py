@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -11,14 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from mlx_hooks import HookError
 from mlx_hooks.storage.files import (
     clear_left,
     is_temporary,
     locked,
     remove_folder,
+    try_file,
     whole_file,
     whole_folder,
     write_whole,
+    writing,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +53,30 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(TypeError), whole_file(path) as draft:
         draft.write_bytes("half")  # type: ignore[arg-type]
     assert (names(tmp_path), path.read_text()) == (["a.json"], "old")
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for path in (pipe, link, Path(os.devnull)):
+        with pytest.raises(FileExistsError, match="it is a device or a pipe; name a file"):
+            try_file(path)
+        with pytest.raises(HookError, match=f"cannot write {path}: it is a device or a pipe"), writing(path):
+            write_whole(path, "new")
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+    assert names(tmp_path) == ["link", "pipe"]
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    link, file = tmp_path / "link.json", tmp_path / "other" / "file.json"
+    link.symlink_to(file)
+    for content in ("first", "second"):
+        write_whole(link, content)
+        assert (link.is_symlink(), file.read_text()) == (True, content)
+    assert names(tmp_path / "other") == ["file.json"]
 
 
 def test_a_folder_appears_with_all_that_is_in_it(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Callable
-from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from every_architecture import FALCON_H1
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
-from packaging.version import Version
 from reference import forward
 from tiny_models import CONFIGS, make_model
 
@@ -690,11 +689,7 @@ def test_what_never_fires_is_an_error(llama: HookedModel, tiny: HookedModel) -> 
 STATE = "blocks.0.mixer.hook_state"
 
 
-OLD = Version(version("mlx-lm")) < Version("0.32.2")
-NEWER = pytest.mark.skipif(OLD, reason="an older mlx-lm runs one layer of it only where there is no KV cache")
-
-
-@pytest.fixture(scope="module", params=["mamba", pytest.param("falcon_h1", marks=NEWER)])
+@pytest.fixture(scope="module", params=["mamba", FALCON_H1])
 def recurrent(request: pytest.FixtureRequest) -> HookedModel:
     return HookedModel(tiny_model(request.param))
 

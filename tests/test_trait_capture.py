@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import reference
+from every_architecture import FALCON_H1
 from mlx.utils import tree_flatten
 from tiny_models import make_model
 
@@ -26,7 +27,7 @@ N = len(PROMPT)
 MAX_TOKENS = 4
 BFLOAT16 = "llama, bfloat16"
 # Grouped queries, soft caps and norms after sublayers, no gates, parallel branches, experts, mixers, sinks, a latent.
-NAMES = ["llama", "gemma2", "gpt2", "cohere", "mixtral", "jamba", "mamba", "falcon_h1", "gpt_oss", "minicpm3", BFLOAT16]
+NAMES = ["llama", "gemma2", "gpt2", "cohere", "mixtral", "jamba", "mamba", FALCON_H1, "gpt_oss", "minicpm3", BFLOAT16]
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -383,6 +383,10 @@ def test_a_model_that_vectors_name_and_is_not_there_can_be_named(
         (["--html", "{demo}/serial/extraction/vectors/ica_layer1.safetensors"], "which is read here"),
         (["--output", "{demo}/serial/trait.json"], "which is read here"),
         (["--model", "x", "--output", "x/config.json"], "--output is x/config.json, which is read here"),
+        (["--output", "{captures}/prompt_0.safetensors"], "prompt_0.safetensors, which is a capture's: name another"),
+        (["--html", "{captures}/prompt_0.json"], "prompt_0.json, which is a capture's: name another"),
+        (["--output", "{captures}/left.json"], "left.json, which is a capture's: name another"),
+        (["--png", "{captures}/../layer_internal_states/x.safetensors"], "x.safetensors, which is a capture's"),
         (["--png", "d.png", "--html", "d-1.png"], "--png d.png may come to d-1.png, which is another file of this"),
     ],
 )
@@ -401,8 +405,13 @@ def test_no_output_takes_the_place_of_another_or_of_what_is_read(
     (tmp_path / "link.png").symlink_to("d.png")
     (tmp_path / "p.txt").write_text(CAPITAL)
     (root / "demo" / "serial" / "trait.json").write_text("{}")
+    captures = root / "demo" / "serial" / "inference" / "residual_stream_activations"
+    single = captures.with_name("layer_internal_states") / "x.safetensors"
+    for path in (captures / "prompt_0.safetensors", captures / "left.json", single):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("numbers")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert main(told(root, *(part.format(demo=root / "demo") for part in arguments))) == 1
+    assert main(told(root, *(part.format(demo=root / "demo", captures=captures) for part in arguments))) == 1
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

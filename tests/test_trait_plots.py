@@ -521,6 +521,23 @@ def test_the_command_does_not_draw_over_the_file_that_it_draws(
     assert files[name].read_bytes() == before
 
 
+@pytest.mark.parametrize("source", ["capture.safetensors", "capture.json", "dynamics.json"])
+@pytest.mark.parametrize("option", ["--html", "--png"])
+def test_the_command_draws_over_no_capture(
+    files: dict[str, Path], source: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in {path.name for path in files.values()}:
+        (tmp_path / name).write_bytes(files[name].read_bytes())
+    (tmp_path / "d-3.safetensors").write_text("numbers")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name in {"capture.safetensors", "capture.json", "d-3.json"} - {source}:
+        assert main(["traits", "plot", str(tmp_path / source), option, str(tmp_path / name)]) == 1
+        assert f"{name}, which is a capture's: name another file" in capsys.readouterr().err
+    assert main(["traits", "plot", str(tmp_path / source), "--png", str(tmp_path / "d.safetensors")]) == 1
+    assert "may come to" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_the_command_wants_something_to_write(files: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["traits", "plot", str(files["dynamics.json"])]) == 1
     assert "Say what to write: --png FILE, --html FILE or both." in capsys.readouterr().err

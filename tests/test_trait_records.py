@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from every_architecture import FALCON_H1
 
 from mlx_hooks import Experiment, HookedModel, HookError, TraitVector, capture_all_layers, capture_single_layer
 from mlx_hooks.analysis.identity import ModelIdentity
@@ -127,7 +128,7 @@ def test_short_responses_are_kept_too(tiny: HookedModel, tmp_path: Path, max_tok
         assert verify_format(path) == []
 
 
-@pytest.mark.parametrize("name", ["jamba", "gpt_oss", "mixtral", "cohere", "falcon_h1", "deepseek_v2"])
+@pytest.mark.parametrize("name", ["jamba", "gpt_oss", "mixtral", "cohere", FALCON_H1, "deepseek_v2"])
 @pytest.mark.parametrize("alignment", ["at", "predicts"])
 def test_captures_of_every_kind_of_layer_are_right(name: str, alignment: str, tmp_path: Path) -> None:
     model, path, prompt = HookedModel(tiny_model(name)), tmp_path / "prompt_0.safetensors", [3, 1, 4, 1, 5]
@@ -252,7 +253,7 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
     (_set("metadata", "alignment", "before"), "metadata/alignment is one of at, predicts, got 'before'"),
     (_set("metadata", "n_layers", True), "metadata/n_layers is a whole number, got true or false"),
     (_set("metadata", "n_layers", 10**12), "metadata/n_layers is a whole number from 0 to 10000"),
-    (_set("metadata", "n_layers", 10_000), "projections/prompt has the shape (8, 4, 3)"),
+    (_set("metadata", "n_layers", 10_000), "metadata/model_identity/n_layers is 4, metadata/n_layers 10000"),
     (_set("metadata", "layer", 99), "metadata/layer is 99, n_layers is 4"),
     (_set("metadata", "method", "xyz"), "metadata/method is one of probe, mean_diff, ica, gradient, given, got 'xyz'"),
     (_set("metadata", "trait", ""), "metadata/trait is empty"),
@@ -289,6 +290,29 @@ WRONG_LAYERS: list[tuple[Change, str]] = [
     (_edit(lambda a: a * 0.5, WEIGHTS, "response", 0, "layer_1"),
      "attention_weights/response/0/layer_1 has rows of attention that do not sum to 1: 0.5 to 0.5"),
     (_edit(_ahead, WEIGHTS, "prompt", "layer_3"), "attention_weights/prompt/layer_3 looks ahead"),
+    (_set("metadata", "temperature", 10**400), f"metadata/temperature is a number from 0 up, got {10**59}"),
+    (_set("metadata", "top_p", 10**400), f"metadata/top_p is a number from 0 to 1, got {10**59}"),
+    (_set("metadata", "seed", -(10**400)), "metadata/seed is a whole number from 0 up, got -1"),
+    (_set("metadata", "layer", 10**400), f"metadata/layer is {10**59}, n_layers is 4"),
+    (_set("metadata", "d_model", 10**400), "metadata/d_model is a whole number from 0 to 1000000, got 1"),
+    (_set("metadata", "vector_norm", 10**400), "metadata/vector_norm is above 0 and finite"),
+    (_set("prompt", "n_tokens", 10**400), "prompt/tokens has 8 entries, n_tokens is 1"),
+    (_set("metadata", "n_passes", -3), "metadata/n_passes is a whole number from 1 up, got -3"),
+    (_set("metadata", "n_heads", 0), "metadata/n_heads is 0, and there are attention weights"),
+    (_set("metadata", "chat", {"a": 1}), "metadata/chat is nothing, or has use, system, template and used"),
+    (_set("metadata", "chat", {"use": None, "system": None, "template": None, "used": 1}), "metadata/chat is nothing"),
+    (_set("metadata", "model_identity", {}), "metadata/model_identity has model_type, n_layers"),
+    (_set("metadata", "model_identity", "n_layers", float(10**300)), "metadata/model_identity/n_layers is 1"),
+    (_set("metadata", "model_identity", "d_model", 127), "model_identity/d_model is 127, metadata/d_model 128"),
+    (_set("metadata", "vector_path", [1]), "metadata/vector_path is a text or nothing, or with each_layer a list"),
+    (_set("metadata", "attention_sinks", [{}]), "metadata/attention_sinks is a list of layers, got {}; n_layers is 4"),
+    (_set("metadata", "looks_ahead", [[1]]), "metadata/looks_ahead is a list of layers, got [1]; n_layers is 4"),
+    (_set("metadata", "looks_ahead", [4]), "metadata/looks_ahead is a list of layers, got 4; n_layers is 4"),
+    (_set("metadata", "layers_without_attention", {"x": "y"}), "layers_without_attention is a mapping of layers, got"),
+    (_set("metadata", "attends_repeatedly", 5), "metadata/attends_repeatedly is a mapping, got a whole number"),
+    (_set("metadata", "attends_repeatedly", {"1": 5}), "metadata/attends_repeatedly/1 is a reason"),
+    (_set("metadata", "after_attn", 3), "metadata/after_attn is a list, got a whole number"),
+    (_set("metadata", "after_attn", ["a"]), "metadata/after_attn is a list of 4 texts, got ['a']"),
     (_set(WEIGHTS, "response", 0, 5), "attention_weights/response/0 is a mapping, got a whole number"),
 ]  # fmt: skip
 WRONG_SINGLE: list[tuple[Change, str]] = [
@@ -301,6 +325,11 @@ WRONG_SINGLE: list[tuple[Change, str]] = [
     (_set("internals", "other", {"a": {"b": np.zeros(3, np.float32)}}), "internals/other is not expected"),
     (_set("internals", "prompt", "foo", {"bar": np.zeros((1, 1), np.float32)}), "internals/prompt/foo is not expected"),
     (_set("projections", "prompt", "foo", np.zeros(8, np.float32)), "projections/prompt/foo is not expected"),
+    (_set("metadata", "widths", "residual/input", 10**400), f"metadata/widths/residual/input is {10**59}, d_model"),
+    (_set("metadata", "widths", "mlp/activated", "wide"), "metadata/widths/mlp/activated is a whole number from 0 up"),
+    (_set("metadata", "widths", "mlp/activated", 10**400), f"by n_tokens and metadata/widths it has (8, {10**59})"),
+    (_set("layer", 10**400), f"layer is {10**59}, metadata/layer 1"),
+    (_set("metadata", "after_attn", []), "metadata/after_attn is a list of 1 texts"),
     (_drop("internals", "response"), "internals/response is a mapping, got nothing"),
     (_drop("internals", "prompt", "attention", "k_proj"),
      "internals/prompt/attention/k_proj is missing, and metadata/absent gives no reason"),
@@ -330,6 +359,7 @@ def test_what_is_wrong_is_named(
     found = verify_format(path)
     assert any(problem in told for told in found), found
     assert len(found) < 20
+    assert max(map(len, found)) < 240
 
 
 def test_numbers_that_are_not_finite_are_named(layers: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,9 +420,13 @@ def test_the_same_json_in_another_spelling_agrees(single: Record, tmp_path: Path
 
 def test_what_is_wrong_with_large_sizes_is_named_at_once(layers: Record, tmp_path: Path) -> None:
     record, path = copy.deepcopy(layers), tmp_path / "prompt_0.safetensors"
-    record["metadata"]["n_layers"] = 10_000
+    about = record["metadata"]
+    about["n_layers"] = about["model_identity"]["n_layers"] = 10_000
+    about["after_attn"] = ["attn_out"] * 10_000
     write_record(record, path)
-    assert len(verify_format(path)) == 2
+    first, second = verify_format(path)
+    assert first == "projections/prompt has the shape (8, 4, 3); by n_tokens and n_layers it has (8, 10000, 3)"
+    assert second.startswith("projections/response has the shape (3, 4, 3)")
 
 
 def test_numbers_that_were_changed_are_named(layers: Record, tmp_path: Path) -> None:

@@ -244,6 +244,8 @@ def test_the_command_shows_scores_and_texts(root: Path, tmp_path: Path, capsys: 
         (["--coefficients=1", "--json", "no/such.json"], "cannot write no/such.json"),
         (["--coefficients=1", "--json", "s.json", "--html", "s.json"], "--json and --html are both s.json"),
         (["--coefficients=1", "--json", "{vectors}/given_layer2.safetensors"], "which is read here"),
+        (["--coefficients=1", "--json", "{captures}/prompt_0.safetensors"], "which is a capture's: name another file"),
+        (["--coefficients=1", "--html", "{captures}/prompt_0.json"], "which is a capture's: name another file"),
         (["--coefficients=1", "--prompt", " "], "A prompt is a text that is not empty"),
     ],
 )
@@ -251,7 +253,11 @@ def test_what_the_command_cannot_do_is_one_line(
     root: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vectors = root / "demo" / "t0" / "extraction" / "vectors"
-    assert main(asked(root, *(part.format(vectors=vectors) for part in arguments))) == 1
+    captures = root / "demo" / "t1" / "inference" / "residual_stream_activations"
+    captures.mkdir(parents=True)
+    (captures / "prompt_0.safetensors").write_text("numbers")
+    assert main(asked(root, *(part.format(vectors=vectors, captures=captures) for part in arguments))) == 1
+    assert [path.read_text() for path in captures.iterdir()] == ["numbers"]
     said = capsys.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1

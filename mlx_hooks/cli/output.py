@@ -25,17 +25,22 @@ def check_writable(path: Path) -> None:
         files.try_file(path)
 
 
-def check_targets(targets: Mapping[str, Path | None], inputs: Iterable[Path] = ()) -> None:
+def check_targets(
+    targets: Mapping[str, Path | None], inputs: Iterable[Path] = (), captures: Iterable[Path] = ()
+) -> None:
     """Say before a run what it could not write, or would destroy; nothing is left there.
 
     Args:
         targets: files that it writes, by option; None for what it does not.
         inputs: files that it reads; there need be none of that name.
+        captures: files of captures, and the places of their JSON, whether the run reads them or not.
 
     Raises:
-        HookError: for a file that cannot be written, one that two options name, and one that is read.
+        HookError: for a file that cannot be written, one that two options name, one that is read, and one
+            that is a capture's.
     """
-    read = [path.resolve() for path in inputs]
+    kept = {"is read here": inputs, "is a capture's": captures}
+    places = [(path.resolve(), why) for why, paths in kept.items() for path in paths]
     taken: dict[Path, str] = {}
     for option, path in targets.items():
         if path is None:
@@ -44,8 +49,9 @@ def check_targets(targets: Mapping[str, Path | None], inputs: Iterable[Path] = (
         place = path.resolve()
         if place in taken:
             raise HookError(f"{taken[place]} and {option} are both {path}: give each a file of its own.")
-        if any(place == other or _is_same(place, other) for other in read):
-            raise HookError(f"{option} is {path}, which is read here: name another file.")
+        for other, why in places:
+            if place == other or _is_same(place, other):
+                raise HookError(f"{option} is {path}, which {why}: name another file.")
         taken[place] = option
 
 

@@ -33,8 +33,9 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
         durable: the file survives a crash of the machine too, at the price of waiting for the disk.
 
     Raises:
-        OSError: the file cannot be written; what was at ``path`` is still there.
+        OSError: the file cannot be written, or what is there is no file; it is still there.
     """
+    path = _target(path)
     draft = _beside(path)
     try:
         yield draft
@@ -56,7 +57,7 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
 
 def try_file(path: Path) -> None:
     """Raise OSError if a file could not be written at ``path``; nothing is left there."""
-    draft = _beside(path)
+    draft = _beside(_target(path))
     draft.touch()
     draft.unlink()
 
@@ -209,6 +210,18 @@ def _remove_empty(folder: Path, below: Path) -> None:
         while folder != below and below in folder.parents:
             folder.rmdir()
             folder = folder.parent
+
+
+def _target(path: Path) -> Path:
+    """The file that is to be replaced: what a link leads to.
+
+    Raises:
+        OSError: for a device or a pipe, which would be gone.
+    """
+    target = path.resolve() if path.is_symlink() else path
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise FileExistsError("it is a device or a pipe; name a file")
+    return target
 
 
 def _beside(path: Path) -> Path:

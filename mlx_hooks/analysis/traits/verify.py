@@ -1,10 +1,10 @@
 """Whether a file holds a trait's capture as ``records.py`` has it; if not, what is wrong, point by point."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from math import isfinite
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import HookError
+from ..identity import ModelIdentity
+from .prompts import Chat
 from .records import (
     ALIGNMENTS,
     OLD_NAMES,
@@ -49,11 +51,14 @@ _CHOICES: dict[str, list[Any]] = {
 _TEXTS: _Kinds = {"text": (str,), "tokens": (list,), "token_ids": (list,), "n_tokens": (int,)}
 _OPTIONAL: _Kinds = {
     "attention": (str,), "attention_sinks": (list,), "looks_ahead": (list,), "layers_without_attention": (dict,),
-    "absent": (dict,), "widths": (dict,),
+    "absent": (dict,), "widths": (dict,), "attends_repeatedly": (dict,), "after_attn": (list,), "hook_points": (dict,),
+    "n_key_value_heads": (int, NoneType),
 }  # fmt: skip
 _SHOWN = 20
 _MOST = {"n_layers": 10_000, "d_model": 1_000_000, "n_heads": 10_000}
 """What no model's sizes come near: lists are made of them."""
+_LARGEST = sys.float_info.max
+"""What no number in JSON is above that can be read as one with decimals."""
 _PARTS = ("prompt", "response")
 _RESIDUAL = ("input", "after_attn", "output")
 
@@ -127,6 +132,11 @@ def _name(value: Any) -> str:
     return _NAMES.get(type(value), type(value).__name__)
 
 
+def _told(value: Any) -> str:
+    """A value as sentences have it, however long it is."""
+    return f"{value!r:.60}"
+
+
 def _text_problems(text: Mapping[str, Any], part: str) -> list[str]:
     found = list(_wrong_kinds(text, _TEXTS, f"{part}/"))
     if found:
@@ -139,7 +149,7 @@ def _text_problems(text: Mapping[str, Any], part: str) -> list[str]:
         found.append(f"{part}/token_ids are from 0 to {2**32 - 1}")
     for key in ("tokens", "token_ids"):
         if len(text[key]) != text["n_tokens"]:
-            found.append(f"{part}/{key} has {len(text[key])} entries, n_tokens is {text['n_tokens']}")
+            found.append(f"{part}/{key} has {len(text[key])} entries, n_tokens is {_told(text['n_tokens'])}")
     return found
 
 
@@ -153,15 +163,20 @@ def _metadata_problems(metadata: Mapping[str, Any], more: _Kinds) -> list[str]:
             found.append(f"metadata/{key} is one of {', '.join(map(str, choices))}, got {metadata[key]!r:.80}")
     for key, most in _MOST.items():
         if not 0 <= metadata[key] <= most:
-            found.append(f"metadata/{key} is a whole number from 0 to {most}, got {metadata[key]}")
-    for key in ("seed", "max_tokens"):
-        if metadata[key] < 0:
-            found.append(f"metadata/{key} is a whole number from 0 up, got {metadata[key]}")
-    if not (metadata["temperature"] >= 0 and isfinite(metadata["temperature"])):
-        found.append(f"metadata/temperature is a number from 0 up, got {metadata['temperature']}")
+            found.append(f"metadata/{key} is a whole number from 0 to {most}, got {_told(metadata[key])}")
+    for key, least in (("seed", 0), ("max_tokens", 0), ("n_passes", 1)):
+        if metadata[key] < least:
+            found.append(f"metadata/{key} is a whole number from {least} up, got {_told(metadata[key])}")
+    if not 0 <= metadata["temperature"] <= _LARGEST:
+        found.append(f"metadata/temperature is a number from 0 up, got {_told(metadata['temperature'])}")
     if not 0 <= metadata["top_p"] <= 1:
-        found.append(f"metadata/top_p is a number from 0 to 1, got {metadata['top_p']}")
-    return found + _vector_problems(metadata) + _reason_problems(metadata)
+        found.append(f"metadata/top_p is a number from 0 to 1, got {_told(metadata['top_p'])}")
+    if found:
+        # What follows goes by n_layers.
+        return found
+    return [
+        *_vector_problems(metadata), *_model_problems(metadata), *_layer_problems(metadata), *_reason_problems(metadata)
+    ]  # fmt: skip
 
 
 def _vector_problems(metadata: Mapping[str, Any]) -> list[str]:
@@ -172,10 +187,16 @@ def _vector_problems(metadata: Mapping[str, Any]) -> list[str]:
         found.append("metadata/vector_norm is a number, or with each_layer a list with one for each layer")
     if not all(_is_length(norm) for norm in (norms if isinstance(norms, list) else [norms])):
         found.append("metadata/vector_norm is above 0 and finite")
+    paths = metadata["vector_path"]
+    several = isinstance(paths, list)
+    if several != metadata["each_layer"] or (several and len(paths) != n_layers):
+        found.append("metadata/vector_path is a text or nothing, or with each_layer a list with one for each layer")
+    elif several and not all(isinstance(path, str | None) for path in paths):
+        found.append("metadata/vector_path is a list of texts, or of nothing")
     for key in ("layer", "vector_layer"):
         layer = metadata[key]
         if layer is not None and not 0 <= layer < n_layers:
-            found.append(f"metadata/{key} is {layer}, n_layers is {n_layers}")
+            found.append(f"metadata/{key} is {_told(layer)}, n_layers is {n_layers}")
     try:
         datetime.fromisoformat(metadata["capture_date"])
     except ValueError:
@@ -188,14 +209,57 @@ def _vector_problems(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _is_length(norm: Any) -> bool:
-    return isinstance(norm, int | float) and not isinstance(norm, bool) and 0 < norm < float("inf")
+    return isinstance(norm, int | float) and not isinstance(norm, bool) and 0 < norm <= _LARGEST
+
+
+def _model_problems(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with what is said of the model, and of how the prompt was put to it."""
+    try:
+        identity = ModelIdentity.from_dict(metadata["model_identity"])
+    except (KeyError, ValueError, TypeError, OverflowError):
+        yield "metadata/model_identity has model_type, n_layers, d_model, d_vocab and model"
+    else:
+        for key in ("n_layers", "d_model"):
+            if getattr(identity, key) != metadata[key]:
+                told = _told(getattr(identity, key))
+                yield f"metadata/model_identity/{key} is {told}, metadata/{key} {metadata[key]}"
+    chat = metadata["chat"]
+    if chat is None:
+        return
+    try:
+        known = Chat.from_dict({key: value for key, value in chat.items() if key != "used"}).to_dict()
+        right = {*known, "used"} == set(chat) and isinstance(chat["used"], bool)
+    except HookError:
+        right = False
+    if not right:
+        yield f"metadata/chat is nothing, or has use, system, template and used, got {_told(chat)}"
+
+
+def _layer_problems(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """Things that are said of layers which there are not, or not of all."""
+    n_layers = metadata["n_layers"]
+    for key in ("attention_sinks", "looks_ahead"):
+        for layer in metadata.get(key, []):
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
+                yield f"metadata/{key} is a list of layers, got {_told(layer)}; n_layers is {n_layers}"
+    names = {str(layer) for layer in range(n_layers)}
+    for key in ("layers_without_attention", "attends_repeatedly"):
+        for name in set(metadata.get(key) or {}) - names:
+            yield f"metadata/{key} is a mapping of layers, got {_told(name)}; n_layers is {n_layers}"
+    points = metadata.get("after_attn", [])
+    n_points = n_layers if "widths" not in metadata else 1
+    if "after_attn" in metadata and (len(points) != n_points or not all(isinstance(name, str) for name in points)):
+        yield f"metadata/after_attn is a list of {n_points} texts, got {_told(points)}"
+    for name, width in (metadata.get("widths") or {}).items():
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 0):
+            yield f"metadata/widths/{name} is a whole number from 0 up, got {_told(width)}"
 
 
 def _reason_problems(metadata: Mapping[str, Any]) -> list[str]:
     """Things that are said to be absent without a reason."""
     return [
         f"metadata/{key}/{name} is a reason, a text that is not empty"
-        for key in ("absent", "layers_without_attention")
+        for key in ("absent", "layers_without_attention", "attends_repeatedly")
         for name, why in (metadata.get(key) or {}).items()
         if not isinstance(why, str) or not why
     ]
@@ -207,9 +271,9 @@ def _texts_against_metadata(record: Record) -> Iterator[str]:
     if not record["prompt"]["n_tokens"]:
         yield "prompt/n_tokens is 0: a prompt has at least one token"
     if n_response > metadata["max_tokens"]:
-        yield f"response/n_tokens is {n_response}, metadata/max_tokens {metadata['max_tokens']}"
+        yield f"response/n_tokens is {n_response}, metadata/max_tokens {_told(metadata['max_tokens'])}"
     if "internals" in record and metadata["layer"] != record["layer"]:
-        yield f"layer is {record['layer']}, metadata/layer {metadata['layer']}"
+        yield f"layer is {_told(record['layer'])}, metadata/layer {_told(metadata['layer'])}"
 
 
 class _Sizes:
@@ -243,7 +307,7 @@ def _shape(node: Any, place: str, shape: Sequence[int | None], why: str) -> Iter
     elif node.dtype.kind not in "iu" if whole else node.dtype != np.float32:
         yield f"{place} holds numbers of the type {node.dtype}, not {'whole ones' if whole else 'float32'}"
     elif len(node.shape) != len(shape) or any(b not in (None, a) for a, b in zip(node.shape, shape, strict=True)):
-        told = ", ".join("any" if size is None else str(size) for size in shape)
+        told = ", ".join("any" if size is None else _told(size) for size in shape)
         yield f"{place} has the shape {_tuple(node.shape)}; by {why} it has ({told})"
 
 
@@ -269,6 +333,8 @@ def _layers(sizes: _Sizes) -> Iterator[str]:
     if wrong:
         yield from wrong
         return
+    if attention["prompt"] and not sizes.metadata["n_heads"]:
+        yield "metadata/n_heads is 0, and there are attention weights"
     place = "attention_weights/prompt"
     yield from _layer_keys(attention["prompt"], layers, place)
     for layer, array in _by_layer(attention["prompt"]):
@@ -328,7 +394,8 @@ def _single(sizes: _Sizes) -> Iterator[str]:
     absent, widths = metadata["absent"], metadata["widths"]
     for name in _RESIDUAL:
         if widths.get(f"residual/{name}") != sizes.d_model:
-            yield f"metadata/widths/residual/{name} is {widths.get(f'residual/{name}')}, d_model is {sizes.d_model}"
+            told = _told(widths.get(f"residual/{name}"))
+            yield f"metadata/widths/residual/{name} is {told}, d_model is {sizes.d_model}"
     for key, allowed in (("internals", _PARTS), ("projections", (*_PARTS, "neurons"))):
         yield from (f"{key}/{name} is not expected" for name in record[key] if name not in allowed)
     for part in ("prompt", "response"):

@@ -19,6 +19,7 @@ from .options import (
     add_pictures,
     add_prompts,
     add_sampling,
+    captures_of,
     check_outputs,
     inputs_of,
     interrupted,
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
     read = inputs_of(options, experiment, vectors)
     if options.prompts_file is not None:
         read.append(options.prompts_file)
-    check_outputs(options, read, output=options.output)
+    check_outputs(options, read, captures_of(experiment), output=options.output)
     target = _new_file(experiment.folder) if options.output is None else options.output
     results: Sequence[Mapping[str, Any]] = []
     if vectors:

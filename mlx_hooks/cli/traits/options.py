@@ -126,22 +126,46 @@ def inputs_of(options: argparse.Namespace, experiment: "Experiment", vectors: Se
     ]
 
 
-def check_outputs(options: argparse.Namespace, inputs: Sequence[Path], **others: Path | None) -> None:
-    """Say before the run what could not be drawn or written, and what would destroy another file of the command.
+def captures_of(experiment: "Experiment") -> list[Path]:
+    """The files of an experiment's captures, and the places of their JSON."""
+    from ...analysis.traits.batch import LAYER_FOLDER, LAYERS_FOLDER
+
+    folders = [path for name in (LAYERS_FOLDER, LAYER_FOLDER) for path in experiment.folder.glob(f"*/{name}")]
+    # JSON may have outlived its capture, and be all that is left of it.
+    left = [path for folder in folders for path in folder.glob("*.json")]
+    return left + [path for folder in folders for path in captures_in(folder)]
+
+
+def captures_in(folder: Path) -> list[Path]:
+    """The files in a folder that may be captures, and the places of their JSON."""
+    from ...analysis.traits.records import json_path
+
+    return [place for path in folder.glob("*.safetensors") for place in (path, json_path(path))]
+
+
+def check_outputs(
+    options: argparse.Namespace, inputs: Sequence[Path], captures: Sequence[Path], **others: Path | None
+) -> None:
+    """Say before the run what could not be drawn or written, and what would destroy a capture or another file of the
+    command.
 
     Args:
+        captures: files of captures, and the places of their JSON.
         others: files that it writes besides the pictures, by option.
     """
     from ...analysis.pictures import check_picture
     from ..output import check_targets
 
     asked = {**others, "html": options.html, "png": options.png}
-    check_targets({f"--{name}": path for name, path in asked.items()}, inputs)
+    check_targets({f"--{name}": path for name, path in asked.items()}, inputs, captures)
     if options.png is not None:
         check_picture(0, 1)
         for path in filter(None, (*inputs, *others.values(), options.html)):
             if _is_numbered(path, options.png):
                 raise HookError(f"--png {options.png} may come to {path}, which is another file of this command.")
+        for path in captures:
+            if _is_numbered(path, options.png):
+                raise HookError(f"--png {options.png} may come to {path}, which is a capture's.")
 
 
 def write_pictures(options: argparse.Namespace, title: str, charts: Sequence[Any], about: str = "") -> Failures:

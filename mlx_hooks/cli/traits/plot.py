@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import HookError
-from .options import add_pictures, check_outputs, report, write_pictures
+from .options import add_pictures, captures_in, check_outputs, report, write_pictures
 
 
 def add(commands: Any) -> None:
@@ -31,6 +31,6 @@ def run(options: argparse.Namespace) -> int:
 
     if options.png is None and options.html is None:
         raise HookError("Say what to write: --png FILE, --html FILE or both.")
-    check_outputs(options, [options.file])
+    check_outputs(options, [options.file], captures_in(options.file.parent))
     charts = charts_of(options.file, sublayer=options.sublayer, per_layer=options.per_layer)
     return report(write_pictures(options, options.file.stem, charts))

@@ -13,6 +13,7 @@ from .options import (
     add_model,
     add_pictures,
     add_sampling,
+    captures_of,
     check_outputs,
     inputs_of,
     interrupted,
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     names = None if options.measure is None else listed(options.measure)
     measured = None if names is None else [experiment.trait(name).find() for name in names]
     vectors = [vector, *(measured or [])]
-    check_outputs(options, inputs_of(options, experiment, vectors), json=options.json)
+    check_outputs(options, inputs_of(options, experiment, vectors), captures_of(experiment), json=options.json)
     model = load_model(options, vectors)
     place = {"layer": options.at_layer, "measured": measured, "phase": options.phase}
     try:
