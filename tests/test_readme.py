@@ -86,6 +86,26 @@ def test_the_clients_block_runs(live_server: SimpleNamespace, capsys: pytest.Cap
     names["client"].close()
 
 
+def test_the_clients_block_of_traits_runs(live_server: SimpleNamespace) -> None:
+    block = next(block for block in blocks("python") if "stored_traits" in block)
+    names: dict = {}
+    exec(compile(block.replace(DEFAULT, live_server.base_url), "README.md", "exec"), names)
+    assert set(names["found"]["scores"][0]["scores"]) == {"mine"}
+    stored = {trait["name"] for trait in names["experiment"]["traits"]}
+    assert set(names["stored"]["scores"][0]["scores"]) == stored
+    # The chat template puts tokens around the prompt.
+    assert len(names["stored"]["scores"]) > len(names["found"]["scores"])
+    names["client"].close()
+
+
+def test_the_routes_of_traits_are_told_in_full() -> None:
+    readme, changes = ((documents.ROOT / name).read_text() for name in ("README.md", "CHANGELOG.md"))
+    assert "`POST`, `GET /v1/analysis/traits`" in readme
+    for name in ("stored_chat", "stored_traits"):
+        assert name in readme, name
+        assert name in changes, name
+
+
 def test_the_curl_block_runs(live_server: SimpleNamespace) -> None:
     block = next(block for block in blocks("") if "curl" in block)
     script = block.replace(DEFAULT, live_server.base_url)

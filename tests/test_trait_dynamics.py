@@ -301,7 +301,8 @@ def test_the_command_of_the_guide(root: Path, capsys: pytest.CaptureFixture[str]
     assert lines[2].split()[:6] == ["trait", "vector", "committed", "at", "peak", "persistence"]
     assert "probe, layer 2" in lines[3]
     assert len(lines[4].strip()) == 6
-    assert lines[-2:] == [f"Written: {written}", "Done: 1 of 1 prompts, traits retrieval, serial"]
+    summary = ["Done: 1 of 1 prompts, traits retrieval, serial", "2 done, 1 failed"]
+    assert lines[-3:] == [f"Written: {written}", *summary]
 
 
 def test_the_command_of_the_guide_with_filters(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,9 +329,10 @@ def test_prompts_are_counted_once_however_many_ways_of_putting_them_there_are(
     asked = ["--traits", "retrieval,serial", "--max-tokens", "1", "--prompts"]
     assert main(told(root, *asked, CAPITAL, STORY)) == 0
     said = capsys.readouterr().out
-    assert (said.count("\n> "), said.splitlines()[-1]) == (3, "Done: 2 of 2 prompts, traits retrieval, serial")
+    assert (said.count("\n> "), said.splitlines()[-2]) == (3, "Done: 2 of 2 prompts, traits retrieval, serial")
     assert main(told(root, *asked, "", STORY)) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "Done: 1 of 2 prompts, traits retrieval, serial"
+    last = ["Done: 1 of 2 prompts, traits retrieval, serial", "2 done, 2 failed"]
+    assert capsys.readouterr().out.splitlines()[-2:] == last
 
 
 def test_vectors_of_several_models_need_one_that_is_named(
@@ -349,10 +351,10 @@ def test_vectors_of_several_models_need_one_that_is_named(
     assert main(told(root, *asked, "--model", "neuroscope-tiny")) == 1
     said = capsys.readouterr()
     assert said.err == "neuroscope: aaa (probe): The vector aaa/probe_layer1 is of another model: its weights differ.\n"
-    assert said.out.splitlines()[-1] == "Done: 2 of 2 prompts, traits retrieval, serial"
+    assert said.out.splitlines()[-2] == "Done: 2 of 2 prompts, traits retrieval, serial"
     vector("aaa", 1, "probe").save(vectors)
     assert main(told(root, *asked)) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "Done: 2 of 2 prompts, traits aaa, retrieval, serial"
+    assert capsys.readouterr().out.splitlines()[-2] == "Done: 2 of 2 prompts, traits aaa, retrieval, serial"
 
 
 def test_a_model_that_vectors_name_and_is_not_there_can_be_named(

@@ -5,6 +5,7 @@ The numbers in the files are held against one full pass over prompt and response
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,110 @@ def test_plots_are_made_of_what_the_other_commands_wrote() -> None:
         assert not any(outside in page for outside in ("<script", "<link", "src="))
 
 
+# Every option reaches what is written: each is set away from its default.
+
+SAMPLING = ("--max-tokens", "4", "--temperature", "0.3", "--top-p", "0.8", "--seed", "7")
+SAMPLED = {"max_tokens": 4, "temperature": 0.3, "top_p": 0.8, "seed": 7}
+
+
+def metadata_has(about: dict[str, Any], **expected: Any) -> None:
+    assert {key: about[key] for key in expected} == expected
+
+
+def test_options_of_extract_reach_the_vectors() -> None:
+    trait = "retrieval_construction"
+    shutil.rmtree(FOLDER / trait / "extraction/vectors")
+    options = ("--layers", "1,3", "--methods", "mean_diff", "--span", "response", "--held-out", "0.4")
+    drawn = ("--no-chat", "--max-tokens", "2", "--seed", "7")
+    command = ("extract", "--model", "neuroscope-tiny", "--trait", trait)
+    digests = set()
+    for changed in ((), ("--seed", "8"), ("--max-tokens", "3"), ("--chat",)):
+        assert traits(*command, *options, *drawn, *changed, "--overwrite") == 0
+        paths = sorted((FOLDER / trait / "extraction/vectors").iterdir())
+        assert [path.stem for path in paths] == ["mean_diff_layer1", "mean_diff_layer3"]
+        vector = TraitVector.load(paths[0])
+        assert vector.chat is not None
+        assert vector.chat.use is (changed == ("--chat",))
+        metadata_has(vector.metadata, span="response", n_held_out_positive=4, n_positive=6)
+        digests.add(vector.metadata["prompts"])
+    assert len(digests) == 4
+
+
+def test_each_layer_is_measured_along_its_own_vector(tiny: HookedModel) -> None:
+    options = ("--method", "mean_diff", "--each-layer", "--no-attention", "--prefix", "own", *SAMPLING)
+    assert traits("capture-layers", "--trait", "refusal", "--prompts", PROMPTS[1], *options) == 0
+    record = read_record(FOLDER / "refusal" / LAYERS / "own_0.safetensors")
+    about, cache = record["metadata"], whole_pass(tiny, record)
+    metadata_has(about, each_layer=True, method="mean_diff", layer=None, attention="not captured", **SAMPLED)
+    vectors = [
+        TraitVector.load(FOLDER / f"refusal/extraction/vectors/mean_diff_layer{n}.safetensors") for n in range(4)
+    ]
+    for layer, vector in enumerate(vectors):
+        along = cache.numpy(("resid_post", layer))[0].astype(np.float64) @ (vector.vector / vector.norm)
+        found = np.concatenate([record["projections"][part][:, layer, 2] for part in ("prompt", "response")])
+        np.testing.assert_allclose(found, along, atol=1e-4)
+
+
+@pytest.mark.parametrize("command", ["capture-layers", "capture-layer"])
+def test_the_vector_s_layer_and_method_are_those_that_were_asked_for(tiny: HookedModel, command: str) -> None:
+    single = command == "capture-layer"
+    option = ("--layer", "0", "--vector-layer", "3") if single else ("--layer", "3")
+    asked = (*option, "--method", "ica", "--alignment", "predicts", "--prefix", "own", *SAMPLING)
+    assert chosen("refusal").layer != 3
+    assert traits(command, "--trait", "refusal", "--prompts", PROMPTS[1], *asked) == 0
+    name = "own_0_layer0" if single else "own_0"
+    record = read_record(FOLDER / "refusal" / (LAYER if single else LAYERS) / f"{name}.safetensors")
+    metadata_has(record["metadata"], vector_layer=3, method="ica", alignment="predicts", **SAMPLED)
+    vector = TraitVector.load(FOLDER / "refusal/extraction/vectors/ica_layer3.safetensors")
+    assert record["metadata"]["vector_norm"] == pytest.approx(vector.norm)
+    found = record["projections"]["prompt"]
+    found = found["residual"][:, 2] if single else found[:, 0, 2]
+    stream = whole_pass(tiny, record).numpy(("resid_post", 0))[0].astype(np.float64)
+    np.testing.assert_allclose(found, (stream @ (vector.vector / vector.norm))[: len(found)], atol=1e-4)
+
+
+def test_options_of_dynamics_reach_the_file() -> None:
+    target = Path("dynamics.json")
+    options = ("--layer", "2", "--threshold", "0.4", "--relative", "--stays-below", "--tokens", "all", *SAMPLING)
+    assert traits("dynamics", "--all-traits", "--prompts", PROMPTS[1], *options, "--output", str(target)) == 0
+    found = json.loads(target.read_text())
+    metadata_has(found["metadata"], threshold=0.4, relative=True, stays_below=True, tokens="all", **SAMPLED)
+    for trait in TRAITS:
+        one = found["results"][0]["traits"][trait]["probe"]
+        metadata_has(one["dynamics"], stays_below=True, relative=True, tokens="all")
+        assert one["layer"] == 2
+        scores = np.array([*one["scores"]["prompt"], *one["scores"]["response"]])
+        sizes = np.abs(np.diff(scores, 2))
+        below = sizes < 0.4 * sizes.max()
+        last = np.flatnonzero(~below)[-1] + 1
+        assert one["dynamics"]["commitment_point"] == (int(last) if last < len(below) else None)
+
+
+def test_options_of_steer_reach_the_run() -> None:
+    options = ("--method", "mean_diff", "--layer", "1", "--at-layer", "2", "--measure", "retrieval_construction")
+    command = ("steer", "--trait", "refusal", "--prompt", PROMPTS[1], "--coefficients", "1", *options, *SAMPLING)
+    found = {}
+    for phase in ("prefill", "decode"):
+        assert traits(*command, "--phase", phase, "--json", "steered.json") == 0
+        found[phase] = json.loads(Path("steered.json").read_text())
+        about = found[phase]["metadata"]
+        metadata_has(about, layer=2, vector_layer=1, method="mean_diff", **SAMPLED)
+        metadata_has(about["intervention"], hook_point="blocks.2.hook_resid_post", phase=phase)
+        assert [one["trait"] for one in found[phase]["runs"][0]["measured"]] == ["retrieval_construction"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_bars_are_for_terminals(terminal: bool, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    one = ("--prompts", PROMPTS[1], "--max-tokens", "1")
+    made = ("--model", "neuroscope-tiny", "--layers", "0", "--methods", "mean_diff")
+    for command in (("extract", "--trait", "refusal", *made), ("capture-layers", "--trait", "refusal", *one)):
+        assert traits(*command) == 0
+        assert bool(capsys.readouterr().err) is terminal
+    assert traits("dynamics", *one) == 0
+    assert bool(capsys.readouterr().err) is terminal
+
+
 # Bad input: a clear error, the rest of the batch done, nothing half-written.
 
 
@@ -397,6 +502,22 @@ def test_a_prompt_longer_than_the_context_fails_alone(tiny: HookedModel, capsys:
     assert f"the model reads at most {tiny.cfg.max_positions}" in shown
     assert (FOLDER / "refusal" / LAYERS / "prompt_1.safetensors").exists()
     assert not (FOLDER / "refusal" / LAYERS / "prompt_0.safetensors").exists()
+
+
+@pytest.mark.parametrize("command", [("capture-layers", "--all-traits"), ("dynamics",)])
+def test_no_prompts_at_all_says_how_to_give_some(command: tuple[str, ...], capsys: pytest.CaptureFixture) -> None:
+    (FOLDER / "inference_prompts.txt").unlink()
+    assert traits(*command) == 1
+    said = "There is no file experiments/nov21/inference_prompts.txt, which is read where neither --prompts nor"
+    assert capsys.readouterr().err == f"neuroscope: {said} --prompts-file is given.\n"
+
+
+def test_dynamics_tells_how_many_scores_there_are_and_what_failed(capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(FOLDER / "refusal/extraction/vectors")
+    assert traits("dynamics", "--all-traits", "--max-tokens", "1") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "3 done, 1 failed"
+    assert traits("dynamics", "--traits", "refusal", "--max-tokens", "1") == 1
+    assert capsys.readouterr().out == "0 done, 1 failed\n"
 
 
 @pytest.mark.parametrize("command", ["capture-layers", "dynamics"])

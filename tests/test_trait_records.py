@@ -486,7 +486,7 @@ def _rubbish(folder: Path, layers: Record) -> dict[Path, str]:
         "There is no file", "its header is longer than the file", "too short to be a safetensors file",
         "no trait capture that can be read: it has", "is a pickle", "is a pickle", "is a pickle",
         "is of the format 'mlx': this version reads 'neuroscope.trait_capture/1'",
-        "is of the format 'neuroscope.trait_capture/2'", "is checked with the .safetensors file beside it",
+        "is of the format 'neuroscope.trait_capture/2'", "is no capture: that is a .safetensors file",
         "has no place for the array 'metadata/x'", "the record is a mapping, got a list", "can be read",
     ]  # fmt: skip
     return dict(zip(paths.values(), told, strict=True)) | {folder: "cannot be read: Is a directory"}
@@ -503,6 +503,14 @@ def test_files_that_are_no_captures_are_told_in_a_sentence(
     shown = capsys.readouterr().out.splitlines()
     assert shown[-1] == f"{tmp_path / 'whole.safetensors'}: right"
     assert sum(line.endswith(": 1 wrong") for line in shown) == len(rubbish)
+
+
+def test_verify_format_says_what_a_file_is_that_is_no_capture(layers: Record, tmp_path: Path) -> None:
+    write_record(layers, tmp_path / "whole.safetensors", json_beside=True)
+    (problem,) = verify_format(tmp_path / "whole.json")
+    assert problem == f"{tmp_path / 'whole.json'} is checked with whole.safetensors beside it: give that one."
+    path = TraitVector("polite", 1, "probe", np.ones(4)).save(tmp_path)
+    assert verify_format(path) == [f"{path} is a trait vector, no capture."]
 
 
 # Batches
@@ -909,9 +917,7 @@ def test_the_guides_commands_capture_all_traits(
 ) -> None:
     asked = ["--all-traits", "--save-json", "--skip-existing"]
     assert command("capture-layers", experiment, *asked) == 1
-    shown = capsys.readouterr()
-    assert shown.out.splitlines()[0] == "4 done, 0 skipped, 1 failed"
-    assert "4/4" in shown.err
+    assert capsys.readouterr().out.splitlines()[0] == "4 done, 0 skipped, 1 failed"
     assert command("capture-layer", experiment, *asked, "--layer", "2", "--prompts", *PROMPTS) == 1
     assert command("capture-layers", experiment, *asked) == 1
     assert "0 done, 4 skipped, 1 failed" in capsys.readouterr().out

@@ -25,6 +25,7 @@ import orjson
 from ...errors import HookError
 from ...storage.files import whole_file, writing
 from ...storage.tensors import TensorFile, write_arrays
+from .vectors import KEY as VECTOR
 
 FORMAT = "neuroscope.trait_capture/1"
 ALIGNMENTS = ("at", "predicts")
@@ -156,6 +157,8 @@ def read_record(path: str | Path, *, arrays: bool = True) -> Record:
         raise HookError(_pickle(path))
     try:
         file = TensorFile(path)
+        if VECTOR in file.notes:
+            raise HookError(f"{path} is a trait vector, no capture.")
         form, skeleton = file.notes.get("format"), file.notes.get("record")
         if form != FORMAT or skeleton is None:
             raise HookError(f"{path} is of the format {form!r}: this version reads {FORMAT!r}.")

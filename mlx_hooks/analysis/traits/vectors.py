@@ -27,7 +27,7 @@ METHODS = ("probe", "mean_diff", "ica", "gradient")
 """In the order in which a vector is looked for."""
 GIVEN = "given"
 """The method of a vector that nobody here made."""
-_KEY = "trait_vector"
+KEY = "trait_vector"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,7 +197,7 @@ class TraitVector:
             "metadata": dict(self.metadata),
         }
         try:
-            return {_KEY: json.dumps(about, allow_nan=False, ensure_ascii=False)}
+            return {KEY: json.dumps(about, allow_nan=False, ensure_ascii=False)}
         except (TypeError, ValueError) as error:
             raise HookError(f"metadata of {self.name} are plain JSON values: {error}.", field="metadata") from error
 
@@ -211,7 +211,7 @@ class TraitVector:
         path = Path(path)
         try:
             file = TensorFile(path)
-            about = json.loads(file.notes[_KEY])
+            about = json.loads(file.notes[KEY])
             if about["format"] != FORMAT:
                 raise ValueError(f"it is of the format {about['format']!r}, and this version reads {FORMAT!r}")
             vector = cls(

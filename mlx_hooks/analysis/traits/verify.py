@@ -73,7 +73,10 @@ def verify_format(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.suffix == ".json":
-        return [f"{path} is checked with the .safetensors file beside it: give that one."]
+        whole = path.with_suffix(".safetensors")
+        if whole.exists():
+            return [f"{path} is checked with {whole.name} beside it: give that one."]
+        return [f"{path} is no capture: that is a .safetensors file, and there is none of this name beside it."]
     try:
         record = read_record(path)
     except HookError as error:

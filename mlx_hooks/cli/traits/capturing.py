@@ -62,7 +62,7 @@ def run_batch(options: argparse.Namespace, **chosen: Any) -> int:
         if batch.is_ready:
             model = HookedModel.from_pretrained(options.model or batch.model_name())
             _tell_size(batch.attention_bytes(model), of_all_layers=batch.captured_layer is None)
-            batch.run(model)
+            batch.run(model, progress=sys.stderr.isatty())
     except KeyboardInterrupt:
         interrupted = True
     print(batch.summary())

@@ -44,7 +44,9 @@ def add(commands: Any) -> None:
         "acceleration, peak and persistence.",
     )
     add_experiment(parser)
-    parser.add_argument("--traits", metavar="A,B", help="only these (default: all of the experiment)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--traits", metavar="A,B", help="only these (default: all of the experiment)")
+    which.add_argument("--all-traits", action="store_true", help="all of the experiment, which is the default")
     parser.add_argument(
         "--methods", metavar="A,B", help="all of these (default: the trait's own, else the first that there is)"
     )
@@ -84,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         read.append(options.prompts_file)
     check_outputs(options, read, captures_of(experiment), output=options.output)
     target = _new_file(experiment.folder) if options.output is None else options.output
+    results: Sequence[Mapping[str, Any]] = []
     if vectors:
         model = load_model(options, vectors)
         try:
@@ -107,6 +110,8 @@ def run(options: argparse.Namespace) -> int:
             about = f"{model.model_name}, temperature {options.temperature:g}, seed {options.seed}"
             failed += write_pictures(options, f"{experiment.name}: traits", charts, about)
         print(_summary(results, len(prompts)))
+    n_done = sum(len(by_method) for entry in results for by_method in entry["traits"].values())
+    print(f"{n_done} done, {len(failed)} failed")
     return report(failed)
 
 

@@ -117,7 +117,7 @@ def _extract(
     if not wanted:
         print(f"{trait.name}: all vectors are there")
         return False
-    vectors = examples.vectors(model, trait.name, wanted, identity=identity, progress=True)
+    vectors = examples.vectors(model, trait.name, wanted, identity=identity, progress=sys.stderr.isatty())
     save_vectors(vectors, trait.vectors_folder)
     told = vectors[0].metadata
     print(

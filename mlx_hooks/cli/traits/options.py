@@ -64,12 +64,24 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def prompts_of(options: argparse.Namespace, experiment: "Experiment") -> list[str]:
-    """The prompts that were asked for, else those that the experiment's traits share."""
+    """The prompts that were asked for, else those that the experiment's traits share.
+
+    Raises:
+        HookError: there are none, or they cannot be read.
+    """
+    from ...analysis.traits.experiment import INFERENCE_PROMPTS
     from ...analysis.traits.prompts import read_prompts
 
     if options.prompts is not None:
         return list(options.prompts)
-    return experiment.inference_prompts() if options.prompts_file is None else read_prompts(options.prompts_file)
+    if options.prompts_file is not None:
+        return read_prompts(options.prompts_file)
+    shared = experiment.folder / INFERENCE_PROMPTS
+    if not shared.exists():
+        raise HookError(
+            f"There is no file {shared}, which is read where neither --prompts nor --prompts-file is given."
+        )
+    return experiment.inference_prompts()
 
 
 def listed(text: str) -> list[str]:
