@@ -148,6 +148,20 @@ def test_the_probe_of_dimensions_that_mostly_stand_still_is_measured_by_the_othe
     assert found.vector[3] == pytest.approx(reference.coef_[0, 3] / unit, rel=1e-2)
 
 
+@pytest.mark.parametrize("quiet", [1e-1, 1e-2, 1e-4, 0])
+def test_quiet_dimensions_do_not_make_the_probe_long(quiet: float) -> None:
+    """Where they are more than the others, the penalty must not vanish with what they scatter."""
+    order = np.random.default_rng(0)
+    direction = np.where(np.arange(128) < 60, order.normal(size=128), 0)
+    direction /= np.linalg.norm(direction)
+    noise = order.normal(size=(2, 80, 128)) * np.where(np.arange(128) < 60, 1, quiet)
+    positive, negative = noise[0] + direction, noise[1] - direction
+    found = fit("probe", positive, negative)
+    alone = fit("probe", positive[:, :60], negative[:, :60])
+    assert cosine(found.vector, direction) > 0.7
+    assert np.linalg.norm(found.vector) < 6 * np.linalg.norm(alone.vector)
+
+
 def test_ica_takes_the_source_that_separates_with_its_sign() -> None:
     order = np.random.default_rng(3)
     mixing = order.normal(size=(10, 10))
@@ -813,11 +827,14 @@ def test_of_several_vectors_all_are_written_or_none(
 
     (tmp_path / "probe_layer9.safetensors").mkdir()
     refused([*newer, replace(made, layer=9)], "cannot write .*probe_layer9.safetensors: it is a folder")
+    refused([*newer, newer[1]], "one vector of each method and layer, got several probe_layer1")
     refused(
-        [*newer, replace(made, metadata={"a": np.float32(1)})],
-        "^metadata of probe_layer1 are plain JSON values: .*float32",
+        [*newer, replace(made, layer=5, metadata={"a": np.float32(1)})],
+        "^metadata of probe_layer5 are plain JSON values: .*float32",
     )
-    refused([*newer, replace(made, metadata={"a": math.nan})], "^metadata of probe_layer1 are plain JSON values")
+    refused(
+        [*newer, replace(made, layer=5, metadata={"a": math.nan})], "^metadata of probe_layer5 are plain JSON values"
+    )
     n_written = iter(range(9))
 
     def full(path: Path, *rest: Any) -> None:

@@ -157,7 +157,7 @@ def fit(method: str, positive: np.ndarray, negative: np.ndarray, seed: int = 0, 
     - ``mean_diff``: the mean of the positive ones less that of the negative ones, as long as it is.
     - ``probe``: logistic regression (L2, C = 1) on activations that are divided by one number, so that the penalty
       means the same on every model: their distance from their mean, if all dimensions scattered as the median one
-      does. (The distance itself is that of the few loud dimensions that streams have, and the penalty would then keep
+      does (at least half of the mean of roots, squared, where most are quiet). (The distance itself is that of the few loud dimensions that streams have, and the penalty would then keep
       the probe from cancelling these.) The vector is the coefficient in units of activations: ``h.v`` plus a constant
       is the log odds. The threshold is even odds.
     - ``ica``: FastICA on the first principal components, one for every 20 rows (4 to 50): with more sources than that
@@ -216,7 +216,12 @@ def _probe(classes: Classes, seed: int) -> _Found:
     from sklearn.linear_model import LogisticRegression
 
     rows, centre = classes.rows, classes.centre
-    unit = np.median(rows.std(axis=0)) * np.sqrt(rows.shape[1]) or np.sqrt(np.square(rows).sum(axis=1).mean())
+    spread = rows.std(axis=0)
+    # What stands still tells nothing: of it there is what the mean's rounding leaves.
+    spread = spread[spread > 1e-9 * spread.max()]
+    # Of roots, a few loud dimensions do not make up the mean as they would of the numbers themselves.
+    usual = max(np.median(spread), np.sqrt(spread).mean() ** 2 / 2)
+    unit = usual * np.sqrt(len(spread))
     is_positive = np.arange(len(rows)) < len(classes.positive)
     model = LogisticRegression(C=1.0, solver="lbfgs", max_iter=_PROBE_STEPS)
     with warnings.catch_warnings():
