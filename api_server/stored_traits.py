@@ -102,7 +102,7 @@ class StoredTraits:
 
         Args:
             name: the experiment.
-            traits: all that it has, if None.
+            traits: all of its traits that have such a vector, if None.
             method, layer: the trait's own choice, if None.
 
         Raises:
@@ -113,13 +113,25 @@ class StoredTraits:
             names = traits or [trait.name for trait in experiment.traits()]
         if not names:
             raise ApiError(404, f"The experiment {name} has no traits.", code="trait_not_found", param="experiment")
+        missing: ApiError | None = None
+        found = 0
         for i, wanted in enumerate(names):
             param = f"traits[{i}]" if traits else "experiment"
             with self._refusing(404, "trait_not_found", param):
                 trait = experiment.trait(wanted)
             for path in _read_for(trait):
                 self._check_inside(path)
-            yield self._vector(trait, method, layer, param)
+            try:
+                vector = self._vector(trait, method, layer, param)
+            except ApiError as error:
+                if traits or error.code != "vector_not_found":
+                    raise
+                missing = missing or error
+                continue
+            found += 1
+            yield vector
+        if missing is not None and not found:
+            raise missing
 
     def _vector(self, trait: Trait, method: str | None, layer: int | None, param: str) -> TraitVector:
         with self._refusing(400, "vector_unreadable", param):

@@ -476,6 +476,14 @@ def test_a_broken_vector_beside_a_whole_one_is_passed_over(worker: ModelWorker, 
     assert "probe_layer2.safetensors is no trait vector" in asked
 
 
+def test_traits_without_such_a_vector_are_left_out_where_none_is_named(worker: ModelWorker, private: Path) -> None:
+    (private / "e x p" / "another" / "extraction").mkdir(parents=True)
+    web = create_app(worker, ServerConfig(experiments=private)).test_client()
+    (told,) = ask(web, vectors=None, experiment="e x p", max_tokens=0)["traits"]
+    assert told["name"] == "my trait"
+    refused(web, "traits[1]", "vector_not_found", 404, vectors=None, experiment="e x p", traits=["my trait", "another"])
+
+
 def test_what_is_missing_is_named_and_not_where_it_would_lie(worker: ModelWorker, private: Path) -> None:
     web = create_app(worker, ServerConfig(experiments=private)).test_client()
     stored = {"vectors": None, "experiment": "e x p"}

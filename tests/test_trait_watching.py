@@ -17,6 +17,7 @@ from mlx_hooks.analysis.traits.watching import TraitStep
 from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.loading import load
 
+FITS = TraitVector("t", 0, "given", np.ones(32))
 PROMPT = [3, 14, 15, 9, 26]
 
 
@@ -157,12 +158,14 @@ def test_steering_moves_the_score_by_the_vectors_length(llama: HookedModel) -> N
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [
-        ([], "vectors is a list of at least one TraitVector"),
+        *((wrong, "vectors is a list of at least one TraitVector") for wrong in ([], 5, "t", None, [np.ones(32)])),
+        *((of([FITS]), "vectors is a list of at least one TraitVector") for of in (iter, np.array)),
+        (FITS, "vectors is a list of at least one TraitVector"),
         ([TraitVector("t", 0, "given", np.ones(5))], "t/given_layer0 is 5 wide; the stream of llama is 32"),
         ([TraitVector("t", 9, "given", np.ones(32))], "t/given_layer9 is of layer 9; llama has layers 0 to 2"),
     ],
 )
-def test_vectors_that_do_not_fit_are_refused(llama: HookedModel, vectors: list[TraitVector], message: str) -> None:
+def test_vectors_that_do_not_fit_are_refused(llama: HookedModel, vectors: Any, message: str) -> None:
     with pytest.raises(HookError, match=message):
         watch_traits(llama, PROMPT, vectors)
 

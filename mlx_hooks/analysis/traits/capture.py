@@ -7,7 +7,7 @@
 3. Attention weights are averaged over heads, in the pass too.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from hashlib import sha256
@@ -28,7 +28,7 @@ from ...token_text import TokenText
 from ..identity import ModelIdentity
 from .prompts import Chat, render
 from .records import ALIGNMENTS, PROJECTIONS, SUBLAYERS, Record
-from .vectors import TraitVector
+from .vectors import TraitVector, check_vectors
 from .watching import room_for
 
 ATTENTION = {True: "mean over heads", False: "not captured"}
@@ -317,16 +317,14 @@ def true_or_false(name: str, value: object) -> None:
 
 def listed(vectors: Sequence[Vectors]) -> list[Vectors]:
     """Raises HookError for what is no list of vectors, or lists of them, and for an empty one."""
-
-    def is_list(value: object, of: Callable[[Any], bool]) -> bool:
-        return isinstance(value, list | tuple) and bool(value) and all(map(of, value))
-
-    def is_vector(value: object) -> bool:
-        return isinstance(value, TraitVector)
-
-    if not is_list(vectors, lambda value: is_vector(value) or is_list(value, is_vector)):
-        raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
+    is_list = isinstance(vectors, list | tuple)
+    check_vectors([one for each in vectors for one in _alike(each)] if is_list else None)
     return list(vectors)
+
+
+def _alike(vectors: Any) -> Sequence[Any]:
+    """What there is of one trait, in a list; a list of nothing stays in it, since it is no vector."""
+    return vectors if isinstance(vectors, list | tuple) and vectors else [vectors]
 
 
 def check_model(

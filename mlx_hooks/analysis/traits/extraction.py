@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -25,7 +26,7 @@ from ...manager import HookSpec
 from ...model import HookedModel
 from ...sampling import whole_number
 from ..identity import ModelIdentity
-from .methods import PRECISION, Classes, judge
+from .methods import PRECISION, Classes, NoDirection, judge
 from .prompts import Chat, render
 from .vectors import METHODS, TraitVector
 from .watching import room_for
@@ -86,7 +87,8 @@ def extract_vectors(
 
     Raises:
         HookError: for classes that are empty, smaller than two or share a prompt, a span outside a prompt, activations
-            that are not finite, and where nothing distinguishes the classes.
+            that are not finite, and (NoDirection) where nothing distinguishes the classes in any of the layers. Of
+            layers below what distinguishes them there is no vector, which a warning says.
     """
     examples = Examples.of(
         model,
@@ -99,7 +101,10 @@ def extract_vectors(
         seed=seed,
     )
     wanted = [(layer, method) for layer in layers_of(model, layers) for method in methods_of(methods)]
-    return examples.vectors(model, trait, wanted, progress=progress)
+    vectors = examples.vectors(model, trait, wanted, progress=progress)
+    if missing := without_direction(wanted, vectors):
+        warnings.warn(f"{trait}: {missing}.", stacklevel=2)
+    return vectors
 
 
 @dataclass(frozen=True)
@@ -243,10 +248,13 @@ class Examples:
         identity: ModelIdentity | None = None,
         progress: bool = False,
     ) -> list[TraitVector]:
-        """A vector for each layer and method, in this order.
+        """A vector for each layer and method, in this order; none where nothing distinguishes the classes.
 
         Args:
             identity: the model's, where the caller knows it: making it reads all weights.
+
+        Raises:
+            NoDirection: where there is no vector at all.
         """
         layers = sorted({layer for layer, _ in wanted})
         groups = [*self.fitted, *self.held_out]
@@ -267,6 +275,7 @@ class Examples:
         }
         seed = self.recipe["seed"]
         made = []
+        nothing: NoDirection | None = None
         classes: Classes | None = None
         last_layer = None
         for layer, method in tqdm(wanted, desc=f"{trait}, fitting", unit="vector", disable=not progress):
@@ -275,8 +284,10 @@ class Examples:
                 classes, last_layer = Classes(positive[:, at], negative[:, at], precision), layer
             try:
                 fitted = classes.fit(method, seed)
-            except HookError as error:
-                raise HookError(f"Layer {layer}: {error}") from error
+            except NoDirection as error:
+                # A layer may be blind to what distinguishes the prompts: one whose window does not reach as far.
+                nothing = nothing or NoDirection(f"Layer {layer}: {error}")
+                continue
             accuracy, effect_size = None, fitted.effect_size
             if len(held[0]):
                 accuracy, unseen = judge(fitted.vector, fitted.threshold, held[0][:, at], held[1][:, at])
@@ -285,6 +296,8 @@ class Examples:
             metadata = {**about, **told, **fitted.notes}
             vector = fitted.vector
             made.append(TraitVector(trait, layer, method, vector, fitted.threshold, self.chat, metadata, identity))
+        if nothing is not None and not made:
+            raise nothing
         return made
 
     def _activations(
@@ -331,6 +344,19 @@ class Examples:
                     sums[i] += _sum_of(step.activations[name])
                     precision = max(precision, _precision(step.activations[name]))
         return [total / n_tokens for total in sums], precision
+
+
+def without_direction(wanted: Iterable[tuple[int, str]], vectors: Iterable[TraitVector]) -> str | None:
+    """Says of which layers and methods there is no vector though it was wanted; None where there are all."""
+    made = {(vector.layer, vector.method) for vector in vectors}
+    missing: dict[int, list[str]] = {}
+    for layer, method in wanted:
+        if (layer, method) not in made:
+            missing.setdefault(layer, []).append(method)
+    if not missing:
+        return None
+    named = "; ".join(f"layer {layer}: {', '.join(methods)}" for layer, methods in missing.items())
+    return f"nothing distinguishes the classes, so there is no vector of {named}"
 
 
 def layers_of(model: HookedModel, layers: Sequence[int] | None) -> list[int]:
@@ -430,9 +456,9 @@ def _split(given: list[list[Example]], share: float, seed: int) -> tuple[list[li
 
 
 def _precision(records: list[CapturedActivation]) -> float:
-    """The share of what these records hold that is rounding, which adds up from layer to layer."""
+    """The share of what these records hold that is rounding: of half precision the step between two numbers."""
     dtype = records[0].value.dtype
-    return 8 * float(mx.finfo(dtype).eps) if dtype in (mx.float16, mx.bfloat16) else PRECISION
+    return float(mx.finfo(dtype).eps) if dtype in (mx.float16, mx.bfloat16) else PRECISION
 
 
 def _sum_of(records: list[CapturedActivation]) -> np.ndarray:

@@ -24,6 +24,8 @@ from ...errors import HookError
 
 PRECISION = 64 * float(np.finfo(np.float32).eps)
 """The share of an activation that is rounding, in a model that computes in float32."""
+_ROUNDING_RMS = 1 / np.sqrt(12)
+"""The usual error of rounding, in steps of what is rounded to."""
 _PROBE_STEPS = 1000
 _ICA_STEPS = 200
 _ICA_STARTS = 4
@@ -38,6 +40,10 @@ _PAIRS = 2**17
 _CLIMB_STEPS = 1000
 _CLIMB_SLOPE = 1e-7
 """The smooth AUC is at its largest where its slope, per unit of the unit vector, is less than this."""
+
+
+class NoDirection(HookError):
+    """Nothing distinguishes the classes."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +116,16 @@ class Classes:
     def principal(self) -> tuple[np.ndarray, np.ndarray]:
         """Coordinates [n + m, rank] of the rows along their principal axes [rank, d], the largest variance first.
 
-        Axes along which rows are apart by rounding only are left out.
+        Axes along which rows are no farther apart than rounding usually moves them are left out.
         """
         rows = self.rows
+        size = np.sqrt(np.square(np.concatenate([self.positive, self.negative])).mean(axis=0))
+        rounding = self.precision * _ROUNDING_RMS * np.median(size)
         is_wide = rows.shape[0] <= rows.shape[1]
         # A tenth of the time that the singular values take. It loses what is 1e-8 of the largest, which is rounding.
         square, found = np.linalg.eigh(rows @ rows.T if is_wide else rows.T @ rows)
         square, found = square[::-1], found[:, ::-1]
-        least = max(square[0] * max(rows.shape) * np.finfo(np.float64).eps, len(rows) * np.median(self.rounding) ** 2)
+        least = max(square[0] * max(rows.shape) * np.finfo(np.float64).eps, len(rows) * rounding**2)
         rank = int((square > least).sum())
         length = np.sqrt(square[:rank])
         axes = (rows.T @ (found[:, :rank] / length)).T if is_wide else found[:, :rank].T
@@ -129,7 +137,7 @@ class Classes:
         """A direction; see :func:`fit`."""
         if method not in _WAYS:
             raise HookError(f"A method is one of {', '.join(_WAYS)}; got {method!r}.", field="method")
-        nothing = HookError(f"Nothing distinguishes the classes: {method} finds no direction.")
+        nothing = NoDirection(f"Nothing distinguishes the classes: {method} finds no direction.")
         if (np.abs(self.rows).max(axis=0) <= self.rounding).all():
             raise nothing
         direction, threshold, notes = _WAYS[method](self, seed)
@@ -149,7 +157,7 @@ def fit(method: str, positive: np.ndarray, negative: np.ndarray, seed: int = 0, 
     - ``mean_diff``: the mean of the positive ones less that of the negative ones, as long as it is.
     - ``probe``: logistic regression (L2, C = 1) on activations that are divided by one number, so that the penalty
       means the same on every model: their distance from their mean, if all dimensions scattered as the median one
-      does. (The distance itself is that of the few loud dimensions that streams have, and the penalty would then keep
+      does (at least half of the mean of roots, squared, where most are quiet). (The distance itself is that of the few loud dimensions that streams have, and the penalty would then keep
       the probe from cancelling these.) The vector is the coefficient in units of activations: ``h.v`` plus a constant
       is the log odds. The threshold is even odds.
     - ``ica``: FastICA on the first principal components, one for every 20 rows (4 to 50): with more sources than that
@@ -167,7 +175,7 @@ def fit(method: str, positive: np.ndarray, negative: np.ndarray, seed: int = 0, 
 
     Raises:
         HookError: for an unknown method, fewer than two rows in a class, rows of other widths or that are not finite,
-            and where nothing distinguishes the classes.
+            and (NoDirection) where nothing distinguishes the classes.
     """
     return Classes(positive, negative, precision).fit(method, seed)
 
@@ -208,7 +216,12 @@ def _probe(classes: Classes, seed: int) -> _Found:
     from sklearn.linear_model import LogisticRegression
 
     rows, centre = classes.rows, classes.centre
-    unit = np.median(rows.std(axis=0)) * np.sqrt(rows.shape[1]) or np.sqrt(np.square(rows).sum(axis=1).mean())
+    spread = rows.std(axis=0)
+    # What stands still tells nothing: of it there is what the mean's rounding leaves.
+    spread = spread[spread > 1e-9 * spread.max()]
+    # Of roots, a few loud dimensions do not make up the mean as they would of the numbers themselves.
+    usual = max(np.median(spread), np.sqrt(spread).mean() ** 2 / 2)
+    unit = usual * np.sqrt(len(spread))
     is_positive = np.arange(len(rows)) < len(classes.positive)
     model = LogisticRegression(C=1.0, solver="lbfgs", max_iter=_PROBE_STEPS)
     with warnings.catch_warnings():

@@ -21,7 +21,7 @@ from ...storage.metadata import plain_interventions
 from ..identity import ModelIdentity
 from .dynamics import THRESHOLD, trait_dynamics
 from .prompts import render
-from .vectors import TraitVector
+from .vectors import TraitVector, check_vectors
 from .watching import watch_traits
 
 FORMAT = "neuroscope.trait_dynamics/1"
@@ -166,13 +166,6 @@ def scores_of(steps: Sequence[Any], phase: str, n_vectors: int) -> np.ndarray:
     """Scores [pos, trait] of one phase of a run."""
     rows = [step.scores for step in steps if step.phase == phase]
     return np.concatenate(rows) if rows else np.zeros((0, n_vectors), np.float32)
-
-
-def check_vectors(vectors: Any, name: str = "vectors") -> None:
-    """Raises HookError unless it is a list of vectors, at least one."""
-    is_list = isinstance(vectors, Sequence) and not isinstance(vectors, str)
-    if not is_list or not vectors or not all(isinstance(vector, TraitVector) for vector in vectors):
-        raise HookError(f"{name} is a list of at least one TraitVector.", field=name)
 
 
 def _check_names(vectors: Sequence[TraitVector]) -> None:

@@ -20,9 +20,9 @@ from ...model import HookedModel
 from ...sampling import Sampling, whole_number
 from ...storage.metadata import plain_interventions
 from ..identity import ModelIdentity
-from .monitoring import check_vectors, scores_of, text_parts
+from .monitoring import scores_of, text_parts
 from .prompts import render
-from .vectors import TraitVector
+from .vectors import TraitVector, check_vectors
 from .watching import TraitStep, room_for, watch_traits
 
 FORMAT = "neuroscope.trait_steering/1"

@@ -241,13 +241,23 @@ class TraitVector:
             raise HookError(f"{path} is no trait vector that can be read: {error}.") from error
 
 
+def check_vectors(vectors: Any, name: str = "vectors") -> None:
+    """Raises HookError unless it is a list of vectors, at least one; ``name`` is what the argument is called."""
+    is_list = isinstance(vectors, Sequence) and not isinstance(vectors, str)
+    if not is_list or not vectors or not all(isinstance(vector, TraitVector) for vector in vectors):
+        raise HookError(f"{name} is a list of at least one TraitVector.", field=name)
+
+
 def save_vectors(vectors: Sequence[TraitVector], folder: str | Path) -> list[Path]:
     """Write vectors to a folder, all of them or none; answers their files.
 
     Raises:
-        HookError: when one cannot be written; what was there stays.
+        HookError: for two of one method and layer, and when one cannot be written; what was there stays.
     """
-    paths = [Path(folder) / f"{vector.name}.safetensors" for vector in vectors]
+    names = [vector.name for vector in vectors]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise HookError(f"A folder holds one vector of each method and layer, got several {', '.join(twice)}.")
+    paths = [Path(folder) / f"{name}.safetensors" for name in names]
     headers = [vector._header() for vector in vectors]
     try:
         # Each is written beside its place first; only when all are on disk do they take their places.

@@ -18,7 +18,7 @@ from ...sampling import whole_number
 from ...token_text import TokenText
 from ..identity import ModelIdentity
 from .prompts import Chat, render
-from .vectors import TraitVector
+from .vectors import TraitVector, check_vectors
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def watch_traits(
         raise HookError(f"Traits are watched on one prompt, got {len(rows)} rows.", field="prompt")
     tokens = id_list(rows[0])
     whole_number("max_tokens", max_tokens)
-    check_vectors(model, vectors, other_model=other_model)
+    check_vectors(vectors)
+    _check_model(model, vectors, other_model)
     capture = _captures(model, vectors, normalize)
     steps = model.generate_steps(
         tokens,
@@ -99,22 +100,10 @@ def watch_traits(
     return _steps(model, steps, tokens, capture, vectors)
 
 
-def check_vectors(
-    model: HookedModel,
-    vectors: Sequence[TraitVector],
-    *,
-    other_model: bool = False,
-    identity: ModelIdentity | None = None,
-) -> None:
-    """Refuse what is no list of vectors of this model; the arguments are those of :meth:`TraitVector.check`.
-
-    Raises:
-        HookError: for no vectors, and for one of another model, width or layer.
-    """
-    if isinstance(vectors, TraitVector) or not vectors or not all(isinstance(v, TraitVector) for v in vectors):
-        raise HookError("vectors is a list of at least one TraitVector.", field="vectors")
-    if identity is None and not other_model and any(vector.identity is not None for vector in vectors):
-        identity = ModelIdentity.of(model)
+def _check_model(model: HookedModel, vectors: Sequence[TraitVector], other_model: bool) -> None:
+    """Refuse vectors of another model, width or layer; see :meth:`TraitVector.check`."""
+    is_compared = not other_model and any(vector.identity is not None for vector in vectors)
+    identity = ModelIdentity.of(model) if is_compared else None
     for vector in vectors:
         vector.check(model, other_model=other_model, identity=identity)
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...analysis.traits.experiment import Experiment, Trait, VectorFile
-from ...analysis.traits.extraction import MAX_NEW_TOKENS, SPANS, Examples, layers_of, methods_of
+from ...analysis.traits.extraction import MAX_NEW_TOKENS, SPANS, Examples, layers_of, methods_of, without_direction
+from ...analysis.traits.methods import NoDirection
 from ...analysis.traits.prompts import Chat
 from ...analysis.traits.vectors import METHODS, TraitVector, save_vectors
 from ...errors import HookError
@@ -113,11 +114,18 @@ def _extract(
         seed=options.seed,
     )
     there = {(file.layer, file.method): file for file in trait.vectors()}
-    wanted = [each for each in wanted if each not in there or _is_due(there[each], examples, identity, options)]
-    if not wanted:
+    due = [each for each in wanted if each not in there or _is_due(there[each], examples, identity, options)]
+    if not due:
         print(f"{trait.name}: all vectors are there")
         return False
-    vectors = examples.vectors(model, trait.name, wanted, identity=identity, progress=sys.stderr.isatty())
+    try:
+        vectors = examples.vectors(model, trait.name, due, identity=identity, progress=sys.stderr.isatty())
+    except NoDirection:
+        if len(due) == len(wanted):
+            raise
+        # The others are there already.
+        print(f"{trait.name}: {without_direction(due, [])}")
+        return False
     save_vectors(vectors, trait.vectors_folder)
     told = vectors[0].metadata
     print(
@@ -125,6 +133,8 @@ def _extract(
         f"{told['n_held_out_positive']} and {told['n_held_out_negative']} held out; span {told['span']}"
     )
     print(table(vectors))
+    if missing := without_direction(due, vectors):
+        print(f"  {missing}")
     return True
 
 
