@@ -157,7 +157,8 @@ def fit(method: str, positive: np.ndarray, negative: np.ndarray, seed: int = 0, 
     - ``mean_diff``: the mean of the positive ones less that of the negative ones, as long as it is.
     - ``probe``: logistic regression (L2, C = 1) on activations that are divided by one number, so that the penalty
       means the same on every model: their distance from their mean, if all dimensions scattered as the median one
-      does (at least half of the mean of roots, squared, where most are quiet). (The distance itself is that of the few loud dimensions that streams have, and the penalty would then keep
+      does (at least half of the mean of roots, squared, where most are quiet). (The distance itself is that of the
+      few loud dimensions that streams have, and the penalty would then keep
       the probe from cancelling these.) The vector is the coefficient in units of activations: ``h.v`` plus a constant
       is the log odds. The threshold is even odds.
     - ``ica``: FastICA on the first principal components, one for every 20 rows (4 to 50): with more sources than that
