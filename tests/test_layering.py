@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent
 
 # Upper modules may import lower ones. A folder stands for all modules in it.
 ENGINE = [
-    "cli", "training", "analysis", "coverage", "inference", "model", "loading", "selftest", "contributions", "capture",
-    "generation", "sampling", "observers", "storage", "extraction", "manager", "instrument", "interventions", "hooks",
-    "reductions", "activations", "architectures", "attention", "hook_points", "token_text", "errors",
+    "cli", "training", "analysis", "coverage", "inference", "encoding", "model", "loading", "selftest", "contributions",
+    "capture", "generation", "sampling", "observers", "storage", "extraction", "manager", "instrument", "interventions",
+    "hooks", "reductions", "activations", "architectures", "attention", "hook_points", "token_text", "errors",
 ]  # fmt: skip
 PACKAGES = {
     "mlx_hooks": {"forbidden": {"flask", "waitress", "requests", "api_server", "neuroscope_bridge"}},
