@@ -22,7 +22,7 @@ from ..identity import ModelIdentity
 from .dynamics import THRESHOLD, trait_dynamics
 from .prompts import render
 from .vectors import TraitVector, check_vectors
-from .watching import watch_traits
+from .watching import TraitStep, watch_traits
 
 FORMAT = "neuroscope.trait_dynamics/1"
 PARTS = ("response", "all")
@@ -143,26 +143,20 @@ def monitor_dynamics(
     return {"format": FORMAT, "metadata": metadata, "results": results, "failed": failed}
 
 
-def response_text(model: HookedModel, token_ids: Sequence[int]) -> str:
-    """Generated tokens as text, without end tokens."""
-    ends = set(getattr(model.tokenizer, "eos_token_ids", None) or ())
-    return str(model.hf_tokenizer.decode([token for token in token_ids if token not in ends]))
-
-
-def text_parts(model: HookedModel, prompt: str, steps: Sequence[Any]) -> dict[str, Any]:
+def text_parts(prompt: str, steps: Sequence[TraitStep]) -> dict[str, Any]:
     """What was read and what was said, as the results tell it: ``prompt`` and ``response`` of the steps of a run."""
     found: dict[str, dict[str, Any]] = {}
     for part in ("prompt", "response"):
         own = [step for step in steps if step.phase == part]
         ids = [token for step in own for token in step.token_ids]
-        text = prompt if part == "prompt" else response_text(model, ids)
+        text = prompt if part == "prompt" else "".join(step.text for step in own)
         tokens = [token for step in own for token in step.tokens]
         found[part] = {"text": text, "tokens": tokens, "token_ids": ids, "n_tokens": len(ids)}
     found["response"]["finish_reason"] = steps[-1].finish_reason
     return found
 
 
-def scores_of(steps: Sequence[Any], phase: str, n_vectors: int) -> np.ndarray:
+def scores_of(steps: Sequence[TraitStep], phase: str, n_vectors: int) -> np.ndarray:
     """Scores [pos, trait] of one phase of a run."""
     rows = [step.scores for step in steps if step.phase == phase]
     return np.concatenate(rows) if rows else np.zeros((0, n_vectors), np.float32)
@@ -224,7 +218,7 @@ def _answer(
             "dynamics": {"tokens": asked.tokens, **trait_dynamics(followed, **asked.commitment).to_dict()},
         }
     receipts = [receipt.to_dict() for receipt in steps[-1].interventions]
-    return {**text_parts(model, prompt, steps), "traits": traits, "interventions": receipts}
+    return {**text_parts(prompt, steps), "traits": traits, "interventions": receipts}
 
 
 def _fail(

@@ -208,7 +208,7 @@ class _Runs:
         # The vectors were checked, once for all runs.
         self.options = {"max_tokens": max_tokens, "other_model": True, **sampling}
         self.still = self._answer(0.0)
-        self.parts = text_parts(model, prompt, self.still)
+        self.parts = text_parts(prompt, self.still)
         self.ids: list[int] = [*tokens, *self.parts["response"]["token_ids"]]
         self.base = self._means(self._own(self.still))
         self.forced = self._forced(0.0)
@@ -232,7 +232,7 @@ class _Runs:
             )
             for i, one in enumerate(self.measuring)
         ]
-        response = text_parts(self.model, self.prompt, steps)["response"]
+        response = text_parts(self.prompt, steps)["response"]
         return SteeredRun(
             coefficient=coefficient,
             text=response["text"],
