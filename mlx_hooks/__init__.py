@@ -54,6 +54,8 @@ from .sampling import TokenLogprobs
 from .selftest import Check, SelfTest
 from .storage.query import QueryResult, SavedRun
 from .storage.runs import ActivationLoader, ActivationSaver
+from .storage.shards import ShardReader
+from .training.config import MechIntConfig
 
 __version__ = "0.1.0"
 
@@ -82,6 +84,7 @@ __all__ = [
     "InterventionReceipt",
     "LayerAttention",
     "LogitLens",
+    "MechIntConfig",
     "ModelConfig",
     "ModelLoadError",
     "ObserverError",
@@ -90,6 +93,7 @@ __all__ = [
     "QueryResult",
     "SavedRun",
     "SelfTest",
+    "ShardReader",
     "Steering",
     "SymbolicStreamHook",
     "TokenLogprobs",

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 ENGINE = [
     "cli", "training", "analysis", "coverage", "inference", "encoding", "model", "loading", "selftest", "contributions",
     "capture", "generation", "sampling", "observers", "storage", "extraction", "manager", "instrument", "interventions",
-    "hooks", "reductions", "activations", "architectures", "attention", "hook_points", "token_text", "errors",
+    "hooks", "reductions", "activations", "architectures", "attention", "hook_points", "token_text", "options",
+    "errors",
 ]  # fmt: skip
 PACKAGES = {
     "mlx_hooks": {"forbidden": {"flask", "waitress", "requests", "api_server", "neuroscope_bridge"}},

@@ -101,6 +101,10 @@ class TensorFile:
         start, end = self._entries[name]["data_offsets"]
         return end - start
 
+    def is_bfloat16(self, name: str) -> bool:
+        """Whether ``numpy`` shows bits where numbers are meant."""
+        return str(self._entries[name]["dtype"]) == "BF16"
+
     def numpy(self, name: str) -> np.ndarray:
         """An array of the mapped file, which cannot be written to; bfloat16 shows its bits as uint16."""
         entry = self._entries[name]

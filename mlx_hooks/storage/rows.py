@@ -1,0 +1,155 @@
+"""Captured tokens as rows: values that lie in files or in memory, read part by part."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import HookError
+
+LABELS = {
+    "tokens": "int32",
+    "sequence": "int32",
+    "position": "int32",
+    "step": "int64",
+    "rank": "int32",
+    "session": "int32",
+}
+"""What is known of a row besides its values, with the type of its numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowPart:
+    """Some rows.
+
+    Args:
+        values: [row, width] in float32; of rows with several axes, these side by side.
+        tokens: the id of the token that the model read at each row, [row]; None, as all that follow, where rows came
+            without.
+        sequence: the row of its batch.
+        position: its place in the sequence, from 0.
+        step: the training step at which it was captured.
+        rank: the process that captured it, in distributed training.
+        session: which start of capturing it belongs to.
+    """
+
+    values: np.ndarray
+    tokens: np.ndarray | None = None
+    sequence: np.ndarray | None = None
+    position: np.ndarray | None = None
+    step: np.ndarray | None = None
+    rank: np.ndarray | None = None
+    session: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def sequences(self) -> np.ndarray | None:
+        """A number for each row that is the same for the rows of one sequence and no others, [row]."""
+        keys = [key for key in (self.session, self.rank, self.step, self.sequence) if key is not None]
+        if len(keys) < 4:
+            return None
+        return np.asarray(np.unique(np.stack(keys), axis=1, return_inverse=True)[1]).reshape(-1)
+
+    def at(self, chosen: Any) -> "RowPart":
+        """The rows at indices, or where a mask is true."""
+        kept = {f.name: value[chosen] for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return RowPart(**kept)
+
+
+class Rows(ABC):
+    """The rows of one layer, which need not fit in memory.
+
+        rows = ShardReader("mechint_cache").rows("blocks.2.hook_resid_post")
+        for part in rows.parts():
+            part.values                         # float32 [row, width]
+
+    ``len(rows)`` is their number.
+    """
+
+    name: str
+    """The hook point's canonical name, or what the layer was called."""
+    shape: tuple[int, ...]
+    """Of one row: ``(d_model,)``, ``(head, d_head)``; of a pattern ``(head, key)``, with the most keys of any row."""
+    axes: tuple[str, ...]
+    """What the axes of a row are."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def take(self, indices: Any) -> RowPart:
+        """The rows at indices [n] in stored order, in the order asked.
+
+        Raises:
+            HookError: they cannot be read.
+        """
+
+    @property
+    def width(self) -> int:
+        """Numbers in one row."""
+        return int(np.prod(self.shape))
+
+    def parts(self, size: int = 4096) -> Iterator[RowPart]:
+        """All rows in stored order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
+    def sample(self, limit: int, seed: int = 0) -> RowPart:
+        """At most ``limit`` rows drawn without replacement, in stored order; all of them where there are no more."""
+        if len(self) <= limit:
+            return self.take(np.arange(len(self)))
+        return self.take(np.sort(np.random.default_rng(seed).choice(len(self), limit, replace=False)))
+
+    def shuffled(self, size: int, *, seed: int = 0, epochs: int = 1) -> Iterator[np.ndarray]:
+        """Values [row, width] in random order, ``size`` at a time, each row once per epoch; the last part may be
+        smaller. Rows are read when they are due."""
+        generator = np.random.default_rng(seed)
+        for _ in range(epochs):
+            order = generator.permutation(len(self))
+            for start in range(0, len(order), size):
+                yield self.take(order[start : start + size]).values
+
+
+class ArrayRows(Rows):
+    """Rows in memory.
+
+    Args:
+        values: [row, ...] of numbers.
+        name: what the layer is called.
+        axes: what the axes of a row are; by default one, "feature".
+        labels: ``tokens``, ``sequence``, ... of :class:`RowPart`, [row] each.
+
+    Raises:
+        HookError: for values that are no numbers or have no rows, and labels that do not fit.
+    """
+
+    def __init__(self, values: Any, name: str = "", axes: Sequence[str] | None = None, **labels: Any) -> None:
+        values = np.asarray(values)
+        if values.ndim < 2 or not values.size or not (np.issubdtype(values.dtype, np.number) or values.dtype == bool):
+            raise HookError(f"Rows are an array of numbers [row, feature], got {values.dtype} of shape {values.shape}.")
+        if np.iscomplexobj(values):
+            raise HookError("Rows are real numbers, got complex ones.")
+        self.name, self.shape = name, values.shape[1:]
+        self.axes = tuple(axes) if axes is not None else ("feature",) * len(self.shape)
+        known = {}
+        for label, given in labels.items():
+            if label not in LABELS:
+                raise HookError(f"Rows have no {label!r}. There are: {', '.join(LABELS)}.")
+            if given is None:
+                continue
+            known[label] = np.asarray(given).astype(LABELS[label])
+            if known[label].shape != values.shape[:1]:
+                raise HookError(f"{label} has one number per row, {len(values)}; got shape {known[label].shape}.")
+        self._part = RowPart(values.reshape(len(values), -1), **known)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def take(self, indices: Any) -> RowPart:
+        """The rows at indices [n]."""
+        part = self._part.at(np.asarray(indices))
+        return replace(part, values=part.values.astype(np.float32, copy=False))

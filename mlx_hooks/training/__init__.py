@@ -1,0 +1,1 @@
+"""Capture while a model trains, and what was captured looked at afterwards."""
