@@ -127,6 +127,33 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+class HeldFolder:
+    """A folder whose lock one holder has, from when this is made until ``release``.
+
+    The system drops it with the process. On a disk that knows no locks everyone holds it.
+
+    Raises:
+        BlockingIOError: another holds it, in this process or in another.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise
+        except OSError:
+            return
+
+    def release(self) -> None:
+        """Let another hold it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 def move_folder(source: Path, target: Path, *, below: Path, durable: bool = True) -> None:
     """Move a folder at once: a reader sees it at one place or at the other.
 
