@@ -134,7 +134,7 @@ class RemoteFolder:
         with whole_file(path) as draft:
             with self._told(f"cannot give {name}"):
                 self._client.download_file(self.bucket, self._key(name), str(draft))
-            if sha256 is not None and _digests(draft)[1].hex() != sha256:
+            if sha256 is not None and file_sha256(draft) != sha256:
                 raise HookError(f"{self.url}/{name} is not what was uploaded: its checksum differs.")
 
     def names(self) -> list[str]:
@@ -230,6 +230,11 @@ def _digests(path: Path) -> tuple[int, bytes, str]:
     return size, whole.digest(), f"{_base64(hashlib.sha256(b''.join(parts)).digest())}-{len(parts)}"
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    return _digests(path)[1].hex()
+
+
 def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
 
@@ -271,6 +276,12 @@ class Backlog:
         with self._changed:
             return dict(self._failed)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all was done, or failed."""
+        with self._changed:
+            return not self._waiting and self._current is None
+
     def retry(self) -> None:
         """Try what failed again, after what is waiting."""
         for name in self.failed:
@@ -279,7 +290,7 @@ class Backlog:
     def wait(self, seconds: float) -> bool:
         """Wait until nothing is left to do, but not longer than this; whether nothing is left."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and self._current is None, seconds)
+            return self._changed.wait_for(lambda: self.is_idle, seconds)
 
     def close(self, seconds: float) -> dict[str, str]:
         """Wait as long, and begin no more work.
