@@ -53,6 +53,8 @@ def write_until_killed(folder: Path, moment: str, remote: RemoteFolder | None) -
     while True:
         write_step(writer, step)
         step += 1
+        if remote is not None:
+            time.sleep(0.02)  # uploads are to be on their way, not far behind
 
 
 def half(path: Path, arrays: Any, notes: dict[str, str]) -> None:
