@@ -340,7 +340,9 @@ class _Training:
         threshold = weights.get("threshold")
         if architecture == "batchtopk":
             threshold = mx.full((self.d_sae,), self._batch_threshold())
-        details = {**asdict(self.asked), "d_sae": self.d_sae, "k": self.k, "target_l0": self.target_l0}
+        # Options of the analysis, which come with these, are not about training.
+        own = {name: value for name, value in asdict(self.asked).items() if name in SAETraining.__annotations__}
+        details = {**own, "d_sae": self.d_sae, "k": self.k, "target_l0": self.target_l0}
         about = {
             "hook_name": self.rows.name or None,
             "row_shape": list(self.rows.shape),
