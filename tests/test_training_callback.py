@@ -178,9 +178,16 @@ def test_few_sequences_of_a_step_and_few_rows_of_a_file(tmp_path: Path) -> None:
 
 def test_training_that_goes_on_counts_on(tmp_path: Path) -> None:
     run(MechIntCallback(settings(tmp_path)).train, tmp_path, iters=6)
-    run(MechIntCallback(settings(tmp_path / "later"), first_step=6).train, tmp_path, iters=6)
-    assert folder_of(tmp_path / "shards").steps == [0, 4]
-    assert folder_of(tmp_path / "later" / "shards").steps == [8]
+    run(MechIntCallback(settings(tmp_path), first_step=6).train, tmp_path, iters=6)
+    found = folder_of(tmp_path / "shards")
+    assert found.steps == [0, 4, 8]
+    assert [entry["file"][18:31] for entry in found.reader.entries] == [
+        "000000_step_0",
+        "000001_step_4",
+        "000002_step_8",
+    ]
+    reports = [entry["step"] for entry in found.reader.manifest["training"] if entry["kind"] == "train"]
+    assert reports == [*range(1, 13)]
 
 
 class Interrupted(Exception):
@@ -251,7 +258,7 @@ def test_a_first_capture_that_fails_does(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sample_layers": ["model.layers.7"]}, UnknownHookError, "Unknown hook point 'model.layers.7'. There are"),
+        ({"sample_layers": ["model.layers.7"]}, UnknownHookError, "Blocks are 0 to 2, got 'model.layers.7'."),
         ({"sample_layers": [5]}, UnknownHookError, "Blocks are 0 to 2, got 5."),
         ({"sample_layers": ["input_ids"]}, HookError, "cannot be captured as rows of tokens: its value is one number"),
         ({"storage_path": "{file}"}, HookError, "cannot write"),
