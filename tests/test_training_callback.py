@@ -10,6 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
 from tiny_models import make_model
 from training_runs import (
@@ -135,6 +136,20 @@ def test_adapters_may_come_after_the_callback(tmp_path: Path) -> None:
     shard = found.shards[4][0]
     got = shard.activations["model.layers.2.self_attn.q_proj.output"]
     assert same({"q": got}, {"q": expected[mx.array(shard.sequence), mx.array(shard.position)]})
+
+
+def test_a_sublayer_may_be_replaced(tmp_path: Path) -> None:
+    model, twin = make_model("llama"), make_model("llama", seed=1)
+    callback = MechIntCallback(settings(tmp_path, sample_layers=["blocks.1.hook_attn_out"]), model)
+    model.model.layers[1].self_attn = twin.model.layers[1].self_attn
+    data = sequences(TRAINING, 8)
+    batch, _ = next(callback.wrap_batches(iterate_batches)(data, 4, 33, loop=True))
+    shard = folder_of(tmp_path / "shards").shards[0][0]
+    mask = create_attention_mask(mx.zeros((1, batch.shape[1] - 1, 1)), None)
+    block = model.model.layers[1]
+    expected = block.self_attn(block.input_layernorm(streams(model, batch[:, :-1])[0]), mask, None)
+    got = shard.activations["blocks.1.hook_attn_out"]
+    assert same({"": got}, {"": expected[mx.array(shard.sequence), mx.array(shard.position)]})
 
 
 def test_a_blocks_inside_is_seen_where_it_was_checkpointed_before(tmp_path: Path) -> None:
