@@ -264,6 +264,18 @@ def test_a_capture_that_fails_does_not_end_training(tmp_path: Path, monkeypatch:
     assert folder_of(tmp_path / "shards").steps == [0, 2]
 
 
+def test_an_end_that_cannot_be_noted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise HookError("cannot write manifest.json: No space left on device")
+
+    callback = MechIntCallback(settings(tmp_path), make_model("llama"))
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_hooks.storage.manifest.Manifest.save", fail)
+        with pytest.warns(CaptureWarning, match="The end of capturing could not be noted: cannot write manifest.json"):
+            callback.finish()
+    callback.finish()
+
+
 def test_a_first_capture_that_fails_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_hooks.training.capturing.Capturing.save", full_disk)
     with pytest.raises(OSError, match="No space left"):
