@@ -65,6 +65,7 @@ class Manifest:
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
         self.lock = threading.RLock()
+        self._lines: dict[str, str] = {}  # the entries as JSON, by file: a manifest of thousands is written with each
 
     @classmethod
     def new(cls, layers: Mapping[str, Mapping[str, Any]]) -> "Manifest":
@@ -125,6 +126,11 @@ class Manifest:
         """The entry of a shard that there is."""
         return next(entry for entry in self.entries if entry["file"] == file)
 
+    def update(self, file: str, **values: Any) -> None:
+        """Change the entry of a shard that there is."""
+        self.entry(file).update(values)
+        self._lines.pop(file, None)
+
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Name more shards; one that is named already stays as it is."""
         named = {entry["file"] for entry in self.entries}
@@ -158,14 +164,33 @@ class Manifest:
             HookError: it cannot be written, or holds what JSON does not.
         """
         with self.lock, writing(folder / MANIFEST):
-            write_whole(folder / MANIFEST, _text(self.data))
+            write_whole(folder / MANIFEST, self._text(self.data))
 
     def remote_text(self) -> str:
         """The file as it is uploaded: it names the shards that were uploaded before it."""
         with self.lock:
-            uploaded = Manifest(self.data | {"shards": []})
-            uploaded.add(entry for entry in self.entries if entry["remote"])
-            return _text(uploaded.data)
+            uploaded = [entry for entry in self.entries if entry["remote"]]
+            totals = {"total_shards": len(uploaded), "total_rows": sum(entry["rows"] for entry in uploaded)}
+            return self._text(self.data | {"shards": uploaded} | totals)
+
+    def _text(self, data: Mapping[str, Any]) -> str:
+        """JSON with a line for each item of its lists."""
+        lines = []
+        for key, value in data.items():
+            if key == "shards":
+                items = [self._line(entry) for entry in value]
+            elif key in _LISTS:
+                items = [json.dumps(item, allow_nan=False) for item in value]
+            else:
+                lines.append(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+                continue
+            lines.append(f" {json.dumps(key)}: [" + ",".join(f"\n  {item}" for item in items) + "]")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def _line(self, entry: Mapping[str, Any]) -> str:
+        if entry["file"] not in self._lines:
+            self._lines[entry["file"]] = json.dumps(entry, allow_nan=False)
+        return self._lines[entry["file"]]
 
 
 def check_same_layers(
@@ -238,17 +263,6 @@ def _is_whole(data: Mapping[str, Any]) -> bool:
         and shard_number(entry["file"]) is not None
         for entry in data["shards"]
     )
-
-
-def _text(data: Mapping[str, Any]) -> str:
-    """JSON with a line for each shard: a manifest of thousands is written with each, and read by people."""
-    lines = []
-    for key, value in data.items():
-        text = json.dumps(value, allow_nan=False)
-        if isinstance(value, list) and value:
-            text = "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n ]"
-        lines.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _sizes(layer: Mapping[str, Any]) -> list[tuple[str, int | None]]:

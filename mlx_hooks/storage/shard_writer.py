@@ -221,7 +221,7 @@ class ShardWriter:
             if entry["remote"] and not entry["local"]:
                 # Its writer was killed between saying that the file is gone and removing it.
                 path.unlink(missing_ok=True)
-            entry["local"] = path.is_file()
+            manifest.update(entry["file"], local=path.is_file())
         return manifest
 
     def _check_place(self, manifest: Manifest, remote: RemoteFolder) -> None:
@@ -274,7 +274,8 @@ class ShardWriter:
     def _write_shard(self, arrays: dict[str, Any], part: slice, step: int, metadata: Mapping[str, Any]) -> Path:
         name = shard_name(self._number, step)
         path = self.folder / name
-        parts = {key: array[part] for key, array in arrays.items()}
+        # What is whole is not copied.
+        parts = {key: array if part == slice(0, len(array)) else array[part] for key, array in arrays.items()}
         entry = {
             "file": name,
             "shard": self._number,
@@ -310,12 +311,12 @@ class ShardWriter:
         if entry["remote"] is None:
             digest = self._remote.put(self.folder / name, name)
             with self._changing():
-                entry.update(remote=f"{self._remote.url}/{name}", sha256=digest)
+                self._manifest.update(name, remote=f"{self._remote.url}/{name}", sha256=digest)
         self._remote.write(MANIFEST, self._manifest.remote_text().encode())
         if entry["local"] and not self._keep_local:
             # What the manifest says is local must be there, whenever the process ends.
             with self._changing():
-                entry["local"] = False
+                self._manifest.update(name, local=False)
             (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
