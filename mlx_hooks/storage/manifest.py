@@ -23,7 +23,10 @@ RANK_FOLDERS = "rank_[0-9][0-9][0-9]*"
 _SHARD = re.compile(r"activations_shard_(\d{6,})_step_(\d+)\.safetensors")
 _LISTS = ("shards", "sessions", "training", "analysis_history")
 _OF_FOLDER = {"format", "id", "layers", "total_shards", "total_rows", *_LISTS}
-_OF_ENTRY = {"file": str, "step": int, "session": int, "rank": int, "rows": int, "shapes": dict, "metadata": dict}
+_OF_ENTRY = {
+    "file": str, "step": int, "session": int, "rank": int, "rows": int, "bytes": int, "shapes": dict, "metadata": dict,
+    "local": bool,
+}  # fmt: skip
 
 
 def shard_name(number: int, step: int) -> str:
@@ -94,11 +97,12 @@ class Manifest:
         try:
             data = json.loads(text)
             form = data["format"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            is_whole = form == FORMAT and _is_whole(data)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise HookError(f"cannot read {where}: it is no manifest of captures, or damaged") from error
         if form != FORMAT:
             raise HookError(f"cannot read {where}: its format is {form!r}, not {FORMAT!r}")
-        if not _is_whole(data):
+        if not is_whole:
             raise HookError(f"cannot read {where}: it is damaged")
         return cls(data)
 
@@ -124,20 +128,23 @@ class Manifest:
 
     def entry(self, file: str) -> dict[str, Any]:
         """The entry of a shard that there is."""
-        return next(entry for entry in self.entries if entry["file"] == file)
+        with self.lock:  # a list that is being sorted looks empty to other threads
+            return next(entry for entry in self.entries if entry["file"] == file)
 
     def update(self, file: str, **values: Any) -> None:
         """Change the entry of a shard that there is."""
-        self.entry(file).update(values)
-        self._lines.pop(file, None)
+        with self.lock:
+            self.entry(file).update(values)
+            self._lines.pop(file, None)
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Name more shards; one that is named already stays as it is."""
-        named = {entry["file"] for entry in self.entries}
-        self.entries.extend(dict(entry) for entry in entries if entry["file"] not in named)
-        self.entries.sort(key=lambda entry: shard_number(entry["file"]) or 0)
-        self.data["total_shards"] = len(self.entries)
-        self.data["total_rows"] = sum(entry["rows"] for entry in self.entries)
+        with self.lock:
+            named = {entry["file"] for entry in self.entries}
+            self.entries.extend(dict(entry) for entry in entries if entry["file"] not in named)
+            self.entries.sort(key=lambda entry: shard_number(entry["file"]) or 0)
+            self.data["total_shards"] = len(self.entries)
+            self.data["total_rows"] = sum(entry["rows"] for entry in self.entries)
 
     def join(self, other: "Manifest") -> None:
         """Add what another copy of the same manifest knows: shards, sessions, and the longer histories."""
@@ -253,15 +260,27 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_whole(data: Mapping[str, Any]) -> bool:
-    if not isinstance(data.get("layers"), dict) or not all(isinstance(data.get(name), list) for name in _LISTS):
-        return False
-    return all(
+def is_entry(entry: Any) -> bool:
+    """Whether this is all that an entry tells."""
+    return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), kind) for key, kind in _OF_ENTRY.items())
+        and isinstance(entry.get("remote"), str | None)
+        and (entry.get("remote") is None or isinstance(entry.get("sha256"), str))
         # A manifest may come from elsewhere: no file outside the folder is meant.
         and shard_number(entry["file"]) is not None
-        for entry in data["shards"]
+    )
+
+
+def _is_whole(data: Mapping[str, Any]) -> bool:
+    layers = data.get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(data.get(name), list) for name in _LISTS):
+        return False
+    return (
+        isinstance(data.get("id"), str)
+        and all(len(layer["axes"]) == len(layer["shape"]) for layer in layers.values())
+        and all({"session", "rank", "world_size", "started"} <= set(session) for session in data["sessions"])
+        and all(map(is_entry, data["shards"]))
     )
 
 

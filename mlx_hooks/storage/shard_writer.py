@@ -21,6 +21,7 @@ from .manifest import (
     Manifest,
     check_same_layers,
     finite,
+    is_entry,
     now,
     rank_folder,
     shard_name,
@@ -404,7 +405,7 @@ def _unnamed(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
         if shard_number(path.name) is None or path.name in named:
             continue
         try:
-            found.append(_named(_own_entry(path, manifest), path))
+            found.append(_own_entry(path, manifest))
         except (OSError, ValueError, LookupError, TypeError) as error:
             warnings.warn(
                 f"{path} is no shard of these captures and stays as it is: {error}.",
@@ -415,7 +416,7 @@ def _unnamed(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _own_entry(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """What a shard's header tells of it.
+    """The entry of a shard, from what its header tells.
 
     Raises:
         OSError, ValueError, LookupError, TypeError: it is no whole shard of the manifest's layers.
@@ -425,5 +426,6 @@ def _own_entry(path: Path, manifest: Manifest) -> dict[str, Any]:
     layers = manifest.data["layers"]
     if entry["file"] != path.name or set(file) != {*layers, *COLUMNS} or set(entry["shapes"]) != set(file):
         raise ValueError("it holds other layers")
-    Manifest.parse(json.dumps(manifest.data | {"shards": [entry]}), str(path))
-    return entry
+    if not is_entry(named := _named(entry, path)):
+        raise ValueError("its description is damaged")
+    return named
