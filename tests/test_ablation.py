@@ -9,9 +9,10 @@ from known_models import KnownInduction
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
-from mlx_hooks.analysis.ablation import analyse_causal
+from mlx_hooks.analysis.ablation import analyse_causal, draw_causal
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.intervals import means, ratios
+from mlx_hooks.analysis.pictures import png
 
 ROWS = np.random.default_rng(0).integers(0, 60, size=(3, 7)).tolist()
 HOOKS = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
@@ -172,6 +173,14 @@ def test_nothing_stays_behind_and_a_seed_tells_it_again(llama: HookedModel) -> N
     assert analyse_causal(llama, ROWS, options) == first
     assert seen == [(i + 1, 12) for i in range(12)]
     assert np.array_equal(np.array(llama.model(llama.to_tokens(ROWS))), before)
+
+
+def test_the_pictures_are_drawn(llama: HookedModel) -> None:
+    prompts = [{"clean": row, "corrupted": [*row[:3], 1, *row[4:]], "answer": 3, "wrong": 4} for row in ROWS]
+    for data, parts in ((ROWS, ["heads", "blocks"]), (prompts, None), (ROWS[:1], None)):
+        drawn = draw_causal(analyse_causal(llama, data, {"components": parts, "resamples": 100}))
+        assert [title for title, _ in drawn] == ["causal", "causal_strongest"]
+        assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 
 @pytest.mark.parametrize(
