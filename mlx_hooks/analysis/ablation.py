@@ -204,7 +204,7 @@ class Bench:
         is_asked = targets != NOTHING
         here = self.log_probabilities(logits, batch)
         losses = -mx.take_along_axis(here, mx.array(np.maximum(targets, 0))[..., None], axis=-1)[..., 0]
-        divergences = mx.zeros_like(losses) if plain is None else (mx.exp(plain) * (plain - here)).sum(axis=-1)
+        divergences = mx.zeros_like(losses) if plain is None else _divergences(plain, here)
         loss, kl = (_means_of(to_numpy(each), is_asked) for each in (losses, divergences))
         difference = None
         if batch.wrong is not None:
@@ -215,6 +215,11 @@ class Bench:
         if not all(np.isfinite(each).all() for each in (loss, kl, difference) if each is not None):
             raise HookError("The model's logits are not finite on the eval data: nothing can be measured.")
         return Measured(loss, np.maximum(kl, 0), difference)
+
+
+def _divergences(p: mx.array, q: mx.array) -> mx.array:
+    """KL(p || q) in nats over the last axis, from log probabilities; a token that p rules out adds nothing."""
+    return mx.where(p == -mx.inf, 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
 
 
 def _means_of(values: np.ndarray, is_asked: np.ndarray) -> np.ndarray:
