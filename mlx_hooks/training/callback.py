@@ -139,6 +139,11 @@ class MechIntCallback(TrainingCallback):
 
         return batches
 
+    def get_statistics(self) -> dict[str, Any]:
+        """``total_samples_saved`` (rows in files), ``total_shards``, ``tracked_layers``; empty where another process of
+        a distributed training writes."""
+        return {} if self._capturing is None else self._capturing.statistics()
+
     def finish(self) -> None:
         """End capturing; the folder is complete. May be called again.
 

@@ -59,7 +59,7 @@ class Capturing:
     @classmethod
     def of(cls, model: nn.Module | HookedModel, config: MechIntConfig) -> "Capturing | None":
         """The capturing of this process; None where another one of a distributed training writes."""
-        return cls(model, config) if ranks()[0] == 0 or config.writing_ranks == "all" else None
+        return cls(model, config) if writes_here(config) else None
 
     def is_due(self, step: int) -> bool:
         """Whether a step is one of those that are captured."""
@@ -131,6 +131,14 @@ class Capturing:
                 warnings.warn(f"A training step was not captured: {self._missed[0]}", CaptureWarning, stacklevel=3)
             return None
 
+    def statistics(self) -> dict[str, Any]:
+        """``total_samples_saved`` (rows in files), ``total_shards``, ``tracked_layers``."""
+        return {
+            "total_samples_saved": self.n_rows,
+            "total_shards": len(self.shards),
+            "tracked_layers": list(self.trained.layers),
+        }
+
     def report(self, kind: str, step: int, info: Mapping[str, Any]) -> None:
         """Note a loss report in the manifest: ``kind`` is "train" or "validation"."""
         if self.writer is not None:
@@ -159,6 +167,11 @@ def ranks() -> tuple[int, int]:
     """This process's number in distributed training, and how many there are: (0, 1) outside it."""
     group = mx.distributed.init()
     return group.rank(), group.size()
+
+
+def writes_here(config: MechIntConfig) -> bool:
+    """Whether this process is one that captures."""
+    return ranks()[0] == 0 or config.writing_ranks == "all"
 
 
 def _joined(values: list[mx.array]) -> mx.array:

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ..errors import HookError
 from ..model import HookedModel
 from .batches import read_batch
-from .capturing import Capturing, ranks
+from .capturing import Capturing, writes_here
 from .config import MechIntConfig
 from .sampler import ActivationSampler
 
@@ -55,7 +55,7 @@ class MechIntHooks:
         """
         if self._registered:
             raise HookError("Hooks are registered already: on_train_end() ends that.")
-        if ranks()[0] == 0 or self.config.writing_ranks == "all":
+        if writes_here(self.config):
             sampler = ActivationSampler.of(self.config, latest=True)
             sampler.register_hooks(model)
             self.sampler = sampler

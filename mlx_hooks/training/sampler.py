@@ -33,7 +33,7 @@ class ActivationSampler:
     Every plain call of the model is kept, one that ``nn.value_and_grad`` differentiates too; runs of ``HookedModel``
     are not. A function that ``mx.compile`` compiled calls no Python after its first run: nothing can be kept there, and
     saving is an error. ``activations`` may be changed before it is saved, as a subclass may do that overrides
-    ``save_activations`` and then calls it.
+    ``save_activations`` and then calls it. In distributed training rank 0 alone keeps and saves.
 
     Args:
         layers: as ``sample_layers`` of :class:`MechIntConfig`; None detects them.
@@ -90,10 +90,13 @@ class ActivationSampler:
         """
         if self._end is not None:
             raise HookError("Hooks are registered already: remove_hooks() ends that.")
-        self.capturing = Capturing(model, self.config)
+        self.capturing = Capturing.of(model, self.config)
         self.clear_cache()
         self._compiled = False
-        self._end = follow_calls(self.capturing.trained.hooked.instrument, self._around)
+        if self.capturing is None:
+            self._end = _nothing
+        else:
+            self._end = follow_calls(self.capturing.trained.hooked.instrument, self._around)
 
     def remove_hooks(self) -> None:
         """Keep nothing any more, and close the folder; what is kept and not saved is lost. May be called again."""
@@ -125,13 +128,16 @@ class ActivationSampler:
                 forward passes a list of these. None: all tokens are rows.
 
         Returns:
-            the last file that was written; None where every token is padding.
+            the last file that was written; None where every token is padding, and where another process of a
+            distributed training writes.
 
         Raises:
             HookError: nothing was captured, it was captured where it cannot be read, or it cannot be written.
         """
-        if self.capturing is None or self._end is None:
+        if self._end is None:
             raise HookError("No hooks are registered: register_hooks(model) comes first.")
+        if self.capturing is None:
+            return None
         self._check_seen()
         if self._n_saved and self._n_saved == len(self._forwards):
             return self._last_path
@@ -145,13 +151,10 @@ class ActivationSampler:
     def get_statistics(self) -> dict[str, Any]:
         """``total_samples_saved`` (rows in files), ``current_cache_samples`` (tokens that are held), ``total_shards``,
         ``tracked_layers``."""
-        capturing = self.capturing
-        return {
-            "total_samples_saved": capturing.n_rows if capturing else 0,
-            "current_cache_samples": sum(forward.tokens.size for forward in self._forwards),
-            "total_shards": len(capturing.shards) if capturing else 0,
-            "tracked_layers": list(capturing.trained.layers) if capturing else [],
-        }
+        none: dict[str, Any] = {"total_samples_saved": 0, "total_shards": 0, "tracked_layers": []}
+        held = sum(forward.tokens.size for forward in self._forwards)
+        known = none if self.capturing is None else self.capturing.statistics()
+        return known | {"current_cache_samples": held}
 
     def clear_cache(self) -> None:
         """Forget what is held."""
@@ -226,6 +229,10 @@ class ActivationSampler:
         if len(lengths) != len(counts):
             raise HookError(f"lengths has an entry for each of the {len(counts)} forward passes, got {len(lengths)}.")
         return [check_lengths(given, count) for given, count in zip(lengths, counts, strict=True)]
+
+
+def _nothing() -> None:
+    """Ends what was not begun."""
 
 
 def _is_traced(tokens: mx.array, model: nn.Module) -> bool:
