@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
 import requests
+from botocore.loaders import create_loader
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -57,6 +59,11 @@ class S3Server:
         self._server.server_close()
 
 
+@cache
+def _loader(*arguments: Any) -> Any:
+    return create_loader(*arguments)
+
+
 @contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """A service that the environment leads to, with an empty bucket."""
@@ -73,6 +80,8 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }.items():
         monkeypatch.setenv(name, value)
+    # Reading the description of S3 again for each client would be half of the tests' time.
+    monkeypatch.setattr("botocore.session.create_loader", _loader)
     requests.post(f"{server.url}/moto-api/reset", timeout=10).raise_for_status()
     requests.put(f"{server.url}/{BUCKET}", timeout=10).raise_for_status()
     try:

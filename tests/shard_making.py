@@ -8,9 +8,12 @@ no copy.
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from mlx_hooks.storage.manifest import Manifest
 from mlx_hooks.storage.remote import RemoteFolder
 from mlx_hooks.storage.shard_writer import ShardWriter
 
+ROOT = Path(__file__).parent.parent
 LAYER = "blocks.0.hook_resid_post"
 LAYERS = {LAYER: {"axes": ["d_model"], "shape": [4], "dtype": "float32", "asked": "model.layers.0"}}
 
@@ -49,6 +53,8 @@ def write_until_killed(folder: Path, moment: str, remote: RemoteFolder | None) -
     while True:
         write_step(writer, step)
         step += 1
+        if remote is not None:
+            time.sleep(0.02)  # uploads are to be on their way, not far behind
 
 
 def half(path: Path, arrays: Any, notes: dict[str, str]) -> None:
@@ -58,6 +64,33 @@ def half(path: Path, arrays: Any, notes: dict[str, str]) -> None:
 
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def child_environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@contextmanager
+def killer(*arguments: str) -> Iterator[Any]:
+    """``kill(folder, moment)`` lets a process write shards until it is killed; see above."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=child_environment(),
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def kill(folder: Path, moment: float | str) -> None:
+        process.stdin.write(f"{folder} {moment}\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip() == "9"
+
+    try:
+        yield kill
+    finally:
+        process.stdin.close()
+        process.wait(30)
+        process.stdout.close()
 
 
 def main() -> None:

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
 import random
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy as np
 import pytest
 import shard_making
 from safetensors.numpy import load_file
-from shard_making import LAYER, LAYERS, values, write_step
+from shard_making import LAYER, LAYERS, child_environment, killer, values, write_step
 
 from mlx_hooks import HookError, MechIntConfig
 from mlx_hooks.errors import UnreadableShardWarning
@@ -290,33 +287,6 @@ def test_what_was_analysed_is_in_the_manifest(tmp_path: Path) -> None:
 
 
 # --- Killed. ---
-
-
-def child_environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OPENBLAS_NUM_THREADS": "1"}
-
-
-@contextmanager
-def killer(*arguments: str) -> Iterator[Any]:
-    """``kill(folder, moment)`` lets a process write shards until it is killed; see ``shard_making``."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "shard_making.py"), *arguments],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=child_environment(),
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def kill(folder: Path, moment: float | str) -> None:
-        process.stdin.write(f"{folder} {moment}\n")
-        process.stdin.flush()
-        assert process.stdout.readline().strip() == "9"
-
-    try:
-        yield kill
-    finally:
-        process.stdin.close()
-        process.wait(30)
-        process.stdout.close()
 
 
 def check_whole(folder: Path) -> dict[str, str]:

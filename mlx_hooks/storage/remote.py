@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -149,9 +150,9 @@ class RemoteFolder:
             return sorted(found["Key"][len(start) :] for page in pages for found in page.get("Contents", ()))
 
     def below(self, name: str) -> "RemoteFolder":
-        """A folder in this one."""
-        inner = object.__new__(RemoteFolder)
-        inner.bucket, inner.prefix, inner._client = self.bucket, self._key(name), self._client
+        """A folder in this one; of "", this one."""
+        inner = copy(self)
+        inner.prefix = self._key(name).rstrip("/")
         return inner
 
     def _key(self, name: str) -> str:

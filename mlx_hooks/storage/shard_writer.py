@@ -100,7 +100,8 @@ class ShardWriter:
         self._backlog = None if self._remote is None else Backlog(self._upload)
         if self._backlog is not None:
             for entry in self._manifest.entries:
-                if entry["remote"] is None and entry["local"]:
+                # What is there already and should not be here is removed as if it had been uploaded now.
+                if entry["local"] and not (entry["remote"] and keep_local):
                     self._backlog.add(entry["file"])
 
     @property

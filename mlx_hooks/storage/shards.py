@@ -99,7 +99,14 @@ class ShardReader:
         self.folder = cache_folder(str(path)) if is_remote else Path(path)
         self._where = str(path)
         self._opened: OrderedDict[str, Shard] = OrderedDict()
-        manifests = _remote_manifests(RemoteFolder.of_url(str(path))) if is_remote else _local_manifests(self.folder)
+        self._remotes: dict[str, RemoteFolder] = {}
+        if is_remote:
+            remote = RemoteFolder.of_url(str(path))
+            manifests = _remote_manifests(remote)
+            # Where they are now, wherever they were uploaded to.
+            self._remotes = {below: remote.below(below) for below in manifests}
+        else:
+            manifests = _local_manifests(self.folder)
         if not manifests:
             raise HookError(f"There are no captured activations in {path}: it has no {MANIFEST}.")
         first, *others = manifests.values()
@@ -109,8 +116,8 @@ class ShardReader:
         self.layers: dict[str, dict[str, Any]] = self.manifest["layers"]
         self._sessions = [session for manifest in manifests.values() for session in manifest.data["sessions"]]
         entries = [
-            entry | {"file": f"{folder}{entry['file']}"}
-            for folder, manifest in manifests.items()
+            entry | {"file": f"{below}/{entry['file']}".lstrip("/")}
+            for below, manifest in manifests.items()
             for entry in manifest.entries
         ]
         self.entries: list[dict[str, Any]] = current(self._readable(entries, unreadable), self._sessions)
@@ -214,13 +221,16 @@ class ShardReader:
         path = self.folder / entry["file"]
         if path.is_file() or not entry.get("remote"):
             return path
-        url, _, name = entry["remote"].rpartition("/")
+        below, _, name = entry["file"].rpartition("/")
+        if below not in self._remotes:
+            self._remotes[below] = RemoteFolder.of_url(entry["remote"].rpartition("/")[0])
+        remote = self._remotes[below]
         # The checksum stands for the content: another capture to the same place is another file.
-        copy = cache_folder(url) / entry["sha256"][:16] / name
+        copy = cache_folder(remote.url) / entry["sha256"][:16] / name
         if not copy.is_file() or copy.stat().st_size != entry["bytes"]:
             with writing(copy):
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                RemoteFolder.of_url(url).get(name, copy, entry["sha256"])
+                remote.get(name, copy, entry["sha256"])
         return copy
 
 
@@ -297,9 +307,7 @@ def fetch(url: str, folder: str | Path, progress: Callable[[int, int], None] | N
                 path = inner / entry["file"]
                 with writing(path):
                     if not path.is_file() or file_sha256(path) != entry["sha256"]:
-                        RemoteFolder.of_url(entry["remote"].rpartition("/")[0]).get(
-                            entry["file"], path, entry["sha256"]
-                        )
+                        remote.below(below).get(entry["file"], path, entry["sha256"])
                 entry["local"] = True
                 done += 1
                 if progress is not None:
@@ -327,11 +335,11 @@ def record_analysis(folder: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def _local_manifests(folder: Path) -> dict[str, Manifest]:
-    """The manifests in a folder and in those of ranks below, by what stands before a shard's file: "", "rank_000/"."""
+    """The manifests in a folder and in those of ranks below, by the folder's name: "" for itself."""
     found = {}
     for inner in [folder, *sorted(folder.glob(RANK_FOLDERS))]:
         if (manifest := Manifest.load(inner)) is not None:
-            found["" if inner == folder else f"{inner.name}/"] = manifest
+            found["" if inner == folder else inner.name] = manifest
     return found
 
 
@@ -343,7 +351,7 @@ def _remote_manifests(remote: RemoteFolder) -> dict[str, Manifest]:
         if last == MANIFEST and (not below or fnmatch.fnmatchcase(below, RANK_FOLDERS)):
             text = remote.read(name)
             if text is not None:
-                found[f"{below}/" if below else ""] = Manifest.parse(text, f"{remote.url}/{name}")
+                found[below] = Manifest.parse(text, f"{remote.url}/{name}")
     return found
 
 
