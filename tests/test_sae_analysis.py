@@ -117,7 +117,7 @@ def test_the_loss_that_survives_is_recomputed(told: dict[str, Any], llama: Hooke
     found = told["loss_recovered"]
     for name, loss in losses.items():
         np.testing.assert_allclose(found[name], loss, rtol=1e-5)
-    assert found["n_targets"] == 5 * 11
+    assert found["n_tokens"] == 5 * 11
     harm = losses["loss_zero_ablated"] - losses["loss"]
     if harm > 0:
         expected = (losses["loss_zero_ablated"] - losses["loss_with_sae"]) / harm
@@ -126,17 +126,21 @@ def test_the_loss_that_survives_is_recomputed(told: dict[str, Any], llama: Hooke
         assert found["loss_recovered"] is None
 
 
-def test_a_perfect_autoencoder_loses_nothing_and_an_empty_one_all(llama: HookedModel) -> None:
-    width = llama.cfg.d_model
+def test_a_perfect_autoencoder_loses_nothing_and_an_empty_one_all(tiny: HookedModel) -> None:
+    width, texts = tiny.cfg.d_model, ["The capital of France is Paris .", "The capital of Italy is Rome ."]
     both = mx.concatenate([mx.eye(width), -mx.eye(width)])
-    perfect = SparseAutoencoder(
-        "relu", both.T, mx.zeros(2 * width), both, mx.zeros(width), metadata={"hook_name": POINT}
-    )
-    kept = loss_recovered(llama, perfect, TEXTS[:3])
-    np.testing.assert_allclose(kept["loss_with_sae"], kept["loss"], rtol=1e-6)
-    empty = SparseAutoencoder("relu", both.T, mx.full((2 * width,), -1e9), both, mx.zeros(width))
-    lost = loss_recovered(llama, empty, TEXTS[:3], POINT)
-    assert lost["loss_with_sae"] == lost["loss_zero_ablated"] != lost["loss"]
+
+    def recovered(bias: float, size: float) -> dict[str, Any]:
+        weights = (both.T, mx.full((2 * width,), bias), size * both, mx.zeros(width))
+        return loss_recovered(tiny, SparseAutoencoder("relu", *weights), texts, POINT)
+
+    perfect, empty, faint = recovered(0.0, 1.0), recovered(-1e9, 1.0), recovered(0.0, 0.05)
+    np.testing.assert_allclose([perfect["loss_with_sae"], perfect["loss_recovered"]], [perfect["loss"], 1], rtol=1e-5)
+    assert empty["loss_with_sae"] == empty["loss_zero_ablated"] > empty["loss"] + 0.5
+    assert empty["loss_recovered"] == 0
+    share = (faint["loss_zero_ablated"] - faint["loss_with_sae"]) / (faint["loss_zero_ablated"] - faint["loss"])
+    assert 0 != faint["loss_recovered"] == pytest.approx(share)
+    assert faint["loss_recovered"] != pytest.approx(1)
 
 
 def test_what_steering_does_is_recomputed(told: dict[str, Any], llama: HookedModel) -> None:
