@@ -10,7 +10,7 @@ from known_models import KnownInduction
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.ablation import Bench
-from mlx_hooks.analysis.circuit_search import Search, analyse_circuit, draw_circuit
+from mlx_hooks.analysis.circuit_search import Search, analyse_circuit, draw_circuit, smallest
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.eval_data import eval_data_of
 from mlx_hooks.analysis.pictures import png
@@ -117,6 +117,26 @@ def test_no_component_of_a_circuit_can_be_left_out(tiny: HookedModel) -> None:
     strict = analyse_circuit(tiny, prompts, {"components": ["attn_out", "mlp_out"], "faithfulness": 0.99})
     assert strict["size"] >= found["size"]
     assert abs(strict["faithfulness"]["mean"] - 1) <= 0.01 + 1e-6
+
+
+class Table:
+    """A search whose metrics stand in a table; what is not in it is 0."""
+
+    def __init__(self, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+    def of(self, circuit: list[str]) -> np.ndarray:
+        return np.array([self.metrics.get("".join(sorted(circuit)), 0.0)])
+
+
+def test_what_could_not_go_at_first_may_go_later() -> None:
+    # b cannot go while c is there.
+    table: Any = Table({"abc": 1.0, "ab": 1.0, "ac": 0.5, "a": 1.0, "b": 0.5, "bc": 0.5})
+    assert smallest(table, {"a": 3.0, "b": 1.0, "c": 2.0}, 0.9) == ["a"]
+    # Too much is not faithful either.
+    table = Table({"ab": 1.0, "a": 1.3, "b": 0.2})
+    assert smallest(table, {"a": 1.0, "b": 1.0}, 0.9) == ["a", "b"]
+    assert smallest(table, {"a": 1.0, "b": 1.0}, 0.6) == ["a"]
 
 
 def test_one_prompt_has_no_interval(model: HookedModel) -> None:

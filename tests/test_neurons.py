@@ -63,6 +63,15 @@ def test_top_tokens_are_the_rows_with_the_highest_activations(size: int) -> None
             }  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [7, 64, 5000])
+def test_of_equal_activations_the_earlier_rows_are_told(size: int) -> None:
+    values = np.zeros((300, 2), np.float32)
+    values[:, 1] = np.random.default_rng(0).integers(0, 3, size=300)
+    found = analyse_neurons(ArrayRows(values), {"part_size": size, "top_tokens": 40})["top_tokens"]
+    assert [row["row"] for row in found[0]["tokens"]] == list(range(40))
+    assert [row["row"] for row in found[1]["tokens"]] == np.flatnonzero(values[:, 1] == 2)[:40].tolist()
+
+
 def test_only_the_strongest_neurons_tell_their_tokens() -> None:
     found = analyse_neurons(ROWS, {"top_neurons": 2, "top_tokens": 1})
     strongest = np.sort(np.argsort(-VALUES.max(axis=0))[:2])

@@ -234,7 +234,7 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
         name: max(abs(each.mean or 0) for each in (recovery, damage) if each is not None)
         for name, recovery, damage in zip(names, recoveries, damages, strict=True)
     }
-    circuit = _smallest(search, importance, chosen.faithfulness)
+    circuit = smallest(search, importance, chosen.faithfulness)
     rest = [name for name in names if name not in circuit]
     own, complement = faithfulness([circuit, rest])
     drawn = _random_sets(names, circuit, chosen.random_sets, chosen.seed)
@@ -296,7 +296,7 @@ def _notes(search: Search, whole: np.ndarray, nothing: np.ndarray) -> list[str]:
     return notes
 
 
-def _smallest(search: Search, importance: dict[str, float], asked: float) -> list[str]:
+def smallest(search: Search, importance: dict[str, float], asked: float) -> list[str]:
     """The components that are left when no single one can go, in forward order."""
     names = list(importance)
     whole, nothing = search.of(names).mean(), search.of([]).mean()
