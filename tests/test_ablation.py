@@ -220,7 +220,7 @@ def test_the_pictures_are_drawn(llama: HookedModel) -> None:
     prompts = [{"clean": row, "corrupted": [*row[:3], 1, *row[4:]], "answer": 3, "wrong": 4} for row in ROWS]
     for data, parts in ((ROWS, ["heads", "blocks"]), (prompts, None), (ROWS[:1], None)):
         drawn = draw_causal(analyse_causal(llama, data, {"components": parts, "resamples": 100}))
-        assert [title for title, _ in drawn] == ["causal", "causal_strongest"]
+        assert [title for title, _ in drawn] == ["One component at a time", "The strongest effects"]
         assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 

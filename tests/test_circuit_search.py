@@ -163,7 +163,7 @@ def test_what_has_no_circuit_is_refused(model: HookedModel) -> None:
 def test_the_pictures_are_drawn(model: HookedModel) -> None:
     for data, options in (([pair(0), pair(1)], {}), ([said_twice(0)], {"random_sets": 0})):
         drawn = draw_circuit(analyse_circuit(model, data, options))
-        assert [title for title, _ in drawn] == ["circuit", "circuit_faithfulness"]
+        assert [title for title, _ in drawn] == ["The circuit among all components", "Faithfulness"]
         assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 

@@ -343,7 +343,7 @@ def draw_circuit(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
     made, all_axes = figure(f"Circuit of {sum(inside)} components (framed)", len(shown), **map_size(components))
     for axes, (name, label) in zip(all_axes, shown.items(), strict=True):
         component_map(axes, components, [component[name]["mean"] for component in components], label, inside)
-    drawn = [("circuit", made)]
+    drawn = [("The circuit among all components", made)]
     judged, (axes,) = figure("How faithful the circuit is", height=2.6)
     named = {"the circuit": result["faithfulness"], "all but the circuit": result["complement"]}
     estimates(axes, named, "faithfulness, 1 is the whole model")
@@ -353,4 +353,4 @@ def draw_circuit(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
         axes.set_yticks(range(len(named) + 1), [*named, "random, as many"], fontsize=8)
         axes.set_ylim(len(named) + 0.5, -0.5)
     axes.axvline(1, color=FAINT, linewidth=0.8, linestyle="--")
-    return [*drawn, ("circuit_faithfulness", judged)]
+    return [*drawn, ("Faithfulness", judged)]

@@ -39,14 +39,14 @@ class TopRows:
         self.values, self.rows = (np.take_along_axis(each, order, axis=0) for each in (found, rows))
 
     def told(self, rows: Rows, spell: Spell, columns: Iterable[int] | None = None) -> list[list[dict[str, Any]]]:
-        """What is kept of each column as plain JSON values: ``value``, ``row``, and what is known of it."""
+        """What is kept of each column as plain JSON values: ``activation``, ``row``, and what is known of it."""
         chosen = range(self.rows.shape[1]) if columns is None else [int(column) for column in columns]
         due = np.unique(self.rows[:, list(chosen)])
         part = rows.take(due)
         places = {int(row): i for i, row in enumerate(due)}
         return [
             [
-                {"value": float(value), **told_row(part, places[int(row)], int(row), spell)}
+                {"activation": float(value), **told_row(part, places[int(row)], int(row), spell)}
                 for value, row in zip(self.values[:, column], self.rows[:, column], strict=True)
             ]
             for column in chosen
