@@ -119,6 +119,15 @@ def test_no_component_of_a_circuit_can_be_left_out(tiny: HookedModel) -> None:
     assert abs(strict["faithfulness"]["mean"] - 1) <= 0.01 + 1e-6
 
 
+def test_a_difference_that_may_be_none_has_no_shares(llama: HookedModel) -> None:
+    # Three ask for one answer and two for the other: whether the model is right on average, chance decides.
+    prompt = {"clean": [1, 2, 3, 4], "corrupted": [1, 5, 3, 4]}
+    prompts = [prompt | {"answer": 6 + (i > 2), "wrong": 6 + (i < 3)} for i in range(5)]
+    found = analyse_circuit(llama, prompts, {"components": ["mlp_out"]})
+    assert found["faithfulness"]["low"] is None
+    assert any("may be no better" in note for note in found["notes"])
+
+
 class Table:
     """A search whose metrics stand in a table; what is not in it is 0."""
 

@@ -237,6 +237,11 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
     circuit = smallest(search, importance, chosen.faithfulness)
     rest = [name for name in names if name not in circuit]
     own, complement = faithfulness([circuit, rest])
+    if own.low is None and own.n > 1:
+        notes.append(
+            "By these examples the model may be no better than one with all components ablated: shares of that "
+            "difference have no intervals. Give more examples, or such as the model can do."
+        )
     drawn = _random_sets(names, circuit, chosen.random_sets, chosen.seed)
     compared = [estimate.mean for estimate in faithfulness(drawn)]
     levels = {"clean": whole, "corrupted": corrupted, "ablated": nothing}
