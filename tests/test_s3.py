@@ -384,6 +384,18 @@ def test_what_could_not_be_uploaded_at_all_is_uploaded_when_capturing_goes_on(s3
     assert s3_only.remote.names() == [SHARDS[0], "manifest.json"]
 
 
+def test_what_is_there_is_not_sent_again_when_its_manifest_fails(s3_only: Captured, s3: S3Server) -> None:
+    with s3_only.open() as writer:
+        s3.fails = lambda method, path: method == "PUT" and path.endswith("manifest.json")
+        write_step(writer, 0)
+        assert writer._backlog is not None
+        assert writer._backlog.wait(20)
+        assert s3_only.local == [SHARDS[0], "manifest.json"]  # nobody could find it there
+        s3.fails = lambda method, path: False
+    assert s3_only.local == ["manifest.json"]
+    assert [path.endswith(SHARDS[0]) for method, path in s3.requests if method == "PUT"].count(True) == 1
+
+
 def test_writing_does_not_wait_for_uploads(both: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
     send = both.remote._client.upload_file
@@ -414,6 +426,23 @@ def test_closing_does_not_wait_for_ever(both: Captured, monkeypatch: pytest.Monk
     assert both.there["shards"] == []
     both.open().close()
     assert both.there["total_shards"] == 1
+
+
+def test_who_interrupts_closing_can_go_on(both: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = both.open()
+    write_step(writer, 0)
+    assert writer._backlog is not None
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer._backlog, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    both.open().close()
+    assert both.there["total_shards"] == 1
+    monkeypatch.undo()
+    writer._backlog.close(10)
 
 
 def test_reports_are_uploaded_at_the_end(both: Captured) -> None:
@@ -485,6 +514,14 @@ def test_numbering_goes_on_after_what_is_there_alone(s3_only: Captured) -> None:
         write_step(writer, 1)
     assert s3_only.remote.names() == [*SHARDS[:2], "manifest.json"]
     assert [entry["session"] for entry in s3_only.there["shards"]] == [0, 1]
+
+
+def test_a_file_that_is_said_to_be_gone_goes_when_capturing_goes_on(s3_only: Captured) -> None:
+    with s3_only.open() as writer:
+        path = write_step(writer, 0)[0]
+    s3_only.remote.get(path.name, path)  # as if its writer had been killed before it removed the file
+    ShardWriter(s3_only.folder, layers=LAYERS).close()
+    assert s3_only.local == ["manifest.json"]
 
 
 @pytest.mark.parametrize("keep_local", [False, True])
