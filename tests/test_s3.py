@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from s3_server import BUCKET, S3Server, s3_server
 from shard_making import LAYER, LAYERS, columns, killer, values, write_step
+from tiny_models import make_model
 
-from mlx_hooks import HookError, MechIntConfig
+from mlx_hooks import HookedModel, HookError, MechIntConfig, MechIntHooks
 from mlx_hooks.errors import UploadWarning
 from mlx_hooks.storage import remote
 from mlx_hooks.storage.remote import Backlog, RemoteFolder, cache_folder
@@ -674,3 +676,19 @@ def test_nothing_of_the_credentials_is_written(both: Captured) -> None:
         content = path.read_bytes()
         assert b"a-secret" not in content
         assert b"an-id" not in content
+
+
+def test_what_a_training_captures_arrives(s3: S3Server, tmp_path: Path) -> None:
+    model = make_model("llama")
+    hooks = MechIntHooks(config(tmp_path, sample_layers=[1], save_hidden_every_n_steps=2, verbose=False))
+    hooks.register_hooks(model)
+    batch = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    for step in range(3):
+        hooks.on_training_step(batch=batch, global_step=step)
+    hooks.on_train_end(None, model)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["manifest.json"]
+    reader = ShardReader(f"s3://{BUCKET}/x")
+    assert reader.steps == [0, 2]
+    _, cache = HookedModel(model).run_with_cache(batch, "blocks.1.hook_resid_post")
+    expected = cache.numpy("blocks.1.hook_resid_post").reshape(8, -1)
+    np.testing.assert_array_equal(reader.rows(1, steps=[2]).sample(8).values, expected)
