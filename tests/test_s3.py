@@ -20,8 +20,7 @@ from s3_server import BUCKET, S3Server, s3_server
 from shard_making import LAYER, LAYERS, columns, killer, values, write_step
 from tiny_models import make_model
 
-from mlx_hooks import HookedModel, HookError, MechIntConfig, MechIntHooks
-from mlx_hooks.errors import UploadWarning
+from mlx_hooks import HookedModel, HookError, MechIntConfig, MechIntHooks, UploadWarning
 from mlx_hooks.storage import remote
 from mlx_hooks.storage.remote import Backlog, RemoteFolder, cache_folder
 from mlx_hooks.storage.shards import ShardReader, ShardWriter, fetch
