@@ -33,8 +33,10 @@ from .errors import (
     UnknownHookError,
     UnknownVectorError,
     UnreadableRunWarning,
+    UnreadableShardWarning,
     UnsupportedModelError,
     UntrustedHookWarning,
+    UploadWarning,
 )
 from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
@@ -115,8 +117,10 @@ __all__ = [
     "UnknownHookError",
     "UnknownVectorError",
     "UnreadableRunWarning",
+    "UnreadableShardWarning",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "UploadWarning",
     "attribution_points",
     "capture_all_layers",
     "capture_single_layer",
