@@ -1,6 +1,6 @@
 """The ``sae`` analysis: a sparse autoencoder of one layer, trained, measured on rows that it never saw, saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ...model import HookedModel, Tokens
+from ...model import HookedModel
 from ...options import options, options_of
 from ...storage.rows import Rows
+from ..eval_data import eval_data_of
+from ..top_rows import check_vectors
 from .effects import Spell, loss_recovered, steering_effects
 from .measures import Measures, measure_sae
 from .training import ChosenRows, Progress, SAETraining, TrainedSAE, Whole, as_rows, train_sae
@@ -27,7 +29,7 @@ class SAEOptions(SAETraining):
         steering: steer the model with the strongest latents, and tell what that does to its predictions.
         steering_features: how many.
         steering_strength: what is added, in units of the latent's largest activation on the rows that were held out.
-        eval_sequences: of ``eval_data``, no more sequences than this are run.
+        eval_sequences, eval_tokens: of ``eval_data``, no more sequences, and of each no more tokens, are read.
     """
 
     top_features: Whole = 32
@@ -37,6 +39,7 @@ class SAEOptions(SAETraining):
     steering_features: Whole = 3
     steering_strength: Annotated[float, Field(gt=0)] = 2.0
     eval_sequences: Whole = 16
+    eval_tokens: Whole = 128
 
 
 def analyse_sae(
@@ -45,7 +48,7 @@ def analyse_sae(
     progress: Progress | None = None,
     model: HookedModel | None = None,
     spell: Spell | None = None,
-    eval_data: Sequence[Tokens] | None = None,
+    eval_data: Any = None,
 ) -> dict[str, Any]:
     """Train a sparse autoencoder on a layer's rows and tell how good it is.
 
@@ -68,7 +71,7 @@ def analyse_sae(
         model: with ``eval_data``, ``loss_recovered`` is told, see :func:`.effects.loss_recovered`, and with
             ``options.steering`` ``steering``, see :func:`.effects.steering_effects`.
         spell: a token id's text.
-        eval_data: texts, or rows of token ids.
+        eval_data: what :func:`eval_data_of` takes: texts, rows of token ids, batches, or prompts with an answer.
 
     Returns:
         plain JSON values.
@@ -77,6 +80,7 @@ def analyse_sae(
         HookError: as :func:`train_sae`, and as the two above.
     """
     asked, rows = options_of(SAEOptions, options), as_rows(rows)
+    check_vectors(rows)
     trained = train_sae(
         rows, asked, progress=progress, metadata={} if model is None else {"model_name": model.model_name}
     )
@@ -85,25 +89,28 @@ def analyse_sae(
     sae = trained.sae.with_log_sparsity(measured.firing_rate)
     strongest = [int(i) for i in np.argsort(-measured.mean_activation, kind="stable") if not measured.dead[i]]
     result = _told(rows, trained, measured)
+    shown = strongest[: asked.top_features]
+    tops = measured.top.told(unseen, spell, shown) if asked.top_tokens and shown else [[] for _ in shown]
     result["features"] = [
         {
             "feature": i,
             "firing_rate": float(measured.firing_rate[i]),
             "mean_activation": float(measured.mean_activation[i]),
             "max_activation": float(measured.max_activation[i]),
-            "top_tokens": _top_tokens(unseen, measured, i, spell),
+            # A row of the layer, not of those that were held out; where it does not fire it is no top row.
+            "top_tokens": [one | {"row": int(trained.held_out[one["row"]])} for one in top if one["value"] > 0],
         }
-        for i in strongest[: asked.top_features]
+        for i, top in zip(shown, tops, strict=True)
     ]
     if asked.save_to is not None:
         result["saved_to"] = sae.save(asked.save_to).as_posix()
     if model is not None and eval_data is not None:
-        texts = list(eval_data)[: asked.eval_sequences]
-        result["loss_recovered"] = loss_recovered(model, sae, texts)
+        data = eval_data_of(model, eval_data, max_examples=asked.eval_sequences, max_tokens=asked.eval_tokens)
+        result["loss_recovered"] = loss_recovered(model, sae, data)
         if asked.steering:
             pushes = {i: asked.steering_strength * float(measured.max_activation[i]) for i in strongest}
             chosen = {i: pushes[i] for i in strongest[: asked.steering_features]}
-            result["steering"] = steering_effects(model, sae, texts, chosen, seed=asked.seed, spell=spell)
+            result["steering"] = steering_effects(model, sae, data, chosen, seed=asked.seed, spell=spell)
     return result
 
 
@@ -135,27 +142,3 @@ def _told(rows: Rows, trained: TrainedSAE, measured: Measures) -> dict[str, Any]
         "dead_fraction": float(measured.dead.mean()),
         "firing_rates": measured.firing_rate.tolist(),
     }
-
-
-def _top_tokens(rows: Rows, measured: Measures, feature: int, spell: Spell | None) -> list[dict[str, Any]]:
-    """What the model read at the rows on which a latent fires most, the most first."""
-    found = measured.top_rows[feature]
-    found = found[found >= 0]
-    if not len(found):
-        return []
-    # Rows are read in stored order.
-    part = rows.take(np.sort(found))
-    place = {int(row): i for i, row in enumerate(np.sort(found))}
-    told = []
-    for row, value in zip(found, measured.top_values[feature], strict=False):
-        entry: dict[str, Any] = {"activation": float(value)}
-        for name, label in (
-            ("token", part.tokens),
-            ("position", part.position),
-            ("step", part.step),
-            ("sequence", part.sequence),
-        ):
-            entry[name] = None if label is None else int(label[place[int(row)]])
-        entry["text"] = None if spell is None or entry["token"] is None else spell(entry["token"])
-        told.append(entry)
-    return told
