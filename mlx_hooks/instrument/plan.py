@@ -185,10 +185,15 @@ class Instrument:
         return Plan(self.architecture, hooks, self.run)
 
     @property
+    def is_held(self) -> bool:
+        """Whether this thread keeps something attached, so that another one that asks would wait for it."""
+        return self._attached is not None and self.run.thread == threading.get_ident()
+
+    @property
     def editing(self) -> list[Hook]:
         """The editing hooks that this thread's blocks keep attached, in order."""
         attached = self._attached
-        if attached is None or self.run.thread != threading.get_ident():
+        if attached is None or not self.is_held:
             return []
         return [hook for hook in attached.hooks if not hook.reads]
 
