@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml $(if $(FRESH),,FORCE)
 	@echo "Setting up $(VENV) ..."
 	@test "$(FRESH)" = yes || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	@$(BIN)/python -m pip install --quiet --editable ".[plot]" --group dev
+	@$(BIN)/python -m pip install --quiet --editable ".[plot,s3]" --group dev
 	@echo "$(CURDIR)" > $(STAMP)
 
 $(AMBER): tests/smalltalk/package.json

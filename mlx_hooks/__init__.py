@@ -24,6 +24,7 @@ from .analysis.tuned_lens import TunedLens
 from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import (
+    CaptureWarning,
     HookError,
     ModelLoadError,
     ObserverError,
@@ -55,7 +56,10 @@ from .selftest import Check, SelfTest
 from .storage.query import QueryResult, SavedRun
 from .storage.runs import ActivationLoader, ActivationSaver
 from .storage.shards import ShardReader
+from .training.callback import MechIntCallback
 from .training.config import MechIntConfig
+from .training.hooks import MechIntHooks
+from .training.sampler import ActivationSampler
 
 __version__ = "0.1.0"
 
@@ -64,10 +68,12 @@ __all__ = [
     "ActivationHook",
     "ActivationHookManager",
     "ActivationLoader",
+    "ActivationSampler",
     "ActivationSaver",
     "AttentionExtractionHook",
     "Attribution",
     "CaptureEstimate",
+    "CaptureWarning",
     "CapturedActivation",
     "Chat",
     "Check",
@@ -84,7 +90,9 @@ __all__ = [
     "InterventionReceipt",
     "LayerAttention",
     "LogitLens",
+    "MechIntCallback",
     "MechIntConfig",
+    "MechIntHooks",
     "ModelConfig",
     "ModelLoadError",
     "ObserverError",

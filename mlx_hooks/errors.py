@@ -55,6 +55,18 @@ class UnreadableRunWarning(UserWarning):
     """Saved runs that a query passed over because they cannot be read; the message names them."""
 
 
+class UploadWarning(UserWarning):
+    """Captured rows that could not be uploaded, and where they are; the message says why."""
+
+
+class UnreadableShardWarning(UserWarning):
+    """Files of captured rows that were passed over because they cannot be read; the message names them."""
+
+
+class CaptureWarning(UserWarning):
+    """A training step that was not captured; training goes on."""
+
+
 class UntrustedHookWarning(UserWarning):
     """An identity that captures must satisfy does not hold on this model; the message names the hook points."""
 

@@ -173,21 +173,21 @@ def test_a_model_computes_the_same_there(worker: ModelWorker) -> None:
         return found
 
     plain = worker.call(lambda: function(lambda done, total: None))
-    turned = worker.submit(lambda: Aside().in_turns(function, lambda: model.instrument.is_held)).result()
+    turned = worker.submit(lambda: Aside().in_turns(function, lambda: model.instrument.is_attached)).result()
     assert turned == plain
 
 
 def test_a_thread_that_attaches_hooks_holds_the_model(worker: ModelWorker) -> None:
     model = worker.load("llama").model
     seen = []
-    assert not model.instrument.is_held
+    assert not model.instrument.is_attached
     with model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda value, point: None)]):
-        assert model.instrument.is_held
-        other = threading.Thread(target=lambda: seen.append(model.instrument.is_held))
+        assert model.instrument.is_attached
+        other = threading.Thread(target=lambda: seen.append(model.instrument.is_attached))
         other.start()
         other.join()
     assert seen == [False]
-    assert not model.instrument.is_held
+    assert not model.instrument.is_attached
 
 
 def test_closing_leaves_what_computes(worker: ModelWorker) -> None:

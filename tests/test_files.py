@@ -14,6 +14,7 @@ import pytest
 
 from mlx_hooks import HookError
 from mlx_hooks.storage.files import (
+    HeldFolder,
     clear_left,
     is_temporary,
     locked,
@@ -172,3 +173,27 @@ def test_what_is_removed_is_gone_before_the_first_file_is_deleted(
     remove_folder(run)
     assert seen == [False]
     assert names(tmp_path) == []
+
+
+def test_one_holds_a_folder_at_a_time(tmp_path: Path) -> None:
+    held = HeldFolder(tmp_path)
+    with pytest.raises(BlockingIOError):
+        HeldFolder(tmp_path)
+    code = (
+        f"from pathlib import Path\nfrom mlx_hooks.storage.files import HeldFolder\nHeldFolder(Path({str(tmp_path)!r}))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "BlockingIOError" in other.stderr
+    held.release()
+    held.release()
+    HeldFolder(tmp_path).release()
+
+
+def test_a_folder_is_held_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    held = [HeldFolder(tmp_path), HeldFolder(tmp_path)]
+    for each in held:
+        each.release()

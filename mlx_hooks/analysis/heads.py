@@ -36,7 +36,7 @@ def previous_token_scores(pattern: np.ndarray) -> np.ndarray:
     return pattern[:, queries, queries - 1].mean(axis=1)
 
 
-def induction_scores(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+def induction_scores(pattern: np.ndarray, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """Mean attention, from tokens that occurred before, to what followed their earlier occurrences, [head].
 
     With tokens ``A B C A`` the last position counts its attention to ``B``. The attention to what followed all earlier
@@ -47,18 +47,53 @@ def induction_scores(pattern: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """
     pattern = _checked(pattern)
     ids = np.asarray(tokens)
-    n = pattern.shape[1]
-    if ids.shape != (n,):
-        raise HookError(f"An attention pattern of {n} positions needs as many tokens, got shape {ids.shape}.")
-    same = np.tril(ids[:, None] == ids[None, :], k=-1)
-    followed = np.zeros((n, n), dtype=bool)
-    followed[:, 1:] = same[:, :-1]
-    # A token that repeats at once would count the attention to itself.
-    followed &= np.tril(np.ones((n, n), dtype=bool), k=-1)
+    if ids.shape != pattern.shape[1:2]:
+        raise HookError(
+            f"An attention pattern of {pattern.shape[1]} positions needs as many tokens, got shape {ids.shape}."
+        )
+    followed = _continuations(ids)
     queries = followed.any(axis=1)
     if not queries.any():
         raise HookError("No token occurs twice with something between: an induction score needs a repetition.")
     return (pattern * followed).sum(axis=2)[:, queries].mean(axis=1)
+
+
+def has_repetition(tokens: Sequence[int] | np.ndarray) -> bool:
+    """Whether an induction score can be told: some token occurs twice with something between."""
+    return bool(_continuations(np.asarray(tokens)).any())
+
+
+def _continuations(ids: np.ndarray) -> np.ndarray:
+    """For each query the keys that followed an earlier occurrence of its token, [query, key] of bool."""
+    n = len(ids)
+    same = np.tril(ids[:, None] == ids[None, :], k=-1)
+    followed = np.zeros((n, n), dtype=bool)
+    followed[:, 1:] = same[:, :-1]
+    # A token that repeats at once would count the attention to itself.
+    return followed & np.tril(np.ones((n, n), dtype=bool), k=-1)
+
+
+def first_token_scores(pattern: np.ndarray) -> np.ndarray:
+    """Mean attention to the first position, [head]; of the positions after it, which have a choice."""
+    pattern = _checked(pattern)
+    if pattern.shape[1] < 2:
+        raise HookError("A first-token score needs at least 2 positions, got 1.")
+    return pattern[:, 1:, 0].mean(axis=1)
+
+
+def entropies(pattern: np.ndarray) -> np.ndarray:
+    """Mean entropy of the attention of each position, as a share of the largest that it can have, [head].
+
+    0 is attention to one key, 1 the same attention to every key up to its own; the first position, which has no
+    choice, is left out.
+    """
+    pattern = _checked(pattern).astype(np.float64)
+    if pattern.shape[1] < 2:
+        raise HookError("An entropy needs at least 2 positions, got 1.")
+    logs = np.log(pattern, out=np.zeros_like(pattern), where=pattern > 0)
+    entropy = -(pattern * logs).sum(axis=2)[:, 1:]
+    # Of weights that add to 1 but for rounding.
+    return np.clip(entropy / np.log(np.arange(2, pattern.shape[1] + 1)), 0, 1).mean(axis=1)
 
 
 def ranked(scores: Mapping[int, np.ndarray]) -> list[HeadScore]:

@@ -6,7 +6,8 @@ is an array whose class shows what is added to it, the attention function and th
 Afterwards, whatever was raised, every class and function is the original again.
 """
 
+from .calls import follow_calls
 from .plan import Instrument, Plan
 from .sites import kv_offset, remember_offset
 
-__all__ = ["Instrument", "Plan", "kv_offset", "remember_offset"]
+__all__ = ["Instrument", "Plan", "follow_calls", "kv_offset", "remember_offset"]

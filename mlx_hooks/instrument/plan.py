@@ -1,8 +1,9 @@
 """Which modules a set of hooks touches, and attaching it to a model."""
 
+import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -124,6 +125,11 @@ class Plan:
             self.sites[key] = (module, kind(self.architecture.path(module), self.run))
         return self.sites[key][1]
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the modules that it touches are still the model's."""
+        return all(self.architecture.is_current(site.path, module) for module, site in self.sites.values())
+
     def check_fired(self) -> None:
         """Raise HookError if the model ran and some hook did not: silence would pass for a result."""
         silent = [tap for tap in self._taps if not tap.fired]
@@ -185,17 +191,16 @@ class Instrument:
         return Plan(self.architecture, hooks, self.run)
 
     @property
-    def is_held(self) -> bool:
-        """Whether this thread keeps something attached, so that another one that asks would wait for it."""
-        return self._attached is not None and self.run.thread == threading.get_ident()
-
-    @property
     def editing(self) -> list[Hook]:
         """The editing hooks that this thread's blocks keep attached, in order."""
-        attached = self._attached
-        if attached is None or not self.is_held:
+        if self._attached is None or not self.is_attached:
             return []
-        return [hook for hook in attached.hooks if not hook.reads]
+        return [hook for hook in self._attached.hooks if not hook.reads]
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether this thread is in a block that attached a plan."""
+        return self._attached is not None and self.run.thread == threading.get_ident()
 
     @contextmanager
     def attached(
@@ -238,6 +243,19 @@ class Instrument:
                     outer.attach()
 
     @contextmanager
+    def set_apart(self) -> Iterator[None]:
+        """A block in which the model's classes are its own, and no thread attaches anything."""
+        with self._lock:
+            outer = self._attached
+            if outer is not None:
+                outer.detach()
+            try:
+                yield
+            finally:
+                if outer is not None:
+                    outer.attach()
+
+    @contextmanager
     def set_aside(self) -> Iterator[None]:
         """A block in which the model and MLX's functions are plain, inside a pass too: for whoever is told of it.
 
@@ -264,15 +282,29 @@ _instruments_lock = threading.Lock()
 _observing_classes: dict[type, type] = {}
 
 
+def without_checkpoint(call: Callable) -> Callable:
+    """A block's own call where mlx-lm's ``grad_checkpoint`` wrapped it; any other is returned as it is.
+
+    A checkpoint hands arrays on as new ones: the stream inside the block would not be the one that was shown to it.
+    What the block computes is the same.
+    """
+    if getattr(call, "__qualname__", "") != "grad_checkpoint.<locals>.checkpointed_fn":
+        return call
+    return without_checkpoint(inspect.getclosurevars(call).nonlocals["fn"])
+
+
 def _observing(cls: type) -> type:
     """The subclass of a module's class whose call goes through the instance's site."""
     if cls not in _observing_classes:
-        original = cls.__call__
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Training may give the class another call meanwhile.
+            original = cls.__call__
             site = self.__dict__.get(_SITE)
             if site is None or site.run.thread != threading.get_ident():
                 return original(self, *args, **kwargs)
+            if Additions in site.parts:
+                original = without_checkpoint(original)
             return site.call(original, self, args, kwargs)
 
         body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

@@ -127,6 +127,39 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
+class HeldFolder:
+    """A folder whose lock one holder has, from when this is made until ``release`` or the end of its block.
+
+    The system drops it with the process. On a disk that knows no locks everyone holds it.
+
+    Raises:
+        BlockingIOError: another holds it, in this process or in another.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise
+        except OSError:
+            return
+
+    def __enter__(self) -> "HeldFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let another hold it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 def move_folder(source: Path, target: Path, *, below: Path, durable: bool = True) -> None:
     """Move a folder at once: a reader sees it at one place or at the other.
 
@@ -175,13 +208,17 @@ def remove_folder(path: Path, *, drafts: Path | None = None) -> None:
         _sync_if_there(folder)
 
 
-def clear_left(folder: Path) -> None:
-    """Remove from a folder what killed writers left in it. What is being written stays, and so does what is young."""
+def clear_left(folder: Path, *, is_held: bool = False) -> None:
+    """Remove from a folder what killed writers left in it. What is being written stays, and so does what is young.
+
+    Args:
+        is_held: the caller holds the folder and is the only one to write files there: young ones go too.
+    """
     for left in folder.iterdir():
         if is_temporary(left.name):
             # Another process may clear the same, and what cannot be removed does no harm.
             with suppress(OSError):
-                _clear(left)
+                _clear(left, 0.0 if is_held else _YOUNG_FILE)
 
 
 def is_temporary(name: str) -> bool:
@@ -229,10 +266,10 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{_MARK}{path.suffix}")
 
 
-def _clear(left: Path) -> None:
+def _clear(left: Path, young_file: float) -> None:
     state = left.lstat()
     is_folder = stat.S_ISDIR(state.st_mode)
-    if time.time() - state.st_mtime < (_YOUNG_FOLDER if is_folder else _YOUNG_FILE):
+    if time.time() - state.st_mtime < (_YOUNG_FOLDER if is_folder else young_file):
         return
     if not is_folder:
         left.unlink()

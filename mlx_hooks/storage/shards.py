@@ -5,133 +5,36 @@
         activations_shard_000001_step_200.safetensors
         manifest.json                                      what was captured of which model, and every shard
 
-A shard is there whole or not at all, and the manifest is replaced with each one.
+A shard is there whole or not at all, and the manifest is replaced with each one. Where every rank of a distributed
+training writes, each has such a folder below: ``rank_000``, ``rank_001``, ... What was uploaded lies in the bucket in
+the same way.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+import fnmatch
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import HookError, UnknownHookError
+from ..errors import HookError, UnknownHookError, UnreadableShardWarning
 from ..hook_points import block_point, canonical_name, parse_layer_name
-from .files import whole_file, write_whole, writing
+from .files import writing
+from .manifest import COLUMNS, MANIFEST, RANK_FOLDERS, Manifest, check_same_layers, current, finite, now
+from .remote import SCHEME, RemoteFolder, cache_folder, file_sha256
 from .rows import LABELS, RowPart, Rows
-from .tensors import TensorFile, write_arrays
+from .shard_writer import ShardWriter, hold
+from .tensors import TensorFile
 
-MANIFEST = "manifest.json"
-FORMAT = "neuroscope-shards-1"
-_ENTRY = "entry"
-_COLUMNS = ("tokens", "sequence", "position")
+__all__ = ["Shard", "ShardReader", "ShardRows", "ShardWriter", "fetch", "record_analysis"]
+
 _OF_ENTRY = ("step", "rank", "session")
-
-
-class ShardWriter:
-    """Writes rows to a folder.
-
-    Args:
-        folder: made if it is not there.
-        layers: what a row of each layer is, by canonical name: ``axes`` and ``shape`` of a row, ``dtype``.
-        description: plain JSON for the manifest: ``config``, ``model``.
-        max_rows: the most rows in one file.
-
-    Raises:
-        HookError: the folder cannot be written.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        layers: Mapping[str, Mapping[str, Any]],
-        description: Mapping[str, Any] | None = None,
-        max_rows: int = 10_000,
-        rank: int = 0,
-    ) -> None:
-        self.folder, self.max_rows, self.rank = Path(folder), max_rows, rank
-        self.session = 0
-        with writing(self.folder / MANIFEST):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.manifest: dict[str, Any] = {
-                "format": FORMAT,
-                **(description or {}),
-                "layers": {name: dict(layer) for name, layer in layers.items()},
-                "shards": [],
-                "total_shards": 0,
-                "total_rows": 0,
-                "sessions": [{"session": self.session, "started": _now()}],
-                "training": [],
-                "analysis_history": [],
-            }
-            self._write_manifest()
-
-    def write(
-        self,
-        activations: Mapping[str, mx.array],
-        *,
-        tokens: Any,
-        sequence: Any,
-        position: Any,
-        step: int,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> list[Path]:
-        """Write the rows of one step, to as many files as they need; answers their paths.
-
-        Args:
-            activations: [row, ...] by layer, in the type that the model computed.
-            tokens, sequence, position: whole numbers, [row] each; see :class:`RowPart`.
-            metadata: plain JSON to keep with them.
-
-        Raises:
-            HookError: rows of unequal number, and files that cannot be written.
-        """
-        columns = {"tokens": tokens, "sequence": sequence, "position": position}
-        columns = {name: np.asarray(column).astype(LABELS[name]) for name, column in columns.items()}
-        arrays: dict[str, Any] = {**activations, **columns}
-        n = len(columns["tokens"])
-        if set(activations) != set(self.manifest["layers"]):
-            raise HookError(f"Rows are of {', '.join(self.manifest['layers'])}; got {', '.join(activations)}.")
-        if any(array.shape[0] != n for array in arrays.values()) or not n:
-            counts = ", ".join(f"{name} {array.shape[0]}" for name, array in arrays.items())
-            raise HookError(f"All layers have the same number of rows, at least one; got {counts}.")
-        parts = [slice(start, min(start + self.max_rows, n)) for start in range(0, n, self.max_rows)]
-        return [self._write_shard(arrays, part, step, metadata or {}) for part in parts]
-
-    def close(self) -> None:
-        """Nothing more is written."""
-
-    def _write_shard(self, arrays: dict[str, Any], part: slice, step: int, metadata: Mapping[str, Any]) -> Path:
-        number = self.manifest["total_shards"]
-        name = f"activations_shard_{number:06d}_step_{step}.safetensors"
-        entry = {
-            "file": name,
-            "shard": number,
-            "step": step,
-            "session": self.session,
-            "rank": self.rank,
-            "rows": part.stop - part.start,
-            "shapes": {key: [part.stop - part.start, *array.shape[1:]] for key, array in arrays.items()},
-            "saved": _now(),
-            "metadata": dict(metadata),
-        }
-        path = self.folder / name
-        parts = {key: lambda array=array: array[part] for key, array in arrays.items()}
-        with writing(path), whole_file(path) as draft:
-            write_arrays(draft, parts, {"format": "mlx", _ENTRY: json.dumps(entry)})
-        self.manifest["shards"].append(entry)
-        self.manifest["total_shards"] = number + 1
-        self.manifest["total_rows"] += entry["rows"]
-        self._write_manifest()
-        return path
-
-    def _write_manifest(self) -> None:
-        with writing(self.folder / MANIFEST):
-            write_whole(self.folder / MANIFEST, json.dumps(self.manifest, indent=1, allow_nan=False))
+_MOST_OPEN = 100
+"""Files mapped at a time: each takes one of the 256 file descriptors that a process has on a Mac."""
 
 
 class Shard:
@@ -151,7 +54,7 @@ class Shard:
     @property
     def activations(self) -> dict[str, mx.array]:
         """By layer [row, ...], in the type that the model computed; read from the file."""
-        return {name: self.file.read(name) for name in self.file if name not in _COLUMNS}
+        return {name: self.file.read(name) for name in self.file if name not in COLUMNS}
 
     tokens = property(lambda self: self.file.numpy("tokens"))
     sequence = property(lambda self: self.file.numpy("sequence"))
@@ -167,30 +70,97 @@ class Shard:
 
 
 class ShardReader:
-    """What was captured to a folder.
+    """What was captured to a folder, here or in S3.
 
-        reader = ShardReader("mechint_cache")
+        reader = ShardReader("mechint_cache")           # or "s3://my-bucket/experiments/exp001"
         reader.steps                                    # [0, 200, 400]
         reader.rows("model.layers.2")                   # all rows of the stream that leaves block 2
         reader.read_shard(reader.entries[0]).activations
 
-    Where two sessions saved the same step, as after resuming from an older checkpoint, the later one's rows count.
+    Where two sessions saved the same step, as after resuming from an older checkpoint, the later one's rows count. The
+    folders of several ranks read as one. A shard that is in S3 alone is downloaded when it is first read, to
+    ``$XDG_CACHE_HOME/neuroscope-mlx/captures`` (``~/.cache``).
+
+    Args:
+        path: the folder, or its address in S3.
+        unreadable: "refuse" shards that are damaged or gone, or "skip" them with a warning.
 
     Raises:
-        HookError: there is no manifest, or it cannot be read.
+        HookError: there is no manifest, or it cannot be read; or a shard is damaged or gone.
+
+    Warns:
+        UnreadableShardWarning: names the shards that were passed over.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.folder = Path(path)
-        self.manifest = _read_manifest(self.folder)
+    def __init__(self, path: str | Path, *, unreadable: Literal["refuse", "skip"] = "refuse") -> None:
+        if unreadable not in ("refuse", "skip"):
+            raise HookError(f"unreadable is 'refuse' or 'skip', got {unreadable!r}.", field="unreadable")
+        is_remote = str(path).startswith(SCHEME)
+        self.folder = cache_folder(str(path)) if is_remote else Path(path)
+        self._where = str(path)
+        self._opened: OrderedDict[str, Shard] = OrderedDict()
+        self._remotes: dict[str, RemoteFolder] = {}
+        if is_remote:
+            remote = RemoteFolder.of_url(str(path))
+            manifests = _remote_manifests(remote)
+            # Where they are now, wherever they were uploaded to.
+            self._remotes = {below: remote.below(below) for below in manifests}
+        else:
+            manifests = _local_manifests(self.folder)
+        if not manifests:
+            raise HookError(f"There are no captured activations in {path}: it has no {MANIFEST}.")
+        first, *others = manifests.values()
+        for manifest in others:
+            check_same_layers(first, self._where, manifest.data["layers"], manifest.data)
+        self.manifest: dict[str, Any] = first.data
         self.layers: dict[str, dict[str, Any]] = self.manifest["layers"]
-        self.entries: list[dict[str, Any]] = _current(self.manifest["shards"])
-        self._opened: dict[str, Shard] = {}
+        self._sessions = [session for manifest in manifests.values() for session in manifest.data["sessions"]]
+        entries = [
+            entry | {"file": f"{below}/{entry['file']}".lstrip("/")}
+            for below, manifest in manifests.items()
+            for entry in manifest.entries
+        ]
+        self.entries: list[dict[str, Any]] = current(self._readable(entries, unreadable), self._sessions)
+
+    def _readable(self, entries: list[dict[str, Any]], unreadable: str) -> list[dict[str, Any]]:
+        """The entries whose shards can be read."""
+        problems = {}
+        for entry in entries:
+            try:
+                self._check(entry, with_header=unreadable == "skip")
+            except HookError as error:
+                if unreadable == "refuse":
+                    raise
+                problems[entry["file"]] = error
+        if problems:
+            told = "; ".join([*map(str, list(problems.values())[:3]), *["..."][: len(problems) > 3]])
+            warnings.warn(
+                f"{len(problems)} of {len(entries)} shards are passed over: {told}",
+                UnreadableShardWarning,
+                stacklevel=4,
+            )
+        return [entry for entry in entries if entry["file"] not in problems]
+
+    def _check(self, entry: Mapping[str, Any], *, with_header: bool) -> None:
+        """Raises HookError where a shard is neither here nor in S3, or has another size than was written."""
+        path = self.folder / entry["file"]
+        if not path.is_file():
+            if not entry.get("remote"):
+                raise HookError(f"cannot read {path}: it is gone")
+            return
+        size = path.stat().st_size
+        if size != entry.get("bytes", size):
+            raise HookError(f"cannot read {path}: it has {size} bytes and was written with {entry['bytes']}")
+        if with_header:
+            Shard(path, entry)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What the manifest tells besides its layers and shards."""
-        return {key: value for key, value in self.manifest.items() if key not in ("layers", "shards")}
+        """What the manifest tells besides its layers and shards; of several ranks, what that of the first tells, and
+        the sessions of all."""
+        told = {key: value for key, value in self.manifest.items() if key not in ("layers", "shards")}
+        totals = {"total_shards": len(self.entries), "total_rows": sum(entry["rows"] for entry in self.entries)}
+        return told | totals | {"sessions": self._sessions}
 
     @property
     def steps(self) -> list[int]:
@@ -229,7 +199,7 @@ class ShardReader:
             raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.")
         entries = [entry for entry in self.entries if steps is None or entry["step"] in steps]
         if not entries:
-            raise HookError(f"There are no captured rows in {self.folder}.")
+            raise HookError(f"There are no captured rows in {self._where}.")
         return ShardRows(self, name, entries)
 
     def read_shard(self, entry: Mapping[str, Any]) -> Shard:
@@ -240,8 +210,28 @@ class ShardReader:
         """
         name = entry["file"]
         if name not in self._opened:
-            self._opened[name] = Shard(self.folder / name, entry)
+            self._opened[name] = Shard(self._file(entry), entry)
+            if len(self._opened) > _MOST_OPEN:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(name)
         return self._opened[name]
+
+    def _file(self, entry: Mapping[str, Any]) -> Path:
+        """Where a shard lies on this machine; it is downloaded if need be."""
+        path = self.folder / entry["file"]
+        if path.is_file() or not entry.get("remote"):
+            return path
+        below, _, name = entry["file"].rpartition("/")
+        if below not in self._remotes:
+            self._remotes[below] = RemoteFolder.of_url(entry["remote"].rpartition("/")[0])
+        remote = self._remotes[below]
+        # The checksum stands for the content: another capture to the same place is another file.
+        copy = cache_folder(remote.url) / entry["sha256"][:16] / name
+        if not copy.is_file() or copy.stat().st_size != entry["bytes"]:
+            with writing(copy):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                remote.get(name, copy, entry["sha256"])
+        return copy
 
 
 class ShardRows(Rows):
@@ -274,39 +264,97 @@ class ShardRows(Rows):
             # Patterns of shorter batches have fewer keys.
             missing = [(0, whole - size) for whole, size in zip(self.shape, found.shape[1:], strict=True)]
             values[chosen] = np.pad(found, [(0, 0), *missing])
-            for name in _COLUMNS:
+            for name in COLUMNS:
                 labels[name][chosen] = shard.file.numpy(name)[inside]
             for name in _OF_ENTRY:
                 labels[name][chosen] = entry[name]
         return RowPart(values.reshape(len(indices), -1), **labels)
 
 
-def _current(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The shards that count, of all sessions."""
-    latest: dict[tuple[int, int], int] = {}
-    for entry in entries:
-        key = (entry["rank"], entry["step"])
-        latest[key] = max(latest.get(key, 0), entry["session"])
-    return [entry for entry in entries if entry["session"] == latest[entry["rank"], entry["step"]]]
+def fetch(url: str, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
+    """Download captures from S3 to a folder, to read them there or to go on capturing.
+
+    What is there already, by size and checksum, is not downloaded again. The manifest comes last.
+
+    Args:
+        url: "s3://my-bucket/experiments/exp001".
+        folder: made if it is not there.
+        progress: is told how many shards are done, of how many.
+
+    Returns:
+        the folder.
+
+    Raises:
+        HookError: nothing was captured there, it cannot be downloaded, or the folder holds other captures or is being
+            written.
+    """
+    folder = Path(folder)
+    remote = RemoteFolder.of_url(url)
+    manifests = _remote_manifests(remote)
+    if not manifests:
+        raise HookError(f"There are no captured activations in {url}: it has no {MANIFEST}.")
+    total = sum(len(manifest.entries) for manifest in manifests.values())
+    done = 0
+    for below, manifest in manifests.items():
+        inner = folder / below
+        with writing(inner / MANIFEST):
+            inner.mkdir(parents=True, exist_ok=True)
+        with hold(inner):
+            here = Manifest.load(inner)
+            if here is not None and here.data["id"] != manifest.data["id"]:
+                raise HookError(f"{inner} holds other captures than {url}: fetch these to another folder.")
+            for entry in manifest.entries:
+                path = inner / entry["file"]
+                with writing(path):
+                    if not path.is_file() or file_sha256(path) != entry["sha256"]:
+                        remote.below(below).get(entry["file"], path, entry["sha256"])
+                entry["local"] = True
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            if here is not None:
+                manifest.join(here)
+            manifest.save(inner)
+    return folder
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["format"] != FORMAT:
-            raise HookError(f"cannot read {path}: its format is {manifest['format']!r}, not {FORMAT!r}")
-    except OSError as error:
-        raise HookError(f"There are no captured activations in {folder}: {error.strerror} ({MANIFEST}).") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise HookError(f"cannot read {path}: it is damaged") from error
-    return manifest
+def record_analysis(folder: str | Path, record: Mapping[str, Any]) -> None:
+    """Add to the ``analysis_history`` of a folder's manifest what was analysed, with the time (``analysed``).
+
+    Raises:
+        HookError: there is no manifest, it cannot be written, or captures are being written there.
+    """
+    folder = Path(folder)
+    for below in _local_manifests(folder):
+        inner = folder / below
+        with hold(inner):
+            manifest = Manifest.load(inner)
+            if manifest is not None:
+                manifest.data["analysis_history"].append({"analysed": now(), **finite(record)})
+                manifest.save(inner)
+
+
+def _local_manifests(folder: Path) -> dict[str, Manifest]:
+    """The manifests in a folder and in those of ranks below, by the folder's name: "" for itself."""
+    found = {}
+    for inner in [folder, *sorted(folder.glob(RANK_FOLDERS))]:
+        if (manifest := Manifest.load(inner)) is not None:
+            found["" if inner == folder else inner.name] = manifest
+    return found
+
+
+def _remote_manifests(remote: RemoteFolder) -> dict[str, Manifest]:
+    """The same of a folder in S3."""
+    found = {}
+    for name in remote.names():
+        below, _, last = name.rpartition("/")
+        if last == MANIFEST and (not below or fnmatch.fnmatchcase(below, RANK_FOLDERS)):
+            text = remote.read(name)
+            if text is not None:
+                found[below] = Manifest.parse(text, f"{remote.url}/{name}")
+    return found
 
 
 def _listed(steps: Sequence[int]) -> str:
     shown = [str(step) for step in steps]
     return ", ".join(shown if len(shown) <= 20 else [*shown[:10], "...", *shown[-3:]])
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -156,11 +156,8 @@ def fit(method: str, positive: np.ndarray, negative: np.ndarray, seed: int = 0, 
 
     - ``mean_diff``: the mean of the positive ones less that of the negative ones, as long as it is.
     - ``probe``: logistic regression (L2, C = 1) on activations that are divided by one number, so that the penalty
-      means the same on every model: their distance from their mean, if all dimensions scattered as the median one
-      does (at least half of the mean of roots, squared, where most are quiet). (The distance itself is that of the
-      few loud dimensions that streams have, and the penalty would then keep
-      the probe from cancelling these.) The vector is the coefficient in units of activations: ``h.v`` plus a constant
-      is the log odds. The threshold is even odds.
+      means the same on every model: :func:`usual_distance`. The vector is the coefficient in units of activations:
+      ``h.v`` plus a constant is the log odds. The threshold is even odds.
     - ``ica``: FastICA on the first principal components, one for every 20 rows (4 to 50): with more sources than that
       it finds accidents of the sample. Of the sources of four starts (fewer where there is much to compute) the one is
       taken whose class means are farthest apart in pooled standard deviations; the vector is its column of the mixing
@@ -212,17 +209,26 @@ def _mean_diff(classes: Classes, seed: int) -> _Found:
     return classes.positive.mean(axis=0) - classes.negative.mean(axis=0), None, {}
 
 
-def _probe(classes: Classes, seed: int) -> _Found:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
+def usual_distance(rows: np.ndarray) -> float:
+    """How far activations [n, d] would be from their mean if all dimensions scattered as the median one does.
 
-    rows, centre = classes.rows, classes.centre
+    (At least half of the mean of roots, squared, where most are quiet.) The distance itself is that of the few loud
+    dimensions that streams have: a penalty in its units would keep a probe from cancelling these.
+    """
     spread = rows.std(axis=0)
     # What stands still tells nothing: of it there is what the mean's rounding leaves.
     spread = spread[spread > 1e-9 * spread.max()]
     # Of roots, a few loud dimensions do not make up the mean as they would of the numbers themselves.
     usual = max(np.median(spread), np.sqrt(spread).mean() ** 2 / 2)
-    unit = usual * np.sqrt(len(spread))
+    return float(usual * np.sqrt(len(spread)))
+
+
+def _probe(classes: Classes, seed: int) -> _Found:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    rows, centre = classes.rows, classes.centre
+    unit = usual_distance(rows)
     is_positive = np.arange(len(rows)) < len(classes.positive)
     model = LogisticRegression(C=1.0, solver="lbfgs", max_iter=_PROBE_STEPS)
     with warnings.catch_warnings():

@@ -1,0 +1,329 @@
+"""A smallest circuit of components: found by patching and ablation, checked by ablating all the rest, and all of it.
+
+    1. Activation patching: in the run of the corrupted prompt each component gets what it was in the clean run. Its
+       recovery is (patched - corrupted) / (clean - corrupted) of the metric. Without corrupted prompts there is none.
+    2. Damage: each component is ablated on its own; it is a share of what ablating all of them costs.
+    3. From all components, one after the other is left out, the least important first. It stays out if the circuit
+       that is left, with everything else ablated, is still faithful enough. That is repeated until nothing more can go:
+       so of the circuit found no single component can be left out.
+    4. The circuit is held against the same number of components drawn at random, and the model is run with the circuit
+       alone ablated: a complete circuit leaves nothing behind.
+
+Faithfulness of a set of components is (metric with all others ablated - metric with all ablated) / (metric of the model
+- metric with all ablated): 1 is the whole model. It is a ratio of means over examples. Sources: Wang et al.,
+"Interpretability in the Wild" (2022); Conmy et al., "Towards Automated Circuit Discovery" (2023).
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from ..errors import HookError
+from ..model import HookedModel
+from ..options import options, options_of
+from .ablation import Ablation, Bench, Count, MeanOver, Progress
+from .components import Component, Numbers, Part, components_of
+from .eval_data import FIELD, MOST, EvalBatch, eval_data_of
+from .intervals import CONFIDENCE, RESAMPLES, Estimate, means, ratios
+
+METRICS = {
+    "logit_difference": "the answer's logit less the wrong answer's",
+    "log_probability": "the log probability of the answer, in nats",
+    "text_log_probability": "the mean log probability of the texts' next tokens, in nats",
+}
+_MOST_KEPT = 2**30
+"""Bytes of replacements that are kept from run to run; more are made anew for each."""
+_SMALL = 1e-6
+"""A metric that changes by less, relative to its size, does not change."""
+
+
+@options
+class CircuitOptions:
+    """Options of :func:`analyse_circuit`.
+
+    Args:
+        faithfulness: what the circuit has to reach.
+        components: which parts are searched; None for heads, mixers and MLPs, and attention where heads cannot be
+            replaced.
+        ablation: what is put in the place of what is left out; None for resampling where there are corrupted prompts,
+            else the mean.
+        mean_over: as in :class:`CausalOptions`.
+        random_sets: as many sets of the circuit's size are drawn to compare.
+        max_examples, max_tokens, batch_size, confidence, resamples, seed: as in :class:`CausalOptions`.
+    """
+
+    faithfulness: Annotated[float, Field(gt=0, le=1)] = 0.9
+    components: Sequence[Part] | None = None
+    ablation: Ablation | None = None
+    mean_over: MeanOver = "all"
+    random_sets: Annotated[int, Field(ge=0)] = 10
+    max_examples: Count = MOST
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    batch_size: Count = 8
+    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
+    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        given = self.components
+        if given is not None and (not given or len(set(given)) < len(given)):
+            raise HookError(f"components names at least one, each once, got {list(given)}.", field="components")
+        if given is not None and ({"heads", "attn_out"} <= set(given) or ("blocks" in given and len(given) > 1)):
+            raise HookError(
+                "A circuit's components do not overlap: heads or attn_out, and blocks alone.", field="components"
+            )
+
+
+class Search:
+    """Metrics of sets of components, each set run once.
+
+    Args:
+        bench: the model with all components that may be left out.
+        ablation: what is put in the place of those that are.
+        progress: called with the runs over the data that are done, and about how many there are to do.
+    """
+
+    def __init__(self, bench: Bench, ablation: Ablation, progress: Progress = None) -> None:
+        self.bench = bench
+        self.ablation = ablation
+        self.progress = progress
+        self.n_runs = 0
+        alone = [ablation == "resample" and not bench.data.has_corrupted and p is None for p in bench.partners]
+        self.counted = ~np.array(alone)
+        """Which examples can be ablated: the others have no partner to be resampled from. [example]"""
+        self._known: dict[frozenset[str], np.ndarray] = {}
+        self._kept: dict[int, Numbers | None] = {}
+        self._n_bytes = 0
+
+    @property
+    def metric(self) -> str:
+        """A key of METRICS."""
+        data = self.bench.data
+        if data.has_wrong:
+            return "logit_difference"
+        return "log_probability" if data.kind == "answers" else "text_log_probability"
+
+    def of(self, circuit: Collection[str]) -> np.ndarray:
+        """The metric [counted example] with everything outside a set of components ablated."""
+        key = frozenset(circuit)
+        if key not in self._known:
+            outside = [c for c in self.bench.components if c.name not in key]
+            found = np.zeros(len(self.bench.data))
+            for i, batch in enumerate(self.bench.batches):
+                numbers = self._replacements(i, batch) if outside else None
+                found[batch.indices] = self._score(batch.tokens, batch, outside, numbers)
+            self._known[key] = found[self.counted]
+            self._advance()
+        return self._known[key]
+
+    def corrupted(self) -> np.ndarray:
+        """The metric [counted example] of the corrupted prompts."""
+        found = np.zeros(len(self.bench.data))
+        for batch in self.bench.batches:
+            assert batch.corrupted is not None
+            found[batch.indices] = self._score(batch.corrupted, batch)
+        return found[self.counted]
+
+    def patched(self) -> np.ndarray:
+        """The metric [counted example, component] of the corrupted prompts, with one component as in the clean run."""
+        found = np.zeros((len(self.bench.data), len(self.bench.components)))
+        for batch in self.bench.batches:
+            assert batch.corrupted is not None
+            clean = self.bench.values(batch.tokens)
+            for i, component in enumerate(self.bench.components):
+                found[batch.indices, i] = self._score(batch.corrupted, batch, [component], clean)
+        self._advance()
+        return found[self.counted]
+
+    def _score(
+        self, tokens: np.ndarray, batch: EvalBatch, replaced: Sequence[Component] = (), numbers: Numbers | None = None
+    ) -> np.ndarray:
+        measured = self.bench.measure(self.bench.run(tokens, replaced, numbers), batch)
+        return -measured.loss if measured.logit_difference is None else measured.logit_difference
+
+    def _replacements(self, i: int, batch: EvalBatch) -> Numbers | None:
+        if i in self._kept:
+            return self._kept[i]
+        numbers = self.bench.replacements(self.ablation, batch)
+        n_bytes = sum(r.array.nbytes for passes in (numbers or {}).values() for r in passes.values())
+        if self._n_bytes + n_bytes <= _MOST_KEPT:
+            self._kept[i] = numbers
+            self._n_bytes += n_bytes
+        return numbers
+
+    def _advance(self) -> None:
+        self.n_runs += 1
+        if self.progress is not None:
+            # How many sweeps there will be is not known: two are usual.
+            self.progress(self.n_runs, max(3 * len(self.bench.components) + 4, self.n_runs + 1))
+
+
+def analyse_circuit(
+    model: HookedModel, eval_data: Any, options: CircuitOptions | dict | None = None, progress: Progress = None
+) -> dict[str, Any]:
+    """Find a smallest circuit that is faithful, and say how far it is one.
+
+        found = analyse_circuit(model, [{"clean": ..., "corrupted": ..., "answer": " Paris", "wrong": " Rome"}, ...])
+        found["circuit"]                            # ["L1H1", "L2H0", ...]
+        found["faithfulness"]                       # {"mean", "low", "high", "n"}
+
+    Args:
+        eval_data: see :func:`eval_data_of`. With ``corrupted`` prompts components are patched; texts will do otherwise.
+        progress: called with the runs over the data that are done, and about how many there are to do.
+
+    Returns:
+        plain JSON values. Of each of ``components`` the ``recovery`` (None without corrupted prompts), the ``damage``
+        of ablating it alone, and whether it is ``in_circuit``; of the circuit its ``faithfulness``, that of its
+        ``complement`` (all the rest), and ``completeness``, which is 1 less the latter; and the faithfulness of
+        ``random`` sets of the same size.
+
+    Raises:
+        HookError: for no eval data, components that the model does not have, and a metric that tells neither clean from
+            corrupted prompts nor the model from one with all components ablated.
+    """
+    chosen = options_of(CircuitOptions, options)
+    data = eval_data_of(model, eval_data, max_examples=chosen.max_examples, max_tokens=chosen.max_tokens)
+    ablation: Ablation = chosen.ablation or ("resample" if data.has_corrupted else "mean")
+    bench = Bench(
+        model,
+        data,
+        _searched(model, chosen.components),
+        batch_size=chosen.batch_size,
+        mean_over=chosen.mean_over,
+        seed=chosen.seed,
+    )
+    search = Search(bench, ablation, progress)
+    if not search.counted.any():
+        raise HookError("Resampling takes activations from another example that is as long: give several.", field=FIELD)
+    return _reported(search, chosen)
+
+
+def _searched(model: HookedModel, parts: Sequence[Part] | None) -> list[Component]:
+    found = components_of(model, parts, usual=("mixer_out", "heads", "attn_out", "mlp_out"))
+    split = {component.layer for component in found if component.part == "heads"}
+    return [c for c in found if parts is not None or c.part != "attn_out" or c.layer not in split]
+
+
+def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
+    components = search.bench.components
+    names = [component.name for component in components]
+    whole, nothing = search.of(names), search.of([])
+    _check_differ(whole, nothing, "with all components ablated the metric is what it is without: there is no circuit")
+    notes = _notes(search, whole, nothing)
+    settings: dict[str, Any] = {
+        "confidence": chosen.confidence, "resamples": chosen.resamples, "seed": chosen.seed
+    }  # fmt: skip
+
+    def faithfulness(circuits: Sequence[Collection[str]]) -> list[Estimate]:
+        scores = [search.of(circuit) - nothing for circuit in circuits]
+        return ratios(np.stack(scores, axis=1), whole - nothing, **settings) if scores else []
+
+    corrupted = search.corrupted() if search.bench.data.has_corrupted else None
+    recoveries: list[Estimate | None] = [None] * len(names)
+    if corrupted is not None:
+        _check_differ(whole, corrupted, "clean and corrupted prompts have the same metric: nothing can be recovered")
+        recoveries = [*ratios(search.patched() - corrupted[:, None], whole - corrupted, **settings)]
+    without = np.stack([search.of([n for n in names if n != name]) for name in names], axis=1)
+    damages = ratios(whole[:, None] - without, whole - nothing, **settings)
+    importance = {
+        name: max(abs(each.mean or 0) for each in (recovery, damage) if each is not None)
+        for name, recovery, damage in zip(names, recoveries, damages, strict=True)
+    }
+    circuit = _smallest(search, importance, chosen.faithfulness)
+    rest = [name for name in names if name not in circuit]
+    own, complement = faithfulness([circuit, rest])
+    drawn = _random_sets(names, circuit, chosen.random_sets, chosen.seed)
+    compared = [estimate.mean for estimate in faithfulness(drawn)]
+    levels = {"clean": whole, "corrupted": corrupted, "ablated": nothing}
+    if search.progress is not None:
+        search.progress(search.n_runs, search.n_runs)
+    return {
+        "eval_data": search.bench.data.to_dict(),
+        "metric": METRICS[search.metric],
+        "ablation": search.bench.describe(search.ablation),
+        "levels": {
+            name: None if values is None else means(values[:, None], **settings)[0].to_dict()
+            for name, values in levels.items()
+        },
+        "components": [
+            component.to_dict()
+            | {
+                "recovery": None if recovery is None else recovery.to_dict(),
+                "damage": damage.to_dict(),
+                "in_circuit": component.name in circuit,
+            }
+            for component, recovery, damage in zip(components, recoveries, damages, strict=True)
+        ],
+        "circuit": circuit,
+        "size": len(circuit),
+        "asked_faithfulness": chosen.faithfulness,
+        "faithfulness": own.to_dict(),
+        "complement": complement.to_dict(),
+        "completeness": _less_than_one(complement).to_dict(),
+        "random": {
+            "sets": len(drawn),
+            "faithfulness": compared,
+            "mean": float(np.mean([each for each in compared if each is not None])) if drawn else None,
+        },
+        "confidence": chosen.confidence,
+        "runs": search.n_runs,
+        "notes": notes,
+    }
+
+
+def _check_differ(first: np.ndarray, second: np.ndarray, what: str) -> None:
+    size = max(np.abs(first).mean(), np.abs(second).mean(), _SMALL)
+    if abs(first.mean() - second.mean()) <= _SMALL * size:
+        raise HookError(f"No circuit can be told: {what}.", field=FIELD)
+
+
+def _notes(search: Search, whole: np.ndarray, nothing: np.ndarray) -> list[str]:
+    notes = []
+    n_alone = int((~search.counted).sum())
+    if n_alone:
+        notes.append(f"{n_alone} of {len(search.counted)} examples are left out: no other is as long as they are.")
+    if search.counted.sum() == 1:
+        notes.append("One example has no confidence interval.")
+    if whole.mean() < nothing.mean():
+        notes.append("The model does worse than with all components ablated: the circuit is one of doing worse.")
+    if search.metric == "logit_difference" and whole.mean() < 0:
+        notes.append("On average the model prefers the wrong answers.")
+    return notes
+
+
+def _smallest(search: Search, importance: dict[str, float], asked: float) -> list[str]:
+    """The components that are left when no single one can go, in forward order."""
+    names = list(importance)
+    whole, nothing = search.of(names).mean(), search.of([]).mean()
+
+    def is_faithful(circuit: Collection[str]) -> bool:
+        # A circuit that does better than the model lacks what holds it back.
+        return abs((search.of(circuit).mean() - nothing) / (whole - nothing) - 1) <= 1 - asked + _SMALL
+
+    kept, went = names, True
+    while went:
+        went = False
+        for name in sorted(kept, key=lambda name: importance[name]):
+            fewer = [other for other in kept if other != name]
+            if is_faithful(fewer):
+                kept, went = fewer, True
+    return kept
+
+
+def _random_sets(names: Sequence[str], circuit: Collection[str], count: int, seed: int) -> list[list[str]]:
+    """Sets of the circuit's size, drawn among all of this size but the circuit; each once."""
+    generator = np.random.default_rng(seed)
+    found: dict[frozenset[str], None] = {}
+    # Of few components there may be fewer sets than asked.
+    for _ in range(10 * count):
+        drawn = frozenset(generator.choice(names, len(circuit), replace=False).tolist())
+        if drawn != frozenset(circuit) and len(found) < count:
+            found[drawn] = None
+    return [[name for name in names if name in drawn] for drawn in found]
+
+
+def _less_than_one(estimate: Estimate) -> Estimate:
+    low, high = (None if end is None else 1 - end for end in (estimate.high, estimate.low))
+    return Estimate(None if estimate.mean is None else 1 - estimate.mean, low, high, estimate.n)

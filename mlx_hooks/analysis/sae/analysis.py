@@ -1,0 +1,161 @@
+"""The ``sae`` analysis: a sparse autoencoder of one layer, trained, measured on rows that it never saw, saved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from ...model import HookedModel, Tokens
+from ...options import options, options_of
+from ...storage.rows import Rows
+from .effects import Spell, loss_recovered, steering_effects
+from .measures import Measures, measure_sae
+from .training import ChosenRows, Progress, SAETraining, TrainedSAE, Whole, as_rows, train_sae
+
+
+@options
+class SAEOptions(SAETraining):
+    """How a sparse autoencoder is trained, see :class:`SAETraining`, and what is told of it.
+
+    Args:
+        top_features: so many latents are told in full: those that add most to the rows that were held out.
+        top_tokens: rows to name for each of them: those on which it fires most.
+        save_to: a folder for the autoencoder, in SAELens' layout.
+        steering: steer the model with the strongest latents, and tell what that does to its predictions.
+        steering_features: how many.
+        steering_strength: what is added, in units of the latent's largest activation on the rows that were held out.
+        eval_sequences: of ``eval_data``, no more sequences than this are run.
+    """
+
+    top_features: Whole = 32
+    top_tokens: Annotated[int, Field(ge=0)] = 5
+    save_to: str | Path | None = None
+    steering: bool = False
+    steering_features: Whole = 3
+    steering_strength: Annotated[float, Field(gt=0)] = 2.0
+    eval_sequences: Whole = 16
+
+
+def analyse_sae(
+    rows: Rows | np.ndarray,
+    options: SAEOptions | Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    model: HookedModel | None = None,
+    spell: Spell | None = None,
+    eval_data: Sequence[Tokens] | None = None,
+) -> dict[str, Any]:
+    """Train a sparse autoencoder on a layer's rows and tell how good it is.
+
+    Every number but ``training_stats`` is measured on rows that were held out:
+
+    - ``fvu``: the fraction of variance unexplained; None where those rows do not vary;
+    - ``l0``: the mean number of latents that fire on a row; ``l0_fraction`` and ``final_l0`` are that over ``d_sae``;
+    - ``dead_fraction``: the fraction of latents that fire on none of these rows; ``n_held_out`` says how many they are;
+    - ``final_loss``: the objective, without an auxiliary loss;
+    - ``firing_rates`` [d_sae]; ``features``: the strongest latents, each with firing rate, mean and largest activation
+      and ``top_tokens``: what the model read at the rows where it fires most, with activation, position and step.
+
+    ``training_stats`` has one number per pass over the training rows under ``{layer}/loss``, ``/recon_loss`` (the
+    fraction of variance unexplained), ``/sparsity_loss`` and ``/l0_sparsity`` (the fraction of latents that fire).
+
+    Args:
+        rows: of a layer, or an array [row, feature].
+        options: see :class:`SAEOptions`.
+        progress: called with what is done and what there is to do.
+        model: with ``eval_data``, ``loss_recovered`` is told, see :func:`.effects.loss_recovered`, and with
+            ``options.steering`` ``steering``, see :func:`.effects.steering_effects`.
+        spell: a token id's text.
+        eval_data: texts, or rows of token ids.
+
+    Returns:
+        plain JSON values.
+
+    Raises:
+        HookError: as :func:`train_sae`, and as the two above.
+    """
+    asked, rows = options_of(SAEOptions, options), as_rows(rows)
+    trained = train_sae(
+        rows, asked, progress=progress, metadata={} if model is None else {"model_name": model.model_name}
+    )
+    unseen = ChosenRows(rows, trained.held_out)
+    measured = measure_sae(trained.sae, unseen, top=asked.top_tokens)
+    sae = trained.sae.with_log_sparsity(measured.firing_rate)
+    strongest = [int(i) for i in np.argsort(-measured.mean_activation, kind="stable") if not measured.dead[i]]
+    result = _told(rows, trained, measured)
+    result["features"] = [
+        {
+            "feature": i,
+            "firing_rate": float(measured.firing_rate[i]),
+            "mean_activation": float(measured.mean_activation[i]),
+            "max_activation": float(measured.max_activation[i]),
+            "top_tokens": _top_tokens(unseen, measured, i, spell),
+        }
+        for i in strongest[: asked.top_features]
+    ]
+    if asked.save_to is not None:
+        result["saved_to"] = sae.save(asked.save_to).as_posix()
+    if model is not None and eval_data is not None:
+        texts = list(eval_data)[: asked.eval_sequences]
+        result["loss_recovered"] = loss_recovered(model, sae, texts)
+        if asked.steering:
+            pushes = {i: asked.steering_strength * float(measured.max_activation[i]) for i in strongest}
+            chosen = {i: pushes[i] for i in strongest[: asked.steering_features]}
+            result["steering"] = steering_effects(model, sae, texts, chosen, seed=asked.seed, spell=spell)
+    return result
+
+
+def _told(rows: Rows, trained: TrainedSAE, measured: Measures) -> dict[str, Any]:
+    sae, objective = trained.sae, trained.objective
+    scaled = measured.squared_error * trained.scale**2
+    loss = objective.value(scaled, measured.l1 * trained.scale, measured.l0)
+    layer = rows.name or "rows"
+    asked = asdict(trained.options)
+    return {
+        "layer": layer,
+        "architecture": trained.options.architecture,
+        "saved_as": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "options": asked | {"save_to": None if asked.get("save_to") is None else str(asked["save_to"])},
+        "n_train": trained.n_train,
+        "n_held_out": measured.n_rows,
+        "held_out_by": trained.held_out_by,
+        "n_steps": trained.n_steps,
+        "n_resampled": trained.n_resampled,
+        "training_stats": {f"{layer}/{name}": values for name, values in trained.stats.items()},
+        "final_loss": loss,
+        "final_l0": measured.l0 / sae.d_sae,
+        "l0": measured.l0,
+        "l0_fraction": measured.l0 / sae.d_sae,
+        "fvu": measured.fvu,
+        "n_dead": int(measured.dead.sum()),
+        "dead_fraction": float(measured.dead.mean()),
+        "firing_rates": measured.firing_rate.tolist(),
+    }
+
+
+def _top_tokens(rows: Rows, measured: Measures, feature: int, spell: Spell | None) -> list[dict[str, Any]]:
+    """What the model read at the rows on which a latent fires most, the most first."""
+    found = measured.top_rows[feature]
+    found = found[found >= 0]
+    if not len(found):
+        return []
+    # Rows are read in stored order.
+    part = rows.take(np.sort(found))
+    place = {int(row): i for i, row in enumerate(np.sort(found))}
+    told = []
+    for row, value in zip(found, measured.top_values[feature], strict=False):
+        entry: dict[str, Any] = {"activation": float(value)}
+        for name, label in (
+            ("token", part.tokens),
+            ("position", part.position),
+            ("step", part.step),
+            ("sequence", part.sequence),
+        ):
+            entry[name] = None if label is None else int(label[place[int(row)]])
+        entry["text"] = None if spell is None or entry["token"] is None else spell(entry["token"])
+        told.append(entry)
+    return told

@@ -1,0 +1,228 @@
+"""Autoencoders in SAELens' folders: ``cfg.json``, ``sae_weights.safetensors`` and, where it was measured,
+``sparsity.safetensors``.
+
+Written is the configuration of SAELens 6; read are that and the flat one of versions 3 to 5. Whatever would change the
+numbers and is not honoured is refused by name.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ...errors import HookError
+from ...storage import files
+from ...storage.tensors import TensorFile, write_arrays
+from .autoencoder import NORMALIZATIONS, RESHAPES, SparseAutoencoder
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+SPARSITY = "sparsity.safetensors"
+SCALER = "activation_scaler.json"
+"""What SAELens writes beside an autoencoder in the middle of its training."""
+LAYOUT = "6.0.0"
+"""The version of SAELens whose layout is written: without one, SAELens takes a folder for one of before version 6."""
+OURS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+"""SAELens' architectures and what they are called here."""
+_THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+_TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+_FLAT_METADATA = (
+    "model_name", "hook_name", "model_class_name", "hook_head_index", "model_from_pretrained_kwargs", "prepend_bos",
+    "exclude_special_tokens", "neuronpedia_id", "context_size", "seqpos_slice", "dataset_path", "sae_lens_version",
+    "sae_lens_training_version", "hook_name_out", "hook_head_index_out", "hf_hook_name", "hf_hook_name_out",
+)  # fmt: skip
+"""What SAELens keeps of a flat configuration besides the numbers that it computes with."""
+
+
+def save_sae(sae: SparseAutoencoder, folder: str | Path) -> Path:
+    """Write an autoencoder to a folder, which is made; answers the folder. What was there is replaced.
+
+    Raises:
+        HookError: when it cannot be written, or its metadata are no JSON; what was there stays.
+    """
+    folder = Path(folder)
+    try:
+        config = json.dumps(config_of(sae), indent=2, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise HookError(f"metadata of an autoencoder are plain JSON values: {error}.", field="metadata") from error
+    names = ["W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if sae.threshold is not None else [])]
+    contents = {WEIGHTS: {name: partial(getattr, sae, name) for name in names}}
+    if sae.log_sparsity is not None:
+        contents[SPARSITY] = {"sparsity": partial(getattr, sae, "log_sparsity")}
+    with files.writing(folder / CONFIG):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Each is written beside its place first; only when all are on disk do they take their places.
+        with ExitStack() as drafts:
+            draft = drafts.enter_context(files.whole_file(folder / CONFIG))
+            draft.write_text(config + "\n", encoding="utf-8")
+            for name, arrays in contents.items():
+                write_arrays(drafts.enter_context(files.whole_file(folder / name)), arrays, {"format": "pt"})
+        if sae.log_sparsity is None:
+            # That of another autoencoder, which was here before.
+            (folder / SPARSITY).unlink(missing_ok=True)
+    return folder
+
+
+def config_of(sae: SparseAutoencoder) -> dict[str, Any]:
+    """What ``cfg.json`` says of an autoencoder, in the layout of SAELens 6."""
+    metadata = {"sae_lens_version": LAYOUT, "sae_lens_training_version": None, **sae.metadata}
+    if _major(metadata["sae_lens_version"]) < 6:
+        metadata["sae_lens_version"] = LAYOUT
+    config = {
+        "architecture": _THEIRS[sae.architecture],
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.dtype).removeprefix("mlx.core."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "normalize_activations": sae.normalize_activations,
+        "reshape_activations": sae.reshape_activations,
+        "metadata": metadata,
+    }
+    if sae.k is not None:
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": sae.rescale_acts_by_decoder_norm}
+    return config
+
+
+def load_sae(folder: str | Path, *, norm_scaling_factor: float | None = None) -> SparseAutoencoder:
+    """Read an autoencoder from a folder of SAELens' layout.
+
+    Args:
+        norm_scaling_factor: what rows are multiplied with before an autoencoder of ``expected_average_only_in`` reads
+            them; by default what the configuration or ``activation_scaler.json`` says. It is folded into the weights,
+            as SAELens folds it.
+
+    Raises:
+        HookError: for what cannot be read or is no autoencoder, and for a configuration that would change the numbers
+            in a way that is not honoured; it is named.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no mapping")
+        told = _told(config if _major(_version(config)) >= 6 else _flat(config))
+        scale = norm_scaling_factor
+        if told["normalize_activations"] == "expected_average_only_in":
+            told["normalize_activations"] = "none"
+            scale = _scale(folder, config) if scale is None else scale
+        elif scale is not None:
+            raise ValueError(f"normalize_activations is {told['normalize_activations']!r}, which takes no factor")
+        weights = _weights(folder / WEIGHTS, told.pop("dtype"), told["architecture"])
+        sizes = (told.pop("d_in"), told.pop("d_sae"))
+        if weights["W_enc"].shape != sizes:
+            raise ValueError(f"W_enc is {weights['W_enc'].shape}, and {CONFIG} says {sizes}")
+        arrays: dict[str, Any] = {**weights, **told}
+        sae = SparseAutoencoder(**arrays, log_sparsity=_sparsity(folder / SPARSITY))
+        return sae if scale is None else sae.with_scale(scale)
+    except HookError as error:
+        raise HookError(f"{folder} is no autoencoder that can be read: {error}", field=error.field) from error
+    except FileNotFoundError as error:
+        raise HookError(f"There is no file {error.filename}.") from error
+    except OSError as error:
+        raise HookError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    except KeyError as error:
+        raise HookError(f"{folder} is no autoencoder that can be read: {CONFIG} lacks {error}.") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise HookError(f"{folder} is no autoencoder that can be read: {error}.") from error
+
+
+def _version(config: Mapping[str, Any]) -> Any:
+    return config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version")
+
+
+def _major(version: Any) -> int:
+    """The first number of a version; 0 without one."""
+    first = str(version or "").split(".")[0]
+    return int(first) if first.isdecimal() else 0
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of before version 6 as version 6 has it."""
+    old = dict(config)
+    old.setdefault("hook_name", old.pop("hook_point", None))
+    old.setdefault("hook_head_index", old.pop("hook_point_head_index", None))
+    function = old.get("activation_fn") or old.get("activation_fn_str") or "relu"
+    if function == "topk":
+        old["architecture"] = "topk"
+        old["k"] = (old.get("activation_fn_kwargs") or {}).get("k", old.get("k"))
+    elif function != "relu":
+        raise ValueError(f"its activation_fn is {function!r}, and relu and topk are what is honoured")
+    if old.get("finetuning_scaling_factor"):
+        raise ValueError("finetuning_scaling_factor is not honoured")
+    normalize = old.get("normalize_activations")
+    old["normalize_activations"] = {True: "expected_average_only_in", False: "none", None: "none"}.get(
+        normalize, normalize
+    )
+    old.setdefault("architecture", "standard")
+    old.setdefault("reshape_activations", "hook_z" if "hook_z" in (old["hook_name"] or "") else "none")
+    # Its directions are chosen by pre-activations: the norms of the decoder came with version 6.
+    old["rescale_acts_by_decoder_norm"] = False
+    return old | {"metadata": {name: old[name] for name in _FLAT_METADATA if old.get(name) is not None}}
+
+
+def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration of version 6 says, as the autoencoder and its weights take it."""
+    architecture = config["architecture"]
+    if architecture not in OURS:
+        hint = " (SAELens saves what BatchTopK trained as jumprelu)" if architecture == "batchtopk" else ""
+        raise ValueError(f"its architecture is {architecture!r}, and {', '.join(OURS)} are what is honoured{hint}")
+    dtype = str(config.get("dtype", "float32")).removeprefix("torch.")
+    if dtype not in _TYPES:
+        raise ValueError(f"its dtype is {dtype!r}, and {', '.join(_TYPES)} are what is honoured")
+    normalizations = (*NORMALIZATIONS, "expected_average_only_in")
+    for name, allowed in (("normalize_activations", normalizations), ("reshape_activations", RESHAPES)):
+        if config.get(name, "none") not in allowed:
+            raise ValueError(f"its {name} is {config[name]!r}, and {', '.join(allowed)} are what is honoured")
+    told: dict[str, Any] = {
+        "architecture": OURS[architecture],
+        "d_in": int(config["d_in"]),
+        "d_sae": int(config["d_sae"]),
+        "dtype": _TYPES[dtype],
+        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True)),
+        "normalize_activations": config.get("normalize_activations", "none"),
+        "reshape_activations": config.get("reshape_activations", "none"),
+        "metadata": dict(config.get("metadata") or {}),
+    }
+    if architecture == "topk":
+        told |= {"k": config["k"], "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm"))}
+    return told
+
+
+def _scale(folder: Path, config: Mapping[str, Any]) -> float:
+    """What rows are multiplied with, from wherever it is told."""
+    found = config.get("norm_scaling_factor")
+    if found is None and (folder / SCALER).exists():
+        found = json.loads((folder / SCALER).read_text(encoding="utf-8")).get("scaling_factor")
+    if found is None:
+        raise ValueError(
+            "its normalize_activations is 'expected_average_only_in' and no factor is told: give norm_scaling_factor, "
+            "which is sqrt(d_in) over the mean length of the rows that it was trained on"
+        )
+    return float(found)
+
+
+def _weights(path: Path, dtype: mx.Dtype, architecture: str) -> dict[str, mx.array]:
+    """The arrays of an architecture, in its type."""
+    file = TensorFile(path)
+    weights = {name: file.read(name) for name in file}
+    # Both come from versions that trained with them; SAELens drops them where they change nothing.
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in weights and not mx.allclose(weights.pop(name), mx.array(1.0)).item():
+            raise ValueError(f"{name} is not honoured")
+    if "log_threshold" in weights and architecture == "jumprelu":
+        weights["threshold"] = mx.exp(weights.pop("log_threshold").astype(mx.float32))
+    expected = {"W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] if architecture == "jumprelu" else [])}
+    if set(weights) != expected:
+        raise ValueError(f"{path.name} holds {', '.join(sorted(weights))}; expected {', '.join(sorted(expected))}")
+    return {name: weight.astype(dtype) for name, weight in weights.items()}
+
+
+def _sparsity(path: Path) -> mx.array | None:
+    if not path.exists():
+        return None
+    return TensorFile(path).read("sparsity").astype(mx.float32)

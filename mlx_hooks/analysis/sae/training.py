@@ -1,0 +1,414 @@
+"""Training a sparse autoencoder on captured rows, read from disk batch by batch.
+
+1. One pass over all rows finds their mean and their mean squared distance from it. Rows are centred and scaled by
+   these while training, so that the same options work at every layer of every model; both are folded into the
+   weights at the end, and activations are then in units of the rows themselves.
+2. Some sequences (some rows, where these are few or not known) are held out: what is measured is measured on them.
+3. Adam moves down the gradient of the objective (``objective.py``), clipped to length 1. Each decoder row has length 1:
+   the part of its gradient along itself is taken off before a step, and it is brought back to 1 after it.
+4. Latents that have not fired for a while start anew, in the direction of a row that is badly read back
+   (Bricken et al. 2023), or learn what the others leave over (Gao et al. 2024).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from pydantic import Field
+
+from ...errors import HookError
+from ...options import options, options_of
+from ...storage.rows import ArrayRows, RowPart, Rows
+from .autoencoder import SparseAutoencoder
+from .objective import Objective, Parameters, decoded, pre_activations
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
+Whole = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+FEW_SEQUENCES = 10
+"""With fewer, rows are held out rather than sequences."""
+_LOSSES = ("loss", "recon_loss", "sparsity_loss", "l0_sparsity")
+_POOL = 4096
+"""Rows among which a latent that starts anew finds its direction."""
+
+
+@options
+class SAETraining:
+    """How a sparse autoencoder is trained.
+
+    Rows are centred and scaled to a mean squared length of 1 first: ``l1_coefficient``, ``l0_coefficient``,
+    ``bandwidth`` and ``initial_threshold`` are in units of those.
+
+    Args:
+        architecture: "relu", "topk", "batchtopk" or "jumprelu"; see ``objective.py``.
+        d_sae: latents; by default ``expansion`` times the width of a row.
+        expansion: see ``d_sae``.
+        k: of topk and batchtopk, latents per row; by default a quarter of the width, from 1 to 32.
+        l1_coefficient: of relu: the weight of the sum of activations beside the fraction of variance unexplained.
+        target_l0: of jumprelu: how many latents are to fire on a row, on average; by default as k.
+        l0_coefficient: of jumprelu: the weight of (L0 / target - 1)^2.
+        bandwidth, initial_threshold: of jumprelu.
+        learning_rate: of Adam; it rises over the first steps and falls to 0 over the last fifth.
+        warm_up: the fraction of the steps in which the learning rate and the penalty rise.
+        batch_size: rows per step.
+        epochs: how often each row is seen.
+        max_steps: no more steps than this, however many rows there are.
+        dead_features: "resample" (relu, jumprelu), "auxiliary" (topk, batchtopk) or "leave"; None is what stands
+            beside.
+        auxiliary_coefficient: the weight of the auxiliary loss.
+        held_out: the fraction of sequences that is not trained on.
+        max_held_out: no more rows than this are held out.
+        seed: of the weights and of the order of rows; the same seed gives the same autoencoder.
+    """
+
+    architecture: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
+    d_sae: Whole | None = None
+    expansion: Whole = 4
+    k: Whole | None = None
+    l1_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    target_l0: Positive | None = None
+    l0_coefficient: Annotated[float, Field(ge=0)] = 0.1
+    bandwidth: Positive = 0.05
+    initial_threshold: Positive = 0.05
+    learning_rate: Positive = 1e-3
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    batch_size: Whole = 256
+    epochs: Whole = 50
+    max_steps: Whole = 5000
+    dead_features: Literal["resample", "auxiliary", "leave"] | None = None
+    auxiliary_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    max_held_out: Whole = 8192
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSAE:
+    """An autoencoder and how it came about.
+
+    Args:
+        sae: the autoencoder, for rows as they were captured.
+        stats: one number per pass over the rows (per part of one, if ``max_steps`` ended it): "loss" = "recon_loss" +
+            "sparsity_loss"; "recon_loss", the fraction of variance unexplained; "sparsity_loss", what the objective
+            adds; "l0_sparsity", the fraction of latents that fire on a row.
+        held_out: indices of the rows that were not trained on, ascending.
+        held_out_by: "sequence" or "row".
+        n_train: rows that were trained on.
+        n_steps: steps that were made.
+        n_resampled: how often a dead latent started anew.
+        scale: what centred rows were multiplied with in training.
+        objective: what was made small.
+        options: how it was trained.
+    """
+
+    sae: SparseAutoencoder
+    stats: dict[str, list[float]]
+    held_out: np.ndarray
+    held_out_by: str
+    n_train: int
+    n_steps: int
+    n_resampled: int
+    scale: float
+    objective: Objective
+    options: SAETraining
+
+
+def train_sae(
+    rows: Rows | np.ndarray,
+    options: "SAETraining | Mapping[str, Any] | None" = None,
+    *,
+    progress: Progress | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> TrainedSAE:
+    """Train a sparse autoencoder on rows.
+
+        rows = ShardReader("mechint_cache").rows("blocks.2.hook_resid_post")
+        trained = train_sae(rows, {"architecture": "topk", "k": 8})
+        trained.sae.save("sae")
+
+    Args:
+        rows: of a layer, or an array [row, feature].
+        options: see :class:`SAETraining`.
+        progress: called with steps done and steps to do.
+        metadata: what the autoencoder is to say of itself besides, such as ``model_name``.
+
+    Raises:
+        HookError: for options that are not allowed, fewer than two rows, rows that are not finite or all equal, and
+            more latents per row than there are latents.
+    """
+    return _Training(as_rows(rows), options_of(SAETraining, options), dict(metadata or {})).run(progress)
+
+
+def as_rows(rows: Any) -> Rows:
+    """Rows, of an array too."""
+    return rows if isinstance(rows, Rows) else ArrayRows(rows)
+
+
+class ChosenRows(Rows):
+    """Some rows of others."""
+
+    def __init__(self, rows: Rows, chosen: np.ndarray) -> None:
+        self.rows, self.chosen = rows, chosen
+        self.name, self.shape, self.axes = rows.name, rows.shape, rows.axes
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def take(self, indices: Any) -> RowPart:
+        return self.rows.take(self.chosen[np.asarray(indices)])
+
+
+class _Training:
+    """One training: rows as they are fed, weights, optimizer, and what is counted meanwhile."""
+
+    def __init__(self, rows: Rows, asked: SAETraining, metadata: dict[str, Any]) -> None:
+        if len(rows) < 2:
+            raise HookError(f"A sparse autoencoder needs at least 2 rows, got {len(rows)}.", field="rows")
+        self.asked, self.metadata, self.rows = asked, metadata, rows
+        self.mean, self.scale, sequences = _scan(rows)
+        self.held_out, self.by = _held_out(len(rows), sequences, asked)
+        kept = np.ones(len(rows), bool)
+        kept[self.held_out] = False
+        self.train = ChosenRows(rows, np.flatnonzero(kept))
+        self.d_in, self.d_sae = rows.width, asked.d_sae or asked.expansion * rows.width
+        self.k = _few(rows.width, self.d_sae) if asked.k is None else asked.k
+        if self.k > self.d_sae:
+            raise HookError(f"k is at most the number of latents, {self.d_sae}; got {self.k}.", field="k")
+        self.target_l0 = float(self.k if asked.target_l0 is None else asked.target_l0)
+        if self.target_l0 > self.d_sae:
+            raise HookError(
+                f"target_l0 is at most the number of latents, {self.d_sae}; got {self.target_l0:g}.", field="target_l0"
+            )
+        self.dead_features = asked.dead_features or ("auxiliary" if "topk" in asked.architecture else "resample")
+        self.batch = min(asked.batch_size, len(self.train))
+        self.per_epoch = -(-len(self.train) // self.batch)
+        self.steps = min(asked.epochs * self.per_epoch, asked.max_steps)
+        self.objective = Objective(
+            architecture=asked.architecture,
+            k=self.k,
+            penalty=asked.l1_coefficient if asked.architecture == "relu" else asked.l0_coefficient,
+            target_l0=self.target_l0,
+            bandwidth=asked.bandwidth,
+            auxiliary=asked.auxiliary_coefficient if self.dead_features == "auxiliary" else 0.0,
+        )
+        self.random = np.random.default_rng(asked.seed)
+        self.weights = self._begin()
+        self.optimizer = optim.Adam(learning_rate=self._learning_rate(), bias_correction=True)
+        self.optimizer.init(self.weights)
+        self.idle = mx.zeros(self.d_sae, mx.int32)
+        """For how many steps each latent has not fired."""
+        self.patience = -(-self.steps // 8)
+        """A latent is dead when it has not fired for as many steps."""
+        self.n_resampled = 0
+
+    def _begin(self) -> Parameters:
+        directions = self.random.standard_normal((self.d_sae, self.d_in)).astype(np.float32)
+        directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        weights = {
+            "W_enc": mx.array(directions.T.copy()),
+            "b_enc": mx.zeros(self.d_sae),
+            "W_dec": mx.array(directions),
+            "b_dec": mx.zeros(self.d_in),
+        }
+        if self.asked.architecture == "jumprelu":
+            weights["threshold"] = mx.full((self.d_sae,), self.asked.initial_threshold)
+        return weights
+
+    def _learning_rate(self) -> Any:
+        asked, rises = self.asked, max(1, round(self.asked.warm_up * self.steps))
+        falls = self.steps - self.steps // 5
+        highest, lasts = asked.learning_rate, max(1, self.steps - falls)
+
+        def at(step: mx.array) -> mx.array:
+            up, down = (step + 1) / rises, (self.steps - step) / lasts
+            return highest * mx.minimum(mx.minimum(up, down), 1.0)
+
+        return at
+
+    def run(self, progress: Progress | None) -> TrainedSAE:
+        stats: dict[str, list[float]] = {name: [] for name in _LOSSES}
+        state = [self.optimizer.state]
+        step = mx.compile(self._step, inputs=state, outputs=state)
+        sums, counted, done = np.zeros(len(_LOSSES)), 0, 0
+        rises = max(1, round(self.asked.warm_up * self.steps))
+        for values in self.train.shuffled(self.batch, seed=self.asked.seed, epochs=self.asked.epochs):
+            ramp = mx.array(min(1.0, (done + 1) / rises))
+            self.weights, self.idle, told = step(self.weights, self._scaled(values), self.idle, ramp)
+            mx.eval(self.weights, self.idle, told, self.optimizer.state)
+            done += 1
+            sums += np.array(told, np.float64) * len(values)
+            counted += len(values)
+            if done % self.per_epoch == 0 or done == self.steps:
+                for name, total in zip(_LOSSES, sums / counted, strict=True):
+                    stats[name].append(float(total))
+                sums, counted = np.zeros(len(_LOSSES)), 0
+            if self.dead_features == "resample" and done % self.patience == 0:
+                self._resample(done)
+            if progress is not None:
+                progress(done, self.steps)
+            if done == self.steps:
+                break
+        return TrainedSAE(
+            sae=self._finished(),
+            stats=stats,
+            held_out=self.held_out,
+            held_out_by=self.by,
+            n_train=len(self.train),
+            n_steps=done,
+            n_resampled=self.n_resampled,
+            scale=self.scale,
+            objective=self.objective,
+            options=self.asked,
+        )
+
+    def _scaled(self, values: np.ndarray) -> mx.array:
+        return mx.array(((values - self.mean) * self.scale).astype(np.float32))
+
+    def _step(
+        self, weights: Parameters, x: mx.array, idle: mx.array, ramp: mx.array
+    ) -> tuple[Parameters, mx.array, mx.array]:
+        """One step down the gradient: new weights, for how long latents have been idle, and the losses."""
+        (loss, error, sparsity, fired), gradients = mx.value_and_grad(self.objective)(
+            weights, x, idle >= self.patience, ramp
+        )
+        directions = weights["W_dec"]
+        along = (gradients["W_dec"] * directions).sum(axis=-1, keepdims=True)
+        gradients["W_dec"] = gradients["W_dec"] - along * directions
+        gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+        moved = self.optimizer.apply_gradients(gradients, weights)
+        moved["W_dec"] = _unit(moved["W_dec"])
+        if "threshold" in moved:
+            moved["threshold"] = mx.maximum(moved["threshold"], 0.0)
+        idle = mx.where(fired.any(axis=0), 0, idle + 1)
+        return moved, idle, mx.stack([loss, error, sparsity, fired.mean()])
+
+    # Dead latents
+
+    def _resample(self, done: int) -> None:
+        """Let dead latents start anew, while there is time left to learn."""
+        dead = np.flatnonzero(np.array(self.idle) >= self.patience)
+        if not len(dead) or done > 0.7 * self.steps:
+            return
+        drawn = self.random.choice(len(self.train), min(_POOL, len(self.train)), replace=False)
+        x = self._scaled(self.train.take(np.sort(drawn)).values)
+        features = self.objective.activations(self.weights, pre_activations(self.weights, x))
+        losses = np.array(((x - decoded(self.weights, features)) ** 2).sum(axis=-1), np.float64)
+        chances = losses**2
+        if not chances.sum() > 0:
+            return
+        chosen = self.random.choice(len(losses), len(dead), p=chances / chances.sum())
+        directions = np.array(_unit(x[mx.array(chosen)] - self.weights["b_dec"]))
+        alive = np.setdiff1d(np.arange(self.d_sae), dead)
+        lengths = np.linalg.norm(np.array(self.weights["W_enc"]), axis=0)
+        length = 0.2 * (lengths[alive].mean() if len(alive) else 1.0)
+        at = mx.array(dead)
+        weights = dict(self.weights)
+        weights["W_dec"][at] = mx.array(directions)
+        weights["W_enc"][:, at] = mx.array((length * directions).T)
+        weights["b_enc"][at] = 0.0
+        if "threshold" in weights:
+            weights["threshold"][at] = self.asked.initial_threshold
+        # What Adam remembers is of the latents that were there before.
+        for name, index in (("W_dec", at), ("W_enc", (slice(None), at)), ("b_enc", at), ("threshold", at)):
+            for moment in ("m", "v"):
+                if name in weights:
+                    self.optimizer.state[name][moment][index] = 0.0
+        self.weights = weights
+        self.idle[at] = 0
+        self.n_resampled += len(dead)
+
+    # What comes out
+
+    def _finished(self) -> SparseAutoencoder:
+        """The autoencoder for rows as they are: the pre-activations of a row shrink by what it was scaled with."""
+        architecture, weights = self.asked.architecture, self.weights
+        per_unit = 1 / self.scale
+        threshold = weights.get("threshold")
+        if architecture == "batchtopk":
+            threshold = mx.full((self.d_sae,), self._batch_threshold())
+        details = {**asdict(self.asked), "d_sae": self.d_sae, "k": self.k, "target_l0": self.target_l0}
+        about = {
+            "hook_name": self.rows.name or None,
+            "row_shape": list(self.rows.shape),
+            "trained_by": "neuroscope-mlx",
+            "training_architecture": "standard" if architecture == "relu" else architecture,
+            "training_architecture_details": details,
+        }
+        return SparseAutoencoder(
+            architecture="jumprelu" if architecture == "batchtopk" else architecture,
+            W_enc=weights["W_enc"],
+            b_enc=weights["b_enc"] * per_unit,
+            W_dec=weights["W_dec"],
+            b_dec=mx.array((np.array(weights["b_dec"], np.float64) * per_unit + self.mean).astype(np.float32)),
+            threshold=None if threshold is None else threshold * per_unit,
+            k=self.k if architecture == "topk" else None,
+            metadata={**about, **self.metadata},
+        )
+
+    def _batch_threshold(self) -> float:
+        """The mean, over batches, of the smallest activation that is kept."""
+        found = []
+        for values in self.train.shuffled(self.batch, seed=self.asked.seed + 1):
+            kept = self.objective.activations(self.weights, pre_activations(self.weights, self._scaled(values)))
+            smallest = mx.where(kept > 0, kept, mx.inf).min().item()
+            if np.isfinite(smallest):
+                found.append(smallest)
+            if len(found) == 100:
+                break
+        return float(np.mean(found)) if found else 0.0
+
+
+def _scan(rows: Rows) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """The mean of all rows, what they are multiplied with to have a mean squared length of 1 around it, and a number
+    for each row's sequence (None where it is not known)."""
+    total, squares = np.zeros(rows.width), 0.0
+    labels: dict[str, list[np.ndarray]] = {"session": [], "rank": [], "step": [], "sequence": []}
+    for part in rows.parts():
+        if not np.isfinite(part.values).all():
+            raise HookError(
+                "The rows hold numbers that are not finite: nothing can be learned from them.", field="rows"
+            )
+        total += part.values.sum(axis=0, dtype=np.float64)
+        for name, found in labels.items():
+            label = getattr(part, name)
+            if label is not None:
+                found.append(label)
+    mean = total / len(rows)
+    for part in rows.parts():
+        squares += float(((part.values - mean) ** 2).sum())
+    # What is left of equal rows is rounding.
+    if not squares > 1e-12 * len(rows) * max(float((mean**2).sum()), 1e-300):
+        raise HookError("The rows are all equal: there is nothing to learn from them.", field="rows")
+    known = all(found and sum(map(len, found)) == len(rows) for found in labels.values())
+    sequences = None
+    if known:
+        joined = {name: np.concatenate(found) for name, found in labels.items()}
+        sequences = RowPart(np.empty((len(rows), 0), np.float32), **joined).sequences
+    return mean, float(np.sqrt(len(rows) / squares)), sequences
+
+
+def _held_out(n_rows: int, sequences: np.ndarray | None, asked: SAETraining) -> tuple[np.ndarray, str]:
+    """Indices of the rows that are held out, ascending, and what was drawn: sequences or rows."""
+    random = np.random.default_rng(asked.seed)
+    most = max(1, min(round(asked.held_out * n_rows), asked.max_held_out, n_rows - 1))
+    if sequences is None or (n_sequences := int(sequences.max()) + 1) < FEW_SEQUENCES:
+        return np.sort(random.choice(n_rows, most, replace=False)), "row"
+    order = random.permutation(n_sequences)
+    sizes = np.bincount(sequences, minlength=n_sequences)[order].cumsum()
+    chosen = order[: max(1, int(np.searchsorted(sizes, most, side="right")))]
+    return np.flatnonzero(np.isin(sequences, chosen)), "sequence"
+
+
+def _few(width: int, d_sae: int) -> int:
+    return max(1, min(width // 4, 32, d_sae))
+
+
+def _unit(vectors: mx.array) -> mx.array:
+    """Each row at length 1; a row of length 0 stays."""
+    lengths = mx.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / mx.where(lengths > 0, lengths, 1.0)

@@ -1,0 +1,98 @@
+"""``neuroscope train``: mlx-lm's training with capture."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import HookError
+
+_WITH_VALUE = "--model"
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train",
+        help="train with mlx_lm.lora, and capture activations meanwhile",
+        description="Train with mlx_lm.lora, and capture activations of training batches meanwhile.",
+        usage="neuroscope train [options] -- mlx_lm.lora's options",
+        epilog="example: neuroscope train --layers 1 3 --every 100 -- --model neuroscope-tiny --data texts --iters 600",
+    )
+    parser.add_argument("--mechint", type=Path, metavar="FILE", help="the fields of MechIntConfig, as JSON or YAML")
+    parser.add_argument(
+        "--layers", nargs="+", metavar="NAME", help="blocks by number or name, or hook points (default: detected)"
+    )
+    parser.add_argument("--every", type=int, metavar="N", help="capture every N steps (default: 200)")
+    parser.add_argument("--storage", metavar="FOLDER", help="where captures go (default: mechint_cache)")
+    parser.add_argument(
+        "--first-step", type=int, default=0, metavar="N", help="steps of earlier training that this one continues"
+    )
+    parser.add_argument(
+        "lora", nargs="*", metavar="OPTION", help="after --: the options of mlx_lm.lora; --train is set"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    from mlx_lm import lora
+
+    from .. import MechIntCallback, MechIntConfig
+
+    given = {} if options.mechint is None else _read(options.mechint)
+    given |= {
+        name: value
+        for name, value in {
+            "sample_layers": options.layers,
+            "save_hidden_every_n_steps": options.every,
+            "storage_path": options.storage,
+        }.items()
+        if value is not None
+    }
+    config = MechIntConfig.of(given)
+    callback = MechIntCallback(config, first_step=options.first_step)
+    plain = sys.argv
+    sys.argv = ["mlx_lm.lora", "--train", *_with_bundled(options.lora)]
+    try:
+        with callback.inside_lora():
+            lora.main()
+    except (ValueError, OSError, ImportError) as error:
+        raise HookError(f"mlx_lm.lora: {str(error).strip() or type(error).__name__}") from error
+    except KeyboardInterrupt:
+        sys.stderr.write(f"neuroscope: interrupted; what was captured is in {config.storage_path}\n")
+        return 130
+    finally:
+        sys.argv = plain
+    if found := callback.get_statistics():
+        layers = ", ".join(found["tracked_layers"])
+        rows, files = found["total_samples_saved"], found["total_shards"]
+        print(f"Captured {rows:,} tokens in {files} file{'s' if files != 1 else ''} of {config.storage_path}: {layers}")
+    return 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The fields in a file of JSON or, by its name, YAML."""
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        text = path.read_text()
+        fields = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise HookError(f"cannot read {path}: {reason}") from error
+    if not isinstance(fields, dict):
+        raise HookError(f"cannot read {path}: it has no fields of MechIntConfig")
+    return fields
+
+
+def _with_bundled(arguments: list[str]) -> list[str]:
+    """mlx-lm's options, in which the bundled model's name means its folder."""
+    from ..loading import BUNDLED, fetch
+
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        if argument == f"{_WITH_VALUE}={BUNDLED}":
+            found[i] = f"{_WITH_VALUE}={fetch(BUNDLED)}"
+        elif argument == BUNDLED and i and arguments[i - 1] == _WITH_VALUE:
+            found[i] = str(fetch(BUNDLED))
+    return found

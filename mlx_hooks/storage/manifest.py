@@ -1,0 +1,266 @@
+"""``manifest.json``: what a folder of shards says of itself."""
+
+import json
+import math
+import re
+import threading
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ..errors import HookError
+from .files import write_whole, writing
+
+MANIFEST = "manifest.json"
+FORMAT = "neuroscope-shards-1"
+ENTRY = "entry"
+"""The key under which a shard's header holds its entry of the manifest."""
+COLUMNS = ("tokens", "sequence", "position")
+"""The tensors of a shard that are no layers."""
+RANK_FOLDERS = "rank_[0-9][0-9][0-9]*"
+_SHARD = re.compile(r"activations_shard_(\d{6,})_step_(\d+)\.safetensors")
+_LISTS = ("shards", "sessions", "training", "analysis_history")
+_OF_FOLDER = {"format", "id", "layers", "total_shards", "total_rows", *_LISTS}
+_OF_ENTRY = {"file": str, "step": int, "session": int, "rank": int, "rows": int, "shapes": dict, "metadata": dict}
+
+
+def shard_name(number: int, step: int) -> str:
+    """``activations_shard_000001_step_200.safetensors``."""
+    return f"activations_shard_{number:06d}_step_{step}.safetensors"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of a shard in its file's name; None for another file."""
+    match = _SHARD.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def rank_folder(rank: int) -> str:
+    """Where a rank writes that has a folder of its own: ``rank_003``."""
+    return f"rank_{rank:03d}"
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Manifest:
+    """What is in a folder of shards, in memory and in its file, which is replaced as a whole.
+
+    Its keys: ``format``, ``id`` (the folder's, wherever copies of it lie), ``layers``, ``shards`` (an entry of each),
+    ``total_shards``, ``total_rows``, ``sessions`` (each start of capturing), ``training`` (what was reported of it),
+    ``analysis_history``, and what the last writer described: ``config``, ``model``.
+
+    An entry tells a shard's ``file``, ``shard`` (its number), ``step``, ``session``, ``rank``, ``rows``, ``bytes``,
+    ``shapes`` by tensor, ``saved``, ``metadata``, and where it is: ``local`` (true or false), ``remote`` (its address
+    in S3, or null) and then ``sha256``.
+
+    Args:
+        data: its content. Hold ``lock`` to change it where another thread may.
+    """
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+        self.lock = threading.RLock()
+
+    @classmethod
+    def new(cls, layers: Mapping[str, Mapping[str, Any]]) -> "Manifest":
+        """Of a folder without shards."""
+        return cls(
+            {
+                "format": FORMAT,
+                "id": uuid.uuid4().hex,
+                "layers": {name: dict(layer) for name, layer in layers.items()},
+                "shards": [],
+                "total_shards": 0,
+                "total_rows": 0,
+                "sessions": [],
+                "training": [],
+                "analysis_history": [],
+            }
+        )
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> "Manifest":
+        """From the content of a file.
+
+        Raises:
+            HookError: it is no manifest, or damaged; names ``where``.
+        """
+        try:
+            data = json.loads(text)
+            form = data["format"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise HookError(f"cannot read {where}: it is no manifest of captures, or damaged") from error
+        if form != FORMAT:
+            raise HookError(f"cannot read {where}: its format is {form!r}, not {FORMAT!r}")
+        if not _is_whole(data):
+            raise HookError(f"cannot read {where}: it is damaged")
+        return cls(data)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest | None":
+        """Of a folder; None where there is none.
+
+        Raises:
+            HookError: it cannot be read.
+        """
+        path = folder / MANIFEST
+        try:
+            return cls.parse(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise HookError(f"cannot read {path}: {error.strerror or error}") from error
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The shards' entries, by number."""
+        return self.data["shards"]
+
+    def entry(self, file: str) -> dict[str, Any]:
+        """The entry of a shard that there is."""
+        return next(entry for entry in self.entries if entry["file"] == file)
+
+    def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Name more shards; one that is named already stays as it is."""
+        named = {entry["file"] for entry in self.entries}
+        self.entries.extend(dict(entry) for entry in entries if entry["file"] not in named)
+        self.entries.sort(key=lambda entry: shard_number(entry["file"]) or 0)
+        self.data["total_shards"] = len(self.entries)
+        self.data["total_rows"] = sum(entry["rows"] for entry in self.entries)
+
+    def join(self, other: "Manifest") -> None:
+        """Add what another copy of the same manifest knows: shards, sessions, and the longer histories."""
+        known = {(session["rank"], session["session"]) for session in self.data["sessions"]}
+        self.data["sessions"] += [s for s in other.data["sessions"] if (s["rank"], s["session"]) not in known]
+        for name in ("training", "analysis_history"):
+            self.data[name] = max(self.data[name], other.data[name], key=len)
+        self.add(other.entries)
+
+    def describe(self, description: Mapping[str, Any]) -> None:
+        """Set what is the describer's to tell.
+
+        Raises:
+            HookError: for a key that is the manifest's own.
+        """
+        if taken := set(description) & _OF_FOLDER:
+            raise HookError(f"{sorted(taken)[0]!r} is a key of the manifest's own; describe it under another.")
+        self.data.update(description)
+
+    def save(self, folder: Path) -> None:
+        """Replace the file.
+
+        Raises:
+            HookError: it cannot be written, or holds what JSON does not.
+        """
+        with self.lock, writing(folder / MANIFEST):
+            write_whole(folder / MANIFEST, _text(self.data))
+
+    def remote_text(self) -> str:
+        """The file as it is uploaded: it names the shards that were uploaded before it."""
+        with self.lock:
+            uploaded = Manifest(self.data | {"shards": []})
+            uploaded.add(entry for entry in self.entries if entry["remote"])
+            return _text(uploaded.data)
+
+
+def check_same_layers(
+    manifest: Manifest, where: str, layers: Mapping[str, Mapping[str, Any]], description: Mapping[str, Any]
+) -> None:
+    """Raises HookError unless rows of these layers, of a model that is described so, go with what a manifest names."""
+    there = manifest.data["layers"]
+    elsewhere = "capture to another folder (storage_path)."
+    if set(there) != set(layers):
+        raise HookError(
+            f"{where} holds captures of {', '.join(there)}, not of {', '.join(layers)}: {elsewhere}",
+            field="storage_path",
+        )
+    for name, layer in layers.items():
+        had, has = _sizes(there[name]), _sizes(layer)
+        had_numbers, has_numbers = there[name].get("dtype"), layer.get("dtype")
+        if had != has:
+            raise HookError(
+                f"{where} holds rows {_shown(had)} of {name}, and now they are {_shown(has)}: {elsewhere}",
+                field="storage_path",
+            )
+        if had_numbers and has_numbers and had_numbers != has_numbers:
+            raise HookError(
+                f"{where} holds rows of {name} in {had_numbers}, and now they are {has_numbers}: {elsewhere}",
+                field="storage_path",
+            )
+    had_type, has_type = (_model_type(about) for about in (manifest.data, description))
+    if had_type and has_type and had_type != has_type:
+        raise HookError(
+            f"{where} holds captures of a {had_type} model, and this is a {has_type}: {elsewhere}",
+            field="storage_path",
+        )
+
+
+def current(entries: Sequence[dict[str, Any]], sessions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The shards that count: of those with the same step the ones of the last session.
+
+    Each rank counts its own sessions. A step that was captured again by fewer ranks is that of those alone.
+    """
+    latest: dict[int, dict[int, int]] = {}
+    for entry in entries:
+        of_step = latest.setdefault(entry["step"], {})
+        of_step[entry["rank"]] = max(of_step.get(entry["rank"], 0), entry["session"])
+    known = {(session["rank"], session["session"]): session for session in sessions}
+    for of_step in latest.values():
+        told = [known[key] for key in of_step.items() if key in known]
+        if told:
+            world_size = max(told, key=lambda session: session["started"])["world_size"]
+            for rank in [rank for rank in of_step if rank >= world_size]:
+                del of_step[rank]
+    return [entry for entry in entries if latest[entry["step"]].get(entry["rank"]) == entry["session"]]
+
+
+def finite(value: Any) -> Any:
+    """Plain JSON: a number that is infinite or none (a loss that diverged) is null."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_whole(data: Mapping[str, Any]) -> bool:
+    if not isinstance(data.get("layers"), dict) or not all(isinstance(data.get(name), list) for name in _LISTS):
+        return False
+    return all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), kind) for key, kind in _OF_ENTRY.items())
+        # A manifest may come from elsewhere: no file outside the folder is meant.
+        and shard_number(entry["file"]) is not None
+        for entry in data["shards"]
+    )
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    """JSON with a line for each shard: a manifest of thousands is written with each, and read by people."""
+    lines = []
+    for key, value in data.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n ]"
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _sizes(layer: Mapping[str, Any]) -> list[tuple[str, int | None]]:
+    """The axes of a row and their sizes; how many keys there are differs from batch to batch."""
+    pairs = zip(layer["axes"], layer["shape"], strict=True)
+    return [(axis, None if axis == "key" else size) for axis, size in pairs]
+
+
+def _shown(sizes: Sequence[tuple[str, int | None]]) -> str:
+    return f"[{', '.join(axis if size is None else f'{axis} {size}' for axis, size in sizes)}]"
+
+
+def _model_type(about: Mapping[str, Any]) -> str | None:
+    model = about.get("model")
+    return model.get("model_type") if isinstance(model, Mapping) else None

@@ -1,0 +1,428 @@
+"""Captured rows on their way to files: one writer per folder, and uploads beside it."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import HookError, UnreadableShardWarning, UploadWarning
+from .files import HeldFolder, clear_left, whole_file, writing
+from .manifest import (
+    COLUMNS,
+    ENTRY,
+    MANIFEST,
+    RANK_FOLDERS,
+    Manifest,
+    check_same_layers,
+    finite,
+    now,
+    rank_folder,
+    shard_name,
+    shard_number,
+)
+from .remote import Backlog, RemoteFolder
+from .rows import LABELS
+from .tensors import TensorFile, write_arrays
+
+
+class ShardWriter:
+    """Writes rows to a folder, and uploads them if asked.
+
+        layers = {"blocks.1.hook_resid_post": {"axes": ["d_model"], "shape": [64], "dtype": "bfloat16"}}
+        with ShardWriter("mechint_cache", layers=layers) as writer:
+            writer.write({"blocks.1.hook_resid_post": values}, tokens=ids, sequence=rows, position=places, step=200)
+
+    A folder that holds captures is continued: shards are numbered on, and what is written belongs to a new session. A
+    shard whose writer was killed before the manifest named it is named then.
+
+    With ``remote``, a thread uploads each shard and then a manifest that names it. An upload that fails keeps the
+    shard, is told by an UploadWarning when the next rows are written, and is tried again then, and when this is closed.
+
+    Args:
+        folder: made if it is not there. Files in it that are no captures stay as they are.
+        layers: what a row of each layer is, by canonical name: ``axes`` and ``shape`` of a row, where the size of an
+            axis of keys is not looked at; ``dtype``; what else there is to know, as ``asked``, another name.
+        description: plain JSON for the manifest: ``config``, ``model``.
+        max_rows: the most rows in one file.
+        rank, world_size: which process of how many this is, in distributed training.
+        each_rank: every rank writes, to a folder of its own below ``folder``.
+        remote: where to upload.
+        keep_local: whether a file stays when its upload is confirmed.
+        upload_seconds: how long ``close`` waits for uploads.
+
+    Raises:
+        HookError: the folder cannot be written, is being written by another, or holds captures of other layers, sizes
+            or of another model's type; nothing can be uploaded; each before any rows are written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        layers: Mapping[str, Mapping[str, Any]],
+        description: Mapping[str, Any] | None = None,
+        max_rows: int = 10_000,
+        rank: int = 0,
+        world_size: int = 1,
+        each_rank: bool = False,
+        remote: RemoteFolder | None = None,
+        keep_local: bool = True,
+        upload_seconds: float = 60.0,
+    ) -> None:
+        if max_rows < 1:
+            raise HookError(f"A file has room for at least one row, got max_rows {max_rows}.", field="max_rows")
+        _check_ranks(Path(folder), each_rank)
+        self.folder = Path(folder) / rank_folder(rank) if each_rank else Path(folder)
+        self.max_rows, self.rank = max_rows, rank
+        self._remote = remote.below(rank_folder(rank)) if remote and each_rank else remote
+        self._keep_local, self._upload_seconds = keep_local, upload_seconds
+        self._is_closed = self._has_warned = False
+        with writing(self.folder / MANIFEST):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold = hold(self.folder)
+        try:
+            self._manifest = self._continued(layers, description or {})
+            self._number = _next_number(self.folder, self._manifest)
+            self._open_session(world_size, description or {})
+            if self._remote is not None:
+                # Before the training rather than with the first shard: this shows that one can write there.
+                self._remote.write(MANIFEST, self._manifest.remote_text().encode())
+            self._manifest.save(self.folder)
+        except BaseException:
+            self._hold.release()
+            raise
+        self._backlog = None if self._remote is None else Backlog(self._upload)
+        if self._backlog is not None:
+            for entry in self._manifest.entries:
+                # What is there already and should not be here is removed as if it had been uploaded now.
+                if entry["local"] and not (entry["remote"] and keep_local):
+                    self._backlog.add(entry["file"])
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """What ``manifest.json`` tells."""
+        return self._manifest.data
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ShardWriter({self.folder}, {self.manifest['total_rows']} rows)"
+
+    def write(
+        self,
+        activations: Mapping[str, mx.array],
+        *,
+        tokens: Any,
+        sequence: Any,
+        position: Any,
+        step: int,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[Path]:
+        """Write the rows of one step, to as many files as they need; answers their paths.
+
+        Args:
+            activations: [row, ...] by layer, in the type that the model computed.
+            tokens, sequence, position: whole numbers, [row] each; see :class:`RowPart`.
+            metadata: plain JSON to keep with them.
+
+        Raises:
+            HookError: for rows of other layers or sizes, or of unequal number; and when a file cannot be written: what
+                was written before it stays.
+
+        Warns:
+            UploadWarning: earlier shards could not be uploaded; once until uploading works again.
+        """
+        if self._is_closed:
+            raise HookError(f"The captures in {self.folder} are closed: nothing more is written.")
+        columns = {"tokens": tokens, "sequence": sequence, "position": position}
+        columns = {name: np.asarray(column).astype(LABELS[name]) for name, column in columns.items()}
+        arrays: dict[str, Any] = {**activations, **columns}
+        self._check(activations, arrays, step)
+        n = len(columns["tokens"])
+        parts = [slice(start, min(start + self.max_rows, n)) for start in range(0, n, self.max_rows)]
+        paths = [self._write_shard(arrays, part, step, metadata or {}) for part in parts]
+        self._tell_of_uploads()
+        return paths
+
+    def report(self, info: Mapping[str, Any]) -> None:
+        """Keep what is known of the training (``step``, ``train_loss``) in the manifest, where a number that is not
+        finite becomes null. It is written with the next shard, or when this is closed."""
+        with self._manifest.lock:
+            self._manifest.data["training"].append(finite(info))
+
+    def close(self) -> None:
+        """Write what was reported and wait for uploads, at most ``upload_seconds``; nothing more is written.
+
+        Raises:
+            HookError: the manifest cannot be written.
+
+        Warns:
+            UploadWarning: what could not be uploaded; it is uploaded when the folder is continued.
+        """
+        if self._is_closed:
+            return
+        left: dict[str, str] = {}
+        try:
+            with self._manifest.lock:
+                self._manifest.data["sessions"][-1]["ended"] = now()
+                self._manifest.save(self.folder)
+        finally:
+            if self._backlog is not None:
+                self._backlog.retry()
+                self._backlog.add(MANIFEST)
+                left = self._backlog.close(self._upload_seconds)
+            with self._manifest.lock:
+                self._is_closed = True
+            self._hold.release()
+        if left:
+            self._warn(left, "when capturing to this folder goes on")
+
+    # --- Opening. ---
+
+    def _continued(self, layers: Mapping[str, Mapping[str, Any]], description: Mapping[str, Any]) -> Manifest:
+        """The folder's manifest, or the bucket's, or a new one, with every shard that there is.
+
+        Raises:
+            HookError: what is there does not go with these layers.
+        """
+        manifest = Manifest.load(self.folder)
+        text = self._remote.read(MANIFEST) if self._remote is not None else None
+        if self._remote is not None and text is not None:
+            there = Manifest.parse(text, f"{self._remote.url}/{MANIFEST}")
+            if manifest is not None and manifest.data["id"] != there.data["id"]:
+                raise HookError(
+                    f"{self._remote.url} holds other captures than {self.folder}: give another s3_prefix or "
+                    "storage_path.",
+                    field="s3_prefix",
+                )
+            if manifest is None:
+                manifest = there
+            manifest.join(there)
+        manifest = manifest or Manifest.new(layers)
+        check_same_layers(manifest, str(self.folder), layers, description)
+        if self._remote is not None:
+            self._check_place(manifest, self._remote)
+        clear_left(self.folder, is_held=True)
+        manifest.add(_unnamed(self.folder, manifest))
+        for entry in manifest.entries:
+            path = self.folder / entry["file"]
+            if entry["remote"] and not entry["local"]:
+                # Its writer was killed between saying that the file is gone and removing it.
+                path.unlink(missing_ok=True)
+            entry["local"] = path.is_file()
+        return manifest
+
+    def _check_place(self, manifest: Manifest, remote: RemoteFolder) -> None:
+        for entry in manifest.entries:
+            if entry["remote"] and entry["remote"] != f"{remote.url}/{entry['file']}":
+                raise HookError(
+                    f"What was captured to {self.folder} is at {entry['remote'].rpartition('/')[0]}, not at "
+                    f"{remote.url}: go on there, or give another storage_path.",
+                    field="s3_prefix",
+                )
+
+    def _open_session(self, world_size: int, description: Mapping[str, Any]) -> None:
+        data = self._manifest.data
+        earlier = [about["session"] for about in [*data["sessions"], *data["shards"]]]
+        self.session = 1 + max(earlier, default=-1)
+        with writing(self.folder / MANIFEST):
+            self._manifest.describe(description)
+        data["sessions"].append(
+            {
+                "session": self.session,
+                "started": now(),
+                "ended": None,
+                "rank": self.rank,
+                "world_size": world_size,
+                "max_rows": self.max_rows,
+                "config": description.get("config"),
+            }
+        )
+
+    # --- Writing. ---
+
+    def _check(self, activations: Mapping[str, mx.array], arrays: Mapping[str, Any], step: int) -> None:
+        layers = self.manifest["layers"]
+        if set(activations) != set(layers):
+            raise HookError(f"Rows are of {', '.join(layers)}; got {', '.join(activations) or 'none'}.")
+        n = len(arrays["tokens"])
+        if any(array.ndim < 1 or array.shape[0] != n for array in arrays.values()) or not n:
+            counts = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            raise HookError(f"All layers and labels have the same number of rows, at least one; got {counts}.")
+        for name, array in activations.items():
+            axes, sizes = layers[name]["axes"], layers[name]["shape"]
+            given = array.shape[1:]
+            if len(given) != len(sizes) or any(
+                has != size for axis, size, has in zip(axes, sizes, given, strict=True) if axis != "key"
+            ):
+                raise HookError(f"A row of {name} has axes {', '.join(axes)} of {list(sizes)}; got {list(given)}.")
+        if step < 0:
+            raise HookError(f"Steps count from 0, got {step}.")
+
+    def _write_shard(self, arrays: dict[str, Any], part: slice, step: int, metadata: Mapping[str, Any]) -> Path:
+        name = shard_name(self._number, step)
+        path = self.folder / name
+        parts = {key: array[part] for key, array in arrays.items()}
+        entry = {
+            "file": name,
+            "shard": self._number,
+            "step": step,
+            "session": self.session,
+            "rank": self.rank,
+            "rows": part.stop - part.start,
+            "shapes": {key: list(array.shape) for key, array in parts.items()},
+            "saved": now(),
+            "metadata": dict(metadata),
+        }
+        with writing(path):
+            notes = {"format": "mlx", ENTRY: json.dumps(entry, allow_nan=False)}
+            with whole_file(path) as draft:
+                write_arrays(draft, {key: lambda array=array: array for key, array in parts.items()}, notes)  # type: ignore[misc]
+        self._number += 1
+        with self._manifest.lock:
+            self._manifest.add([_named(entry, path)])
+            self._manifest.save(self.folder)
+        if self._backlog is not None:
+            self._backlog.add(name)
+        return path
+
+    # --- Uploading. ---
+
+    def _upload(self, name: str) -> None:
+        """In the uploading thread: bring a shard, or the manifest alone, to the bucket."""
+        assert self._remote is not None
+        if name == MANIFEST:
+            self._remote.write(MANIFEST, self._manifest.remote_text().encode())
+            return
+        entry = self._manifest.entry(name)
+        if entry["remote"] is None:
+            digest = self._remote.put(self.folder / name, name)
+            with self._changing():
+                entry.update(remote=f"{self._remote.url}/{name}", sha256=digest)
+        self._remote.write(MANIFEST, self._manifest.remote_text().encode())
+        if entry["local"] and not self._keep_local:
+            # What the manifest says is local must be there, whenever the process ends.
+            with self._changing():
+                entry["local"] = False
+            (self.folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A block that changes the manifest and saves it: not when all was closed, and another may write the folder."""
+        with self._manifest.lock:
+            if self._is_closed:
+                raise HookError("capturing has ended")
+            yield
+            self._manifest.save(self.folder)
+
+    def _tell_of_uploads(self) -> None:
+        if self._backlog is None:
+            return
+        failed = self._backlog.failed
+        if failed:
+            self._backlog.retry()
+            if not self._has_warned:
+                self._has_warned = True
+                self._warn(failed, "with the next rows, and at the end")
+        elif self._backlog.is_idle:
+            self._has_warned = False
+
+    def _warn(self, left: Mapping[str, str], again: str) -> None:
+        shards = [name for name in left if name != MANIFEST]
+        what = f"{len(shards)} of the shards in {self.folder}" if shards else f"The manifest in {self.folder}"
+        reason = next(iter(left.values())).rstrip(".")
+        warnings.warn(
+            f"{what} could not be uploaded ({reason}). Nothing is lost: they stay there, and are tried again {again}.",
+            UploadWarning,
+            stacklevel=3,
+        )
+
+
+def hold(folder: Path) -> HeldFolder:
+    """Hold a folder of shards.
+
+    Raises:
+        HookError: another writes there, or it cannot be opened.
+    """
+    try:
+        return HeldFolder(folder)
+    except BlockingIOError as error:
+        raise HookError(
+            f"{folder} is being written by another run: wait for its end, or capture to another folder (storage_path).",
+            field="storage_path",
+        ) from error
+    except OSError as error:
+        raise HookError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def _check_ranks(folder: Path, each_rank: bool) -> None:
+    """Raises HookError where one rank has written what all are to write now, or the other way round."""
+    if each_rank and (folder / MANIFEST).exists():
+        raise HookError(
+            f"{folder} holds captures that one rank wrote: capture those of all ranks to another folder.",
+            field="storage_path",
+        )
+    if not each_rank and any(folder.glob(f"{RANK_FOLDERS}/{MANIFEST}")):
+        raise HookError(
+            f"{folder} holds captures of all ranks: capture those of one rank to another folder.", field="storage_path"
+        )
+
+
+def _next_number(folder: Path, manifest: Manifest) -> int:
+    """The number of the next shard: above those of all files, whether or not they could be read, and of all entries."""
+    names = [*(path.name for path in folder.iterdir()), *(entry["file"] for entry in manifest.entries)]
+    return 1 + max((number for name in names if (number := shard_number(name)) is not None), default=-1)
+
+
+def _named(entry: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A shard's entry as the manifest has it."""
+    return {**entry, "bytes": path.stat().st_size, "local": True, "remote": None}
+
+
+def _unnamed(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Entries of the whole shards in a folder that its manifest does not name, whose writer was killed in between.
+
+    Warns:
+        UnreadableShardWarning: a file is called as a shard and is none of these layers.
+    """
+    named = {entry["file"] for entry in manifest.entries}
+    found = []
+    for path in sorted(folder.iterdir()):
+        if shard_number(path.name) is None or path.name in named:
+            continue
+        try:
+            found.append(_named(_own_entry(path, manifest), path))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            warnings.warn(
+                f"{path} is no shard of these captures and stays as it is: {error}.",
+                UnreadableShardWarning,
+                stacklevel=5,
+            )
+    return found
+
+
+def _own_entry(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """What a shard's header tells of it.
+
+    Raises:
+        OSError, ValueError, LookupError, TypeError: it is no whole shard of the manifest's layers.
+    """
+    file = TensorFile(path)
+    entry = json.loads(file.notes[ENTRY])
+    layers = manifest.data["layers"]
+    if entry["file"] != path.name or set(file) != {*layers, *COLUMNS} or set(entry["shapes"]) != set(file):
+        raise ValueError("it holds other layers")
+    Manifest.parse(json.dumps(manifest.data | {"shards": [entry]}), str(path))
+    return entry

@@ -1,0 +1,200 @@
+"""One start of capturing: a model in training, and the folder to which its rows go."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import CaptureWarning, HookError
+from ..model import HookedModel
+from ..storage.shard_writer import ShardWriter
+from .batches import Batch
+from .config import MechIntConfig
+from .trained import Forward, TrainedModel
+from .writer import open_writer
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SPLIT = ("AllToShardedLinear", "ShardedToAllLinear", "QuantizedAllToShardedLinear", "QuantizedShardedToAllLinear")
+
+
+class Capturing:
+    """Captures a model's activations to a folder. Made before training begins, so that what is wrong is told then.
+
+    Args:
+        model: an mlx-lm model, or a HookedModel of it.
+        config: what is captured, and where it goes.
+
+    Attributes:
+        shards: the files that were written.
+        n_rows: the number of rows in them.
+
+    Raises:
+        HookError: for layers that cannot be captured, and where the folder cannot be written.
+    """
+
+    def __init__(self, model: nn.Module | HookedModel, config: MechIntConfig) -> None:
+        self.config = config
+        self.rank, n_ranks = ranks()
+        self.trained = TrainedModel(model, config.sample_layers)
+        if n_ranks > 1 and any(type(module).__name__ in _SPLIT for module in self.trained.module.modules()):
+            raise HookError("The model's layers are split among processes: capturing needs whole ones in each.")
+        self.shards: list[Path] = []
+        self.n_rows = 0
+        self._guarded = 0
+        self._missed: list[str] = []
+        hooked = self.trained.hooked
+        model_facts = {"name": self.trained.name or hooked.model_name, **hooked.cfg.to_dict()}
+        self.writer: ShardWriter | None = open_writer(
+            config, self.trained.layers, {"model": model_facts}, rank=self.rank, world_size=n_ranks
+        )
+
+    @classmethod
+    def of(cls, model: nn.Module | HookedModel, config: MechIntConfig) -> "Capturing | None":
+        """The capturing of this process; None where another one of a distributed training writes."""
+        return cls(model, config) if writes_here(config) else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is one of those that are captured."""
+        return step % self.config.save_hidden_every_n_steps == 0
+
+    def probe(self, batch: Batch, step: int, metadata: Mapping[str, Any] | None = None) -> list[Path]:
+        """Run a batch with the weights as they are now, and write its rows; training does not notice.
+
+        Raises:
+            HookError: it cannot be run or written.
+        """
+        batch = batch.first(self.config.max_sequences_per_step)
+        notes = dict(metadata or {})
+        if batch.prompts is not None:
+            notes["prompt_lengths"] = batch.prompts.tolist()
+        return self.save([self.trained.forward(batch.inputs)], [batch.lengths], step, notes)
+
+    def save(
+        self,
+        forwards: Iterable[Forward],
+        lengths: Iterable[np.ndarray | None],
+        step: int,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> list[Path]:
+        """Write the rows of forward passes; answers the files, none where there are no rows.
+
+        Raises:
+            HookError: they cannot be written, or the capturing was closed.
+        """
+        if self.writer is None:
+            raise HookError("Capturing has ended: what was captured is in its folder.")
+        parts = [forward.rows(n) for forward, n in zip(forwards, lengths, strict=True)]
+        parts = [part for part in parts if len(part)]
+        if not parts:
+            return []
+        values = {name: _joined([part.values[name] for part in parts]) for name in parts[0].values}
+        mx.eval(values)
+        starts = np.cumsum([0, *(int(part.sequence.max()) + 1 for part in parts[:-1])])
+        paths = self.writer.write(
+            values,
+            tokens=np.concatenate([part.tokens for part in parts]),
+            sequence=np.concatenate([part.sequence + start for part, start in zip(parts, starts, strict=True)]),
+            position=np.concatenate([part.position for part in parts]),
+            step=step,
+            metadata=dict(metadata or {}),
+        )
+        self.shards += paths
+        n_rows = sum(len(part) for part in parts)
+        self.n_rows += n_rows
+        if self.config.verbose:
+            logger.info("step %d: %d rows of %d layers, %s", step, n_rows, len(values), paths[-1].name)
+        return paths
+
+    def guard(self, capture: Callable[..., T], *args: Any) -> T | None:
+        """Capture, once training has begun, by a function and its arguments: a failure is a warning then, and training
+        goes on.
+
+        Raises:
+            Exception: when the first of all fails, since little is lost then.
+        """
+        self._guarded += 1
+        try:
+            return capture(*args)
+        except Exception as error:  # a disk that is full must not end hours of training
+            if self._guarded == 1:
+                raise
+            self._missed.append(_reason(error))
+            if len(self._missed) == 1:
+                warnings.warn(f"A training step was not captured: {self._missed[0]}", CaptureWarning, stacklevel=3)
+            return None
+
+    def statistics(self) -> dict[str, Any]:
+        """``total_samples_saved`` (rows in files), ``total_shards``, ``tracked_layers``."""
+        return {
+            "total_samples_saved": self.n_rows,
+            "total_shards": len(self.shards),
+            "tracked_layers": list(self.trained.layers),
+        }
+
+    def report(self, kind: str, step: int, info: Mapping[str, Any]) -> None:
+        """Note a loss report in the manifest: ``kind`` is "train" or "validation"."""
+        if self.writer is not None:
+            self.writer.report({"kind": kind, "step": step, **_plain(info)})
+
+    def close(self) -> None:
+        """End capturing; may be called again.
+
+        Warns:
+            CaptureWarning: where steps were not captured.
+        """
+        writer, self.writer = self.writer, None
+        if writer is None:
+            return
+        writer.close()
+        if len(self._missed) > 1:
+            warnings.warn(
+                f"{len(self._missed)} of {self._guarded} steps were not captured, the last one because: "
+                f"{self._missed[-1]}",
+                CaptureWarning,
+                stacklevel=3,
+            )
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number in distributed training, and how many there are: (0, 1) outside it."""
+    group = mx.distributed.init()
+    return group.rank(), group.size()
+
+
+def writes_here(config: MechIntConfig) -> bool:
+    """Whether this process is one that captures."""
+    return ranks()[0] == 0 or config.writing_ranks == "all"
+
+
+def _joined(values: list[mx.array]) -> mx.array:
+    """Rows below one another; patterns get as many keys as the longest, with 0 for those that were not there."""
+    if len(values) == 1:
+        return values[0]
+    shape = np.max([value.shape[1:] for value in values], axis=0).tolist()
+    padded = [
+        mx.pad(value, [(0, 0), *((0, whole - size) for whole, size in zip(shape, value.shape[1:], strict=True))])
+        for value in values
+    ]
+    return mx.concatenate(padded)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text if isinstance(error, HookError) and text else f"{type(error).__name__}: {text}"
+
+
+def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as plain JSON: numbers of MLX and NumPy become Python's, and what is no number a text."""
+    plain: dict[str, Any] = {}
+    for name, value in info.items():
+        number = value.item() if hasattr(value, "item") else value
+        plain[str(name)] = number if isinstance(number, bool | int | float | str | None) else str(number)
+    return plain

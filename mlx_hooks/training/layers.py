@@ -1,0 +1,109 @@
+"""From ``sample_layers`` to hook points: which activations of a model are captured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import HookError, UnknownHookError
+from ..hook_points import ATTENTION, HookPoint, LayerName, block_point, is_layer_glob, outer_point, parse_layer_name
+from ..model import HookedModel
+
+DETECTED = 4
+"""How many blocks are captured where none are named."""
+
+
+@dataclass(frozen=True)
+class SampledLayer:
+    """A hook point that is captured, and the name by which it was asked for, where that name means it alone."""
+
+    point: HookPoint
+    asked: str | int | None = None
+
+
+def sampled_layers(model: HookedModel, asked: Sequence[str | int] | None) -> list[SampledLayer]:
+    """The hook points that ``sample_layers`` names, each once, in the order of a forward pass.
+
+        sampled_layers(model, ["model.layers.1", 2, "blocks.*.hook_mlp_out", "model.layers.0.mlp.up_proj"])
+
+    Args:
+        asked: blocks, by number or in any spelling ("model.layers.3", "transformer.h.3", "blocks.3", "3"; negative
+            numbers count from the last; "blocks.*"), which means the residual stream that leaves them; the embedding
+            or the last norm ("transformer.wte", "transformer.ln_f"); hook-point names, aliases, globs and raw module
+            paths. None: the stream that leaves up to four blocks, evenly spaced, the last one among them.
+
+    Raises:
+        UnknownHookError: for a name that the model does not have; lists what there is.
+        HookError: for a hook point that has no value of its own for each token, with the reason.
+    """
+    found: dict[str, SampledLayer] = {}
+    for name in detected_layers(model) if asked is None else asked:
+        points = _points(model, name)
+        for point in points:
+            check_axes(point.name, point.axes)
+            alone = asked is not None and len(points) == 1
+            found.setdefault(point.name, SampledLayer(point, name if alone else None))
+    order = {name: i for i, name in enumerate(model.hook_points)}
+    return sorted(found.values(), key=lambda layer: order.get(layer.point.name, len(order)))
+
+
+def detected_layers(model: HookedModel) -> list[str]:
+    """The names of the stream that leaves up to four blocks: all of them, or evenly spaced ones that end with the last.
+
+    Raises:
+        HookError: the stream that leaves a block cannot be shown on this model.
+    """
+    names = [block_point("resid_post", layer).name for layer in range(model.cfg.n_layers)]
+    names = [name for name in names if name in model.hook_points]
+    if not names:
+        raise HookError(
+            f"No layers can be detected: {model.cfg.model_type} has no hook_resid_post. Name some in sample_layers."
+        )
+    count = min(DETECTED, len(names))
+    return [names[(i + 1) * len(names) // count - 1] for i in range(count)]
+
+
+def check_axes(name: str, axes: Sequence[str]) -> None:
+    """Raise HookError for values that are not one per token; a raw module's axes are known when it has run."""
+    per_token = tuple(axes[:2]) == ("batch", "pos")
+    if not axes or tuple(axes) == ATTENTION or (per_token and len(axes) > 2):
+        return
+    why = "one number per token" if per_token else f"[{', '.join(axes)}]"
+    raise HookError(
+        f"{name} cannot be captured as rows of tokens: its value is {why}. What can be has the axes batch, pos and "
+        f"more, or {', '.join(ATTENTION)}.",
+        field="sample_layers",
+    )
+
+
+def _points(model: HookedModel, name: str | int) -> list[HookPoint]:
+    """The hook points of one name."""
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise HookError(f"A layer is a number or a name, got {name!r}.", field="sample_layers")
+    n_layers = model.cfg.n_layers
+    if isinstance(name, int):
+        if not -n_layers <= name < n_layers:
+            raise UnknownHookError(f"Blocks are 0 to {n_layers - 1}, got {name}.", field="sample_layers")
+        name = str(name % n_layers)
+    if is_layer_glob(name) and name.endswith("*"):
+        name = block_point("resid_post", 0).name.replace(".0.", ".*.")
+    elif (place := _place(name, n_layers)) is not None:
+        component = {"embedding": "embed", "final_norm": "ln_final"}.get(place.place)
+        point = block_point("resid_post", place.layer or 0) if component is None else outer_point(component)
+        # An architecture may have no such point where it has a module of that name.
+        if component is None or point.name in model.hook_points:
+            name = point.name
+    try:
+        return [capture.point for capture in model.resolve_hooks([name]).captures]
+    except UnknownHookError as error:
+        raise UnknownHookError(
+            f"{error} Blocks are named 0 to {n_layers - 1} or model.layers.0 to model.layers.{n_layers - 1}.",
+            field="sample_layers",
+        ) from error
+
+
+def _place(name: str, n_layers: int) -> LayerName | None:
+    """The block, embedding or last norm of a name; None where it means something else."""
+    try:
+        place = parse_layer_name(name, n_layers)
+    except UnknownHookError:
+        return None
+    return place if place.norm is None else None

@@ -1,0 +1,153 @@
+"""Circuits: on a model whose circuit is known by construction it is found, whole and alone."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import reference
+from known_models import KnownInduction
+
+from mlx_hooks import HookedModel, HookError
+from mlx_hooks.analysis.ablation import Bench
+from mlx_hooks.analysis.circuit_search import Search, analyse_circuit
+from mlx_hooks.analysis.components import components_of
+from mlx_hooks.analysis.eval_data import eval_data_of
+
+KNOWN = KnownInduction(n_heads=4, previous_head=3, induction_head=2)
+CIRCUIT = ["L0H3", "L1H2"]
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedModel:
+    return HookedModel(KNOWN.model())
+
+
+def pair(seed: int) -> dict[str, Any]:
+    """What followed ``a``, and a corrupted prompt of the same tokens in which something else did."""
+    a, b, c, d = (1 + np.random.default_rng(seed).permutation(KNOWN.vocabulary - 1)[:4]).tolist()
+    return {"clean": [0, a, b, d, c, a], "corrupted": [0, d, b, a, c, a], "answer": b, "wrong": c}
+
+
+def said_twice(seed: int) -> list[int]:
+    words = (1 + np.random.default_rng(seed).permutation(KNOWN.vocabulary - 1)[:6]).tolist()
+    return [0, *words, *words]
+
+
+def test_the_circuit_is_the_two_heads_that_were_built(model: HookedModel) -> None:
+    found = analyse_circuit(model, [pair(seed) for seed in range(5)])
+    assert found["circuit"] == CIRCUIT
+    assert found["faithfulness"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert found["complement"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["completeness"]["mean"] == pytest.approx(1, abs=1e-4)
+    for component in found["components"]:
+        meant = float(component["component"] in CIRCUIT)
+        assert component["recovery"]["mean"] == pytest.approx(meant, abs=1e-4)
+        assert component["damage"]["mean"] == pytest.approx(meant, abs=1e-4)
+        assert component["in_circuit"] == bool(meant)
+    assert found["random"]["sets"] == 10
+    assert found["random"]["faithfulness"] == pytest.approx([0] * 10, abs=1e-4)
+    # 16 times what is written, of which the head's share is 1 but for 2^-17 of each other key.
+    assert found["levels"]["clean"]["mean"] == pytest.approx(16, abs=1e-3)
+    assert found["levels"]["corrupted"]["mean"] == pytest.approx(-16, abs=1e-3)
+
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_texts_have_the_same_circuit_by_every_ablation(model: HookedModel, ablation: str) -> None:
+    found = analyse_circuit(model, [said_twice(seed) for seed in range(4)], {"ablation": ablation})
+    assert found["circuit"] == CIRCUIT
+    assert found["faithfulness"]["mean"] == pytest.approx(1, abs=1e-3)
+    assert found["levels"]["corrupted"] is None
+    assert all(component["recovery"] is None for component in found["components"])
+
+
+def test_recovery_is_that_of_a_forward_pass_written_out(llama: HookedModel) -> None:
+    rows = np.random.default_rng(0).integers(0, 60, size=(3, 6)).tolist()
+    prompts = [{"clean": row, "corrupted": [*row[:2], row[2] + 1, *row[3:]], "answer": 5, "wrong": 6} for row in rows]
+    found = analyse_circuit(llama, prompts, {"components": ["mlp_out"], "random_sets": 2})
+    name = "blocks.1.hook_mlp_out"
+
+    def score(run: dict[str, np.ndarray]) -> float:
+        return run["hook_logits"][0, -1, 5] - run["hook_logits"][0, -1, 6]
+
+    runs = [[reference.forward(llama.model, [prompt[kind]]) for kind in ("clean", "corrupted")] for prompt in prompts]
+    clean, corrupted = (np.mean([score(pair[i]) for pair in runs]) for i in (0, 1))
+    patched = [
+        score(reference.forward(llama.model, [prompt["corrupted"]], {name: lambda _, value=pair[0][name]: value}))
+        for prompt, pair in zip(prompts, runs, strict=True)
+    ]
+    recovery = found["components"][1]["recovery"]
+    assert recovery["mean"] == pytest.approx((np.mean(patched) - corrupted) / (clean - corrupted), rel=5e-3)
+
+    def ablated(*layers: int) -> float:
+        at = [f"blocks.{layer}.hook_mlp_out" for layer in layers]
+        edits = [{n: lambda _, value=pair[1][n]: value for n in at} for pair in runs]
+        done = [reference.forward(llama.model, [p["clean"]], e) for p, e in zip(prompts, edits, strict=True)]
+        return np.mean([score(run) for run in done])
+
+    damage = found["components"][1]["damage"]["mean"]
+    assert damage == pytest.approx((clean - ablated(1)) / (clean - ablated(0, 1, 2)), rel=5e-3)
+    out = [i for i in range(3) if f"L{i} mlp" not in found["circuit"]]
+    faithfulness = (ablated(*out) - ablated(0, 1, 2)) / (clean - ablated(0, 1, 2))
+    assert found["faithfulness"]["mean"] == pytest.approx(faithfulness, rel=5e-3, abs=1e-4)
+
+
+def test_no_component_of_a_circuit_can_be_left_out(tiny: HookedModel) -> None:
+    prompts = [
+        {"clean": f"The capital of {a} is", "corrupted": f"The capital of {b} is", "answer": x, "wrong": y}
+        for a, b, x, y in [("France", "Italy", "Paris", "Rome"), ("Italy", "Peru", "Rome", "Lima")]
+    ]
+    steps: list[tuple[int, int]] = []
+    found = analyse_circuit(tiny, prompts, {"components": ["attn_out", "mlp_out"]}, lambda *done: steps.append(done))
+    assert abs(found["faithfulness"]["mean"] - 1) <= 0.1 + 1e-6
+    assert 0 < found["size"] < 8
+    assert [c["component"] for c in found["components"] if c["in_circuit"]] == found["circuit"]
+    search = Search(Bench(tiny, eval_data_of(tiny, prompts), components_of(tiny)), "resample")
+    whole, nothing = search.of([c["component"] for c in found["components"]]).mean(), search.of([]).mean()
+
+    def faithfulness(circuit: list[str]) -> float:
+        return (search.of(circuit).mean() - nothing) / (whole - nothing)
+
+    assert faithfulness(found["circuit"]) == pytest.approx(found["faithfulness"]["mean"])
+    for name in found["circuit"]:
+        assert abs(faithfulness([other for other in found["circuit"] if other != name]) - 1) > 0.1
+    assert steps[-1] == (found["runs"], found["runs"])
+    assert all(done <= total for done, total in steps)
+    strict = analyse_circuit(tiny, prompts, {"components": ["attn_out", "mlp_out"], "faithfulness": 0.99})
+    assert strict["size"] >= found["size"]
+    assert abs(strict["faithfulness"]["mean"] - 1) <= 0.01 + 1e-6
+
+
+def test_one_prompt_has_no_interval(model: HookedModel) -> None:
+    found = analyse_circuit(model, [pair(0)], {"random_sets": 0})
+    assert found["circuit"] == CIRCUIT
+    assert found["faithfulness"]["low"] is None
+    assert found["random"] == {"sets": 0, "faithfulness": [], "mean": None}
+    assert "One example has no confidence interval." in found["notes"]
+
+
+def test_what_has_no_circuit_is_refused(model: HookedModel) -> None:
+    # What is asked about stands where it stood.
+    same = {"clean": [0, 1, 2, 3, 4, 1], "corrupted": [0, 1, 2, 4, 3, 1], "answer": 2, "wrong": 3}
+    with pytest.raises(HookError, match="clean and corrupted prompts have the same metric"):
+        analyse_circuit(model, [same], {"ablation": "zero"})
+    with pytest.raises(HookError, match="Resampling takes activations from another example"):
+        analyse_circuit(model, [said_twice(0)], {"ablation": "resample"})
+    silent = KNOWN.model()
+    silent.transformer.wte.weight = mx.zeros_like(silent.transformer.wte.weight)
+    with pytest.raises(HookError, match="with all components ablated the metric is what it is without"):
+        analyse_circuit(HookedModel(silent), [said_twice(0)], {"ablation": "zero"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"faithfulness": 1.5}, "faithfulness must be less than or equal to 1, got 1.5"),
+        ({"components": ["heads", "attn_out"]}, "components do not overlap"),
+        ({"components": ["blocks", "mlp_out"]}, "components do not overlap"),
+        ({"components": []}, "components names at least one"),
+    ],
+)
+def test_options_are_checked(model: HookedModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        analyse_circuit(model, [pair(0)], options)

@@ -1,0 +1,84 @@
+"""``neuroscope train``: mlx-lm's command with capture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from training_runs import folder_of, same, write_lora_folder
+
+from mlx_hooks.cli import main
+
+
+@pytest.fixture(scope="module")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora_folder(tmp_path_factory.mktemp("lora"))
+
+
+def lora_options(folder: Path, adapters: Path, **more: Any) -> list[str]:
+    options = {"model": "neuroscope-tiny", "data": folder / "data", "adapter-path": adapters, "iters": 5} | more
+    options |= {"batch-size": 2, "num-layers": 2, "val-batches": 1, "max-seq-length": 64, "learning-rate": 1e-3}
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def weights(folder: Path) -> dict[str, mx.array]:
+    return mx.load(str(folder / "adapters.safetensors"))
+
+
+def test_training_with_capture(
+    lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_lm import lora
+
+    model = str(lora_folder / "model")
+    monkeypatch.setattr("sys.argv", ["lora", "--train", *lora_options(lora_folder, tmp_path / "plain", model=model)])
+    lora.main()
+    settings = tmp_path / "capture.yaml"
+    settings.write_text(f"storage_path: {tmp_path / 'other'}\nmax_activations_per_shard: 30\n")
+    storage = tmp_path / "shards"
+    mine = ["--mechint", str(settings), "--layers", "1", "blocks.2.attn.hook_z", "--every", "2"]
+    mine += ["--storage", str(storage), "--first-step", "10"]
+    capsys.readouterr()
+    assert main(["train", *mine, "--", *lora_options(lora_folder, tmp_path / "captured")]) == 0
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "captured"))
+    found = folder_of(storage)
+    assert found.steps == [10, 12, 14]
+    rows = sum(entry["rows"] for entry in found.reader.entries)
+    names = "blocks.1.hook_resid_post, blocks.2.attn.hook_z"
+    files = len(found.reader.entries)
+    assert capsys.readouterr().out.splitlines()[-1] == f"Captured {rows} tokens in {files} files of {storage}: {names}"
+    assert max(entry["rows"] for entry in found.reader.entries) <= 30
+
+
+@pytest.mark.parametrize(
+    ("mine", "message"),
+    [
+        (["--layers", "nope"], "Unknown hook point 'nope'"),
+        (["--every", "0"], "save_hidden_every_n_steps must be greater than or equal to 1, got 0"),
+        (["--first-step", "-1"], "first_step is a whole number from 0 up, got -1"),
+        (["--mechint", "{tmp}/missing.json"], "cannot read {tmp}/missing.json: No such file"),
+        (["--mechint", "{tmp}/list.json"], "cannot read {tmp}/list.json: it has no fields of MechIntConfig"),
+        (["--mechint", "{tmp}/broken.yaml"], "cannot read {tmp}/broken.yaml: "),
+        (["--mechint", "{tmp}/unknown.json"], "MechIntConfig has no field 'layers'. There are: sample_layers, "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_one_line(
+    mine: list[str], message: str, lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "unknown.json").write_text(json.dumps({"layers": [1]}))
+    mine = [part.replace("{tmp}", str(tmp_path)) for part in mine] + ["--storage", str(tmp_path / "shards")]
+    assert main(["train", *mine, "--", *lora_options(lora_folder, tmp_path / "adapters")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"neuroscope: {message.replace('{tmp}', str(tmp_path))}")
+    assert said.count("\n") == 1
+
+
+def test_what_mlx_lm_refuses_is_one_line(lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    options = lora_options(tmp_path, tmp_path / "adapters")
+    assert main(["train", "--storage", str(tmp_path / "shards"), "--", *options]) == 1
+    assert capsys.readouterr().err.startswith("neuroscope: mlx_lm.lora: Training set not found")

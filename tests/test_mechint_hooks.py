@@ -1,0 +1,396 @@
+"""Capture in training loops of one's own, and by a sampler."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import grad_checkpoint
+from tiny_models import make_model
+from training_runs import adapt, classes_restored, folder_of, own_loop, prepared, same, streams
+
+from mlx_hooks import ActivationSampler, CaptureWarning, HookedModel, HookError, MechIntConfig, MechIntHooks
+
+EVERY = 3
+STREAM = "blocks.1.hook_resid_post"
+LAYERS = ["model.layers.1", "blocks.0.hook_attn_out", "blocks.2.attn.hook_pattern"]
+
+
+def config(folder: Path, **more: Any) -> MechIntConfig:
+    return MechIntConfig(**{"sample_layers": LAYERS, "save_hidden_every_n_steps": EVERY, "storage_path": folder} | more)
+
+
+def weights(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def tokens(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).integers(1, 60, shape))
+
+
+def expected_stream(values: dict[str, mx.array], batch: mx.array, layer: int = 1) -> mx.array:
+    model = make_model("llama")
+    model.load_weights(list(values.items()))
+    stream = streams(model, batch)[layer]
+    return stream.reshape(-1, stream.shape[-1])
+
+
+# Loops
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_loop_that_gives_its_batches(kind: str, compiled: bool, tmp_path: Path) -> None:
+    plain, model = prepared(kind), prepared(kind)
+    adapt(plain, kind)
+    adapt(model, kind)
+    losses = own_loop(plain, 8, compiled=compiled)
+    met: dict[int, tuple[dict[str, mx.array], mx.array]] = {}
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+
+        def each(step: int, batch: mx.array) -> None:
+            met[step] = ({name: mx.array(value) for name, value in weights(model).items()}, batch)
+            mx.eval(met[step])
+            path = hooks.on_training_step(batch=batch, batch_idx=step, global_step=step)
+            assert (path is not None) == (step % EVERY == 0)
+
+        assert own_loop(model, 8, compiled=compiled, each=each) == losses
+        assert len(hooks.saved_shards) == 3
+    assert same(weights(model), weights(plain))
+    assert type(model) is type(plain)
+    found = folder_of(tmp_path)
+    assert found.steps == [0, 3, 6]
+    reference = prepared(kind)
+    adapt(reference, kind)
+    for step, (shard,) in found.shards.items():
+        values, batch = met[step]
+        reference.load_weights(list(values.items()))
+        stream = streams(reference, batch)[1]
+        assert same({STREAM: shard.activations[STREAM]}, {STREAM: stream.reshape(-1, stream.shape[-1])})
+        assert shard.tokens.tolist() == batch.reshape(-1).tolist()
+        assert shard.metadata == {"epoch": 0, "batch_idx": step}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_an_eager_loop_s_own_forward_passes(checkpointed: bool, tmp_path: Path) -> None:
+    """The guide's manual loop, whose forward pass is differentiated."""
+    plain, model = make_model("llama"), make_model("llama")
+    met: dict[int, tuple[dict[str, mx.array], mx.array]] = {}
+    with classes_restored(model):
+        if checkpointed:
+            grad_checkpoint(model.layers[0])
+        losses = own_loop(plain, 7, compiled=False)
+        hooks = MechIntHooks(config(tmp_path))
+        hooks.register_hooks(model)
+
+        def each(step: int, batch: mx.array) -> None:
+            met[step] = ({name: mx.array(value) for name, value in weights(model).items()}, batch)
+            mx.eval(met[step])
+
+        def after(step: int) -> None:
+            if step % hooks.config.save_hidden_every_n_steps == 0 and hooks.sampler:
+                hooks.saved_shards.append(hooks.sampler.save_activations(step))
+                hooks.sampler.clear_cache()
+
+        assert own_loop(model, 7, compiled=False, each=each, after=after) == losses
+        hooks.on_train_end(trainer=None, pl_module=model)
+        assert same(weights(model), weights(plain))
+    found = folder_of(tmp_path)
+    assert found.steps == [0, 3, 6]
+    for step, (shard,) in found.shards.items():
+        values, batch = met[step]
+        # mlx-lm's loss hands the model all columns but the last.
+        assert shard.tokens.tolist() == batch[:, :-1].reshape(-1).tolist()
+        assert same({STREAM: shard.activations[STREAM]}, {STREAM: expected_stream(values, batch[:, :-1])})
+
+
+def test_the_latest_forward_pass_alone_is_held(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+        assert hooks.sampler is not None
+        for step in range(5):
+            model(tokens(2, 5, seed=step))
+            assert len(hooks.sampler.activations[STREAM]) == 1
+        # A step that is due saves it, one that was saved is not saved twice.
+        assert [hooks.on_training_step(global_step=step) is None for step in (5, 6, 6)] == [True, False, True]
+    assert folder_of(tmp_path).shards[6][0].tokens.tolist() == tokens(2, 5, seed=4).reshape(-1).tolist()
+
+
+def test_a_compiled_loop_s_own_forward_passes_are_refused(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+        own_loop(model, 2, compiled=True)
+        # A validation pass afterwards is none of the loop's.
+        model(tokens(1, 4))
+        assert hooks.sampler is not None
+        with pytest.raises(HookError, match=r"mx.compile compiled, which shows no values: on_training_step\(batch="):
+            hooks.sampler.save_activations(0)
+        with pytest.raises(HookError, match="mx.compile"):
+            hooks.on_training_step(global_step=0)
+        # Batches can still be given.
+        assert hooks.on_training_step(global_step=3, batch=tokens(1, 4)) is not None
+
+
+def test_epochs_and_steps_are_counted(tmp_path: Path) -> None:
+    trainer, module = SimpleNamespace(), SimpleNamespace()
+    hooks = MechIntHooks({"storage_path": str(tmp_path), "save_hidden_every_n_steps": 2})
+    hooks.register_hooks(make_model("llama"), trainer)
+    for _ in range(2):
+        for number in range(3):
+            hooks.on_training_step(trainer, module, None, tokens(1, 4), number)
+        hooks.on_epoch_end(trainer, module)
+    hooks.on_train_end(trainer, module)
+    found = folder_of(tmp_path)
+    assert {step: shards[0].metadata for step, shards in found.shards.items()} == {
+        0: {"epoch": 0, "batch_idx": 0},
+        2: {"epoch": 0, "batch_idx": 2},
+        4: {"epoch": 1, "batch_idx": 1},
+    }
+
+
+def test_batches_with_lengths(tmp_path: Path) -> None:
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(make_model("llama"))
+        hooks.on_training_step(batch=(tokens(2, 6), mx.array([[0, 3], [2, 6]])), global_step=0)
+        hooks.on_training_step(batch=(tokens(2, 6), np.array([4, 2])), global_step=3)
+    found = folder_of(tmp_path)
+    assert found.shards[0][0].position.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert found.shards[0][0].metadata["prompt_lengths"] == [0, 2]
+    assert found.shards[3][0].position.tolist() == [0, 1, 2, 3, 0, 1]
+
+
+def test_hooks_that_fail_later_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(make_model("llama"))
+        with pytest.raises(HookError, match="A batch is token ids"):
+            hooks.on_training_step(batch="text", global_step=0)
+        with pytest.warns(CaptureWarning, match="A training step was not captured: A batch is token ids"):
+            assert hooks.on_training_step(batch="text", global_step=3) is None
+        assert hooks.on_training_step(batch=tokens(1, 4), global_step=6) is not None
+
+
+def test_hooks_are_registered_once_and_first(tmp_path: Path) -> None:
+    hooks = MechIntHooks(config(tmp_path))
+    assert hooks.sampler is None
+    with pytest.raises(HookError, match=r"register_hooks\(model\) comes first"):
+        hooks.on_training_step(batch=tokens(1, 4))
+    hooks.register_hooks(make_model("llama"))
+    with pytest.raises(HookError, match="registered already"):
+        hooks.register_hooks(make_model("llama"))
+    hooks.on_train_end()
+    hooks.on_train_end()
+    with pytest.raises(HookError, match="comes first"):
+        hooks.on_training_step(batch=tokens(1, 4))
+
+
+# The sampler
+
+
+def sampler_of(folder: Path, **more: Any) -> ActivationSampler:
+    return ActivationSampler(**{"layers": LAYERS, "save_dir": folder, "device": "cpu"} | more)
+
+
+def test_a_sampler(tmp_path: Path) -> None:
+    model = make_model("llama")
+    sampler = sampler_of(tmp_path, max_samples_per_shard=20)
+    assert sampler.get_statistics() == {
+        "total_samples_saved": 0, "current_cache_samples": 0, "total_shards": 0, "tracked_layers": []
+    }  # fmt: skip
+    sampler.register_hooks(model)
+    batches = [tokens(2, 5), tokens(3, 7, seed=1)]
+    plain = [streams(make_model("llama"), batch)[1].reshape(-1, 32) for batch in batches]
+    for batch in batches:
+        model(batch)
+    assert [array.shape for array in sampler.activations[STREAM]] == [(2, 5, 32), (3, 7, 32)]
+    path = sampler.save_activations(100, {"note": "two passes"})
+    assert path == tmp_path / "activations_shard_000001_step_100.safetensors"
+    assert sampler.get_statistics() == {
+        "total_samples_saved": 31,
+        "current_cache_samples": 31,
+        "total_shards": 2,
+        "tracked_layers": ["blocks.0.hook_attn_out", STREAM, "blocks.2.attn.hook_pattern"],
+    }
+    # Again, without clearing: nothing is written twice.
+    assert sampler.save_activations(100) == path
+    assert sampler.get_statistics()["total_samples_saved"] == 31
+    # What comes later is written alone.
+    model(batches[0])
+    assert sampler.get_statistics()["current_cache_samples"] == 10
+    sampler.save_activations(200)
+    sampler.clear_cache()
+    assert sampler.get_statistics()["current_cache_samples"] == 0
+    with pytest.raises(HookError, match="Nothing was captured since the last save"):
+        sampler.save_activations(300)
+    sampler.remove_hooks()
+    assert type(model) is type(make_model("llama"))
+    found = folder_of(tmp_path)
+    rows = found.reader.rows("model.layers.1", [100]).take(np.arange(31))
+    assert np.array_equal(rows.values, np.array(mx.concatenate(plain)))
+    assert rows.sequence.tolist() == [0] * 5 + [1] * 5 + [2] * 7 + [3] * 7 + [4] * 7
+    assert rows.tokens.tolist() == batches[0].reshape(-1).tolist() + batches[1].reshape(-1).tolist()
+    assert found.shards[100][0].metadata == {"note": "two passes"}
+    assert found.reader.rows("blocks.2.attn.hook_pattern", [100]).shape == (4, 7)
+
+
+def test_a_sampler_s_lengths(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with sampler_of(tmp_path) as sampler:
+        sampler.register_hooks(model)
+        model(tokens(2, 5))
+        sampler.save_activations(0, lengths=[5, 2])
+        model(tokens(2, 5))
+        model(tokens(1, 4))
+        for wrong in ([[1, 2]], [[1, 2], [1, 2]], [[1, 2], ["a"]]):
+            with pytest.raises(HookError, match="lengths has"):
+                sampler.save_activations(1, lengths=wrong)
+        sampler.save_activations(1, lengths=[mx.array([1, 2]), [3]])
+        model(tokens(1, 4))
+        assert sampler.save_activations(2, lengths=mx.array([0])) is None
+    found = folder_of(tmp_path)
+    assert found.steps == [0, 1]
+    assert found.shards[0][0].position.tolist() == [0, 1, 2, 3, 4, 0, 1]
+    assert found.shards[1][0].position.tolist() == [0, 0, 1, 0, 1, 2]
+
+
+def test_as_many_tokens_as_heads(tmp_path: Path) -> None:
+    model, name = make_model("llama"), "blocks.2.attn.hook_pattern"
+    with sampler_of(tmp_path) as sampler:
+        sampler.register_hooks(model)
+        model(tokens(2, 4))
+        sampler.save_activations(0)
+    _, cache = HookedModel(model).run_with_cache(tokens(2, 4), name)
+    shard = folder_of(tmp_path).shards[0][0]
+    expected = np.array(cache[name])[shard.sequence, :, shard.position]
+    assert np.array_equal(np.array(shard.activations[name]), expected)
+
+
+def test_a_subclass_that_changes_what_is_saved(tmp_path: Path) -> None:
+    class Normalising(ActivationSampler):
+        def save_activations(self, global_step: int, metadata: Any = None, **options: Any) -> Path | None:
+            for layer_name, acts in self.activations.items():
+                self.activations[layer_name] = [(a - a.mean()) / (mx.sqrt(a.var()) + 1e-8) for a in acts]
+            return super().save_activations(global_step, metadata)
+
+    model = make_model("llama")
+    with Normalising([STREAM], tmp_path) as sampler:
+        sampler.register_hooks(model)
+        model(tokens(2, 5))
+        model(tokens(1, 9))
+        sampler.save_activations(1)
+    rows = folder_of(tmp_path).reader.rows(STREAM).take(np.arange(19)).values
+    for part, batch in ((rows[:10], tokens(2, 5)), (rows[10:], tokens(1, 9))):
+        stream = np.array(streams(make_model("llama"), batch)[1]).reshape(-1, 32)
+        np.testing.assert_allclose(part, (stream - stream.mean()) / stream.std(), rtol=1e-4, atol=1e-5)
+
+
+def test_activations_that_were_lost_are_an_error(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with ActivationSampler([STREAM], tmp_path) as sampler:
+        sampler.register_hooks(model)
+        model(tokens(2, 5))
+        sampler.activations[STREAM] = []
+        with pytest.raises(HookError, match="one array for each of the 1 forward passes, got 0"):
+            sampler.save_activations(1)
+        sampler.activations[STREAM] = [mx.zeros((4, 4))]
+        with pytest.raises(HookError, match="has no entry for each of 2 x 5 tokens"):
+            sampler.save_activations(1)
+
+
+def test_what_is_held_has_a_bound(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with ActivationSampler([STREAM], tmp_path) as sampler:
+        sampler.register_hooks(model)
+        sampler.max_cache_bytes = 2 * 10 * 32 * 4
+        model(tokens(2, 5))
+        model(tokens(2, 5))
+        with pytest.raises(HookError, match="of 3 forward passes are more than max_cache_bytes, 2.6 kB: call save_act"):
+            model(tokens(2, 5))
+        sampler.save_activations(1)
+        model(tokens(2, 5))
+    assert len(folder_of(tmp_path).shards[1][0].tokens) == 20
+
+
+def test_runs_of_a_hooked_model_are_not_its_training_s(tmp_path: Path) -> None:
+    hooked = HookedModel(make_model("llama"))
+    with ActivationSampler([STREAM], tmp_path) as sampler:
+        sampler.register_hooks(hooked)
+        hooked.run_with_cache([1, 2, 3])
+        assert sampler.activations[STREAM] == []
+        plain = hooked.model(tokens(1, 4))
+        assert len(sampler.activations[STREAM]) == 1
+        HookedModel(hooked.model)
+        assert len(sampler.activations[STREAM]) == 1
+    assert same({"logits": plain}, {"logits": make_model("llama")(tokens(1, 4))})
+
+
+def test_two_samplers_and_no_order_of_their_ends(tmp_path: Path) -> None:
+    model = make_model("llama")
+    plain = type(model)
+    first, second = (ActivationSampler([layer], tmp_path / str(layer)) for layer in (0, 1))
+    first.register_hooks(model)
+    second.register_hooks(model)
+    model(tokens(1, 4))
+    first.remove_hooks()
+    model(tokens(1, 4))
+    assert len(second.activations[STREAM]) == 2
+    with HookedModel(model).hooks([(STREAM, lambda value, point: None)]):
+        second.remove_hooks()
+    assert type(model) is plain
+    assert all("_neuroscope" not in name for module in model.modules() for name in module.__dict__)
+    with pytest.raises(HookError, match="No hooks are registered"):
+        second.save_activations(1)
+
+
+def test_continued_sequences_know_their_positions(tmp_path: Path) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = make_model("llama")
+    with ActivationSampler([STREAM], tmp_path) as sampler:
+        sampler.register_hooks(model)
+        kv_cache = make_prompt_cache(model)
+        model(tokens(1, 4), cache=kv_cache)
+        model(tokens(1, 2), cache=kv_cache)
+        sampler.save_activations(0)
+    assert folder_of(tmp_path).shards[0][0].position.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_a_model_reads_must_be_token_ids(tmp_path: Path) -> None:
+    with ActivationSampler([STREAM], tmp_path) as sampler:
+        model = make_model("llama")
+        sampler.register_hooks(model)
+        with pytest.raises(HookError, match="A batch is token ids"):
+            model(mx.zeros((1, 3)))
+        with pytest.raises(HookError, match="registered already"):
+            sampler.register_hooks(model)
+
+
+def test_dropout_of_the_loop_s_own_pass_is_kept(tmp_path: Path) -> None:
+    """What is saved of an eager loop is what the training computed, with what it dropped."""
+    model = prepared("lora")
+    adapt(model, "lora")
+    adapter = model.model.layers[2].self_attn.q_proj
+    adapter.lora_b = mx.random.normal(adapter.lora_b.shape)
+    batch = tokens(2, 6)
+    model.train()
+
+    def loss(model: nn.Module) -> mx.array:
+        return nn.losses.cross_entropy(model(batch), batch).mean()
+
+    with ActivationSampler(["blocks.2.hook_resid_post"], tmp_path) as sampler:
+        sampler.register_hooks(model)
+        saved = []
+        for step in range(2):
+            mx.random.seed(0)
+            _, gradients = nn.value_and_grad(model, loss)(model)
+            mx.eval(gradients)
+            sampler.save_activations(step)
+            saved.append(folder_of(tmp_path).shards[step][0].activations["blocks.2.hook_resid_post"])
+    assert same({"": saved[0]}, {"": saved[1]})
+    assert not same({"": saved[0]}, {"": streams(model, batch)[2].reshape(-1, 32)})
