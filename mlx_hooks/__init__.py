@@ -25,6 +25,7 @@ from .architectures import ModelConfig
 from .capture import CaptureEstimate
 from .errors import (
     CaptureWarning,
+    FailedAnalysisWarning,
     HookError,
     ModelLoadError,
     ObserverError,
@@ -58,6 +59,7 @@ from .storage.runs import ActivationLoader, ActivationSaver
 from .storage.shards import ShardReader
 from .training.callback import MechIntCallback
 from .training.config import MechIntConfig
+from .training.evaluation import EvalMechIntRunner
 from .training.hooks import MechIntHooks
 from .training.sampler import ActivationSampler
 
@@ -77,8 +79,10 @@ __all__ = [
     "CapturedActivation",
     "Chat",
     "Check",
+    "EvalMechIntRunner",
     "Experiment",
     "ExtractionConfig",
+    "FailedAnalysisWarning",
     "GenerationResult",
     "GenerationStep",
     "HookError",

@@ -73,3 +73,7 @@ class UntrustedHookWarning(UserWarning):
 
 class ObserverWarning(UserWarning):
     """What an observer of a generation could not see, or in which event it failed while errors are collected."""
+
+
+class FailedAnalysisWarning(UserWarning):
+    """An analysis of captured activations that failed while the others go on; the message says which and why."""

@@ -62,7 +62,7 @@ def run_generation(
     prompt = [int(token) for token in tokenizer.encode(prompt_text)]
     options |= {"max_tokens": max_new_tokens, "temperature": temperature, "top_k": 0 if top_k is None else top_k}
     ids = list(prompt)
-    with _on(device), tqdm(total=max_new_tokens, unit="token", disable=_hidden(show_progress)) as progress:
+    with computing_on(device), tqdm(total=max_new_tokens, unit="token", disable=_hidden(show_progress)) as progress:
         for step in hooked.generate_steps(prompt, hooks=hooks or (), **options):
             if step.token is not None:
                 ids.append(step.token)
@@ -92,8 +92,11 @@ def _hidden(show_progress: bool | None) -> bool | None:
 
 
 @contextmanager
-def _on(device: Any) -> Iterator[None]:
+def computing_on(device: Any) -> Iterator[None]:
     """Compute on a device for the duration of a block.
+
+    Args:
+        device: None (MLX's default), "cpu", "gpu" (also "mps", "cuda", "metal"), or an MLX device.
 
     Raises:
         HookError: for what is no device, and for one that this MLX does not have.

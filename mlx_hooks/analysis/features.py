@@ -13,6 +13,7 @@ from pydantic import Field
 from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import RowPart, Rows
+from .threads import one_thread
 from .top_rows import Progress, Spell, check_vectors, finite, from_position, told_row
 
 if TYPE_CHECKING:
@@ -219,10 +220,8 @@ def _clusters(
 
 def _k_means(coordinates: np.ndarray, count: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
-    from threadpoolctl import threadpool_limits
 
-    # Threads that wait for each other cost many times what they save where others use the processor too.
-    with threadpool_limits(1, user_api="openmp"):
+    with one_thread():
         return np.asarray(KMeans(count, n_init=4, random_state=seed).fit_predict(coordinates))
 
 
