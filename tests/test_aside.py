@@ -1,5 +1,6 @@
 """Long computations beside the worker: they end, wait, take turns and can be left."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -134,7 +135,7 @@ def test_in_turns_it_computes_only_while_the_worker_waits(worker: ModelWorker) -
     for job in jobs:
         job.result()
     assert log.count("other") == log.count("in") == 20
-    pairs = list(zip(log, log[1:], strict=False))
+    pairs = list(itertools.pairwise(log))
     assert ("in", "other") not in pairs
     assert ("out", "other") in pairs
 
