@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import reference
@@ -9,9 +10,11 @@ from known_models import KnownInduction
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
-from mlx_hooks.analysis.ablation import analyse_causal
+from mlx_hooks.analysis.ablation import analyse_causal, draw_causal
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.intervals import means, ratios
+from mlx_hooks.analysis.pictures import png
+from mlx_hooks.coverage.models import tiny_model
 
 ROWS = np.random.default_rng(0).integers(0, 60, size=(3, 7)).tolist()
 HOOKS = {"attn": "hook_attn_out", "mlp": "hook_mlp_out"}
@@ -120,6 +123,33 @@ def test_corrupted_partners_and_answers(llama: HookedModel) -> None:
     assert got["kl"]["n"] == 3
 
 
+@pytest.mark.parametrize("name", ["nanbeige", "mamba", "phi3small"])
+def test_layers_that_run_twice_mixers_and_tokens_that_cannot_be(name: str) -> None:
+    # Held against functions at the hook points, which share nothing with interventions.
+    model = HookedModel(tiny_model(name))
+    rows = np.random.default_rng(1).integers(1, 40, size=(2, 5)).tolist()
+    found = analyse_causal(model, rows, {"ablations": ["resample", "mean"]})
+    component = found["components"][1]
+    point = components_of(model)[1].points[0]
+    caches = [model.run_with_cache(row, [point])[1].records[point] for row in rows]
+    # One mean for each time that the layer runs.
+    passes = [np.concatenate([cache[i].numpy() for cache in caches]).mean(axis=(0, 1)) for i in range(len(caches[0]))]
+    for ablation in ("resample", "mean"):
+        effects = []
+        for i, row in enumerate(rows):
+            given = iter(passes if ablation == "mean" else [record.numpy() for record in caches[1 - i]])
+            before = model(row)
+            edited = model.run_with_hooks(
+                row, [(point, lambda value, _, given=given: mx.broadcast_to(mx.array(next(given)), value.shape))]
+            )
+            assert next(given, None) is None
+            with np.errstate(invalid="ignore"):
+                effects.append(effect(*(np.array(x[0], dtype=np.float64) for x in (before, edited)), row))
+        got = component["ablations"][ablation]
+        np.testing.assert_allclose(got["loss_change"]["mean"], np.mean(effects, axis=0)[0], rtol=2e-3, atol=1e-5)
+        assert got["kl"]["mean"] > 0
+
+
 def test_lengths_and_batches_change_nothing(llama: HookedModel) -> None:
     rows = [ROWS[0], ROWS[1][:4], ROWS[2], ROWS[1]]
     one_by_one, together = (
@@ -172,6 +202,14 @@ def test_nothing_stays_behind_and_a_seed_tells_it_again(llama: HookedModel) -> N
     assert analyse_causal(llama, ROWS, options) == first
     assert seen == [(i + 1, 12) for i in range(12)]
     assert np.array_equal(np.array(llama.model(llama.to_tokens(ROWS))), before)
+
+
+def test_the_pictures_are_drawn(llama: HookedModel) -> None:
+    prompts = [{"clean": row, "corrupted": [*row[:3], 1, *row[4:]], "answer": 3, "wrong": 4} for row in ROWS]
+    for data, parts in ((ROWS, ["heads", "blocks"]), (prompts, None), (ROWS[:1], None)):
+        drawn = draw_causal(analyse_causal(llama, data, {"components": parts, "resamples": 100}))
+        assert [title for title, _ in drawn] == ["causal", "causal_strongest"]
+        assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from known_models import KnownInduction
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.ablation import Bench
-from mlx_hooks.analysis.circuit_search import Search, analyse_circuit
+from mlx_hooks.analysis.circuit_search import Search, analyse_circuit, draw_circuit
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.eval_data import eval_data_of
+from mlx_hooks.analysis.pictures import png
 
 KNOWN = KnownInduction(n_heads=4, previous_head=3, induction_head=2)
 CIRCUIT = ["L0H3", "L1H2"]
@@ -137,6 +138,13 @@ def test_what_has_no_circuit_is_refused(model: HookedModel) -> None:
     silent.transformer.wte.weight = mx.zeros_like(silent.transformer.wte.weight)
     with pytest.raises(HookError, match="with all components ablated the metric is what it is without"):
         analyse_circuit(HookedModel(silent), [said_twice(0)], {"ablation": "zero"})
+
+
+def test_the_pictures_are_drawn(model: HookedModel) -> None:
+    for data, options in (([pair(0), pair(1)], {}), ([said_twice(0)], {"random_sets": 0})):
+        drawn = draw_circuit(analyse_circuit(model, data, options))
+        assert [title for title, _ in drawn] == ["circuit", "circuit_faithfulness"]
+        assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 
 @pytest.mark.parametrize(

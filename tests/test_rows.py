@@ -46,6 +46,12 @@ def test_rows_of_shards_are_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(reader.rows("model.layers.0", steps=[10]).sample(9).values, values[6:])
 
 
+@pytest.mark.parametrize("indices", [[9], [-1], [0, 9]])
+def test_rows_that_there_are_not(indices: list[int], tmp_path: Path) -> None:
+    with pytest.raises(IndexError, match="rows are 0 to 8"):
+        written(tmp_path)[1].rows(0).take(indices)
+
+
 def test_patterns_of_shorter_batches_are_padded(tmp_path: Path) -> None:
     rows = written(tmp_path)[1].rows("blocks.1.attn.hook_pattern")
     assert rows.shape == (2, 6)

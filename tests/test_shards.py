@@ -240,6 +240,13 @@ def test_one_process_writes_a_folder_at_a_time(tmp_path: Path) -> None:
     steps_written(tmp_path, 1)
 
 
+def test_a_writer_that_is_forgotten_holds_no_folder(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, layers=LAYERS)
+    write_step(writer, 0)
+    del writer
+    steps_written(tmp_path, 1)
+
+
 def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "adapters.safetensors").write_bytes(b"weights")
@@ -249,7 +256,17 @@ def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 5
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other"}', '{"format": "neuroscope-shards-1"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"format": "other"}',
+        '{"format": "neuroscope-shards-1"}',
+        '{"format": "neuroscope-shards-1", "id": "a", "layers": {"a": 1}, "shards": [], "sessions": [], '
+        '"training": [], "analysis_history": []}',
+    ],
+)
 def test_a_damaged_manifest_is_left_as_it_is(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     for use in (lambda: ShardWriter(tmp_path, layers=LAYERS), lambda: ShardReader(tmp_path)):
@@ -257,9 +274,18 @@ def test_a_damaged_manifest_is_left_as_it_is(text: str, tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_text() == text
 
 
-def test_a_manifest_names_no_file_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "../activations_shard_000000_step_0.safetensors"},
+        {"step": "0"},
+        {"remote": 5},
+        {"remote": "s3://a/b"},
+    ],
+)
+def test_an_entry_that_names_a_file_elsewhere_or_too_little_is_damaged(change: dict[str, Any], tmp_path: Path) -> None:
     told = manifest_of(steps_written(tmp_path, 0))
-    told["shards"][0]["file"] = "../activations_shard_000000_step_0.safetensors"
+    told["shards"][0] |= change
     (tmp_path / "manifest.json").write_text(json.dumps(told))
     assert str(refusal(lambda: ShardReader(tmp_path))).endswith("it is damaged")
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
 from tiny_models import make_model
 from training_runs import (
@@ -137,6 +138,20 @@ def test_adapters_may_come_after_the_callback(tmp_path: Path) -> None:
     assert same({"q": got}, {"q": expected[mx.array(shard.sequence), mx.array(shard.position)]})
 
 
+def test_a_sublayer_may_be_replaced(tmp_path: Path) -> None:
+    model, twin = make_model("llama"), make_model("llama", seed=1)
+    callback = MechIntCallback(settings(tmp_path, sample_layers=["blocks.1.hook_attn_out"]), model)
+    model.model.layers[1].self_attn = twin.model.layers[1].self_attn
+    data = sequences(TRAINING, 8)
+    batch, _ = next(callback.wrap_batches(iterate_batches)(data, 4, 33, loop=True))
+    shard = folder_of(tmp_path / "shards").shards[0][0]
+    mask = create_attention_mask(mx.zeros((1, batch.shape[1] - 1, 1)), None)
+    block = model.model.layers[1]
+    expected = block.self_attn(block.input_layernorm(streams(model, batch[:, :-1])[0]), mask, None)
+    got = shard.activations["blocks.1.hook_attn_out"]
+    assert same({"": got}, {"": expected[mx.array(shard.sequence), mx.array(shard.position)]})
+
+
 def test_a_blocks_inside_is_seen_where_it_was_checkpointed_before(tmp_path: Path) -> None:
     model = make_model("llama_untied")
     with classes_restored(model):
@@ -178,9 +193,16 @@ def test_few_sequences_of_a_step_and_few_rows_of_a_file(tmp_path: Path) -> None:
 
 def test_training_that_goes_on_counts_on(tmp_path: Path) -> None:
     run(MechIntCallback(settings(tmp_path)).train, tmp_path, iters=6)
-    run(MechIntCallback(settings(tmp_path / "later"), first_step=6).train, tmp_path, iters=6)
-    assert folder_of(tmp_path / "shards").steps == [0, 4]
-    assert folder_of(tmp_path / "later" / "shards").steps == [8]
+    run(MechIntCallback(settings(tmp_path), first_step=6).train, tmp_path, iters=6)
+    found = folder_of(tmp_path / "shards")
+    assert found.steps == [0, 4, 8]
+    assert [entry["file"][18:31] for entry in found.reader.entries] == [
+        "000000_step_0",
+        "000001_step_4",
+        "000002_step_8",
+    ]
+    reports = [entry["step"] for entry in found.reader.manifest["training"] if entry["kind"] == "train"]
+    assert reports == [*range(1, 13)]
 
 
 class Interrupted(Exception):
@@ -242,6 +264,18 @@ def test_a_capture_that_fails_does_not_end_training(tmp_path: Path, monkeypatch:
     assert folder_of(tmp_path / "shards").steps == [0, 2]
 
 
+def test_an_end_that_cannot_be_noted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise HookError("cannot write manifest.json: No space left on device")
+
+    callback = MechIntCallback(settings(tmp_path), make_model("llama"))
+    with monkeypatch.context() as patched:
+        patched.setattr("mlx_hooks.storage.manifest.Manifest.save", fail)
+        with pytest.warns(CaptureWarning, match="The end of capturing could not be noted: cannot write manifest.json"):
+            callback.finish()
+    callback.finish()
+
+
 def test_a_first_capture_that_fails_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_hooks.training.capturing.Capturing.save", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -251,7 +285,7 @@ def test_a_first_capture_that_fails_does(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"sample_layers": ["model.layers.7"]}, UnknownHookError, "Unknown hook point 'model.layers.7'. There are"),
+        ({"sample_layers": ["model.layers.7"]}, UnknownHookError, "Blocks are 0 to 2, got 'model.layers.7'."),
         ({"sample_layers": [5]}, UnknownHookError, "Blocks are 0 to 2, got 5."),
         ({"sample_layers": ["input_ids"]}, HookError, "cannot be captured as rows of tokens: its value is one number"),
         ({"storage_path": "{file}"}, HookError, "cannot write"),

@@ -14,7 +14,7 @@ with corrupted partners removes just what tells the two apart. Source: Wang et a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -27,6 +27,9 @@ from ..options import options, options_of
 from .components import Component, Numbers, Part, Replacement, captured, components_of, edits, logits_of
 from .eval_data import MOST, NOTHING, EvalBatch, EvalData, eval_data_of
 from .intervals import CONFIDENCE, RESAMPLES, means
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Ablation = Literal["zero", "mean", "resample"]
 MeanOver = Literal["all", "position"]
@@ -201,7 +204,7 @@ class Bench:
         is_asked = targets != NOTHING
         here = self.log_probabilities(logits, batch)
         losses = -mx.take_along_axis(here, mx.array(np.maximum(targets, 0))[..., None], axis=-1)[..., 0]
-        divergences = mx.zeros_like(losses) if plain is None else (mx.exp(plain) * (plain - here)).sum(axis=-1)
+        divergences = mx.zeros_like(losses) if plain is None else _divergences(plain, here)
         loss, kl = (_means_of(to_numpy(each), is_asked) for each in (losses, divergences))
         difference = None
         if batch.wrong is not None:
@@ -212,6 +215,11 @@ class Bench:
         if not all(np.isfinite(each).all() for each in (loss, kl, difference) if each is not None):
             raise HookError("The model's logits are not finite on the eval data: nothing can be measured.")
         return Measured(loss, np.maximum(kl, 0), difference)
+
+
+def _divergences(p: mx.array, q: mx.array) -> mx.array:
+    """KL(p || q) in nats over the last axis, from log probabilities; a token that p rules out adds nothing."""
+    return mx.where(p == -mx.inf, 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
 
 
 def _means_of(values: np.ndarray, is_asked: np.ndarray) -> np.ndarray:
@@ -282,6 +290,31 @@ def analyse_causal(
         "confidence": chosen.confidence,
         "notes": _notes(data, left_out),
     }
+
+
+_STRONGEST = 16
+"""Components whose intervals are drawn."""
+
+
+def draw_causal(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
+    """The effects of all components by each ablation, and the strongest with their intervals."""
+    from .charts import component_map, estimates, figure, map_size
+
+    components, ablations = result["components"], list(result["ablations"])
+    measure, label = ("loss_change", "change of the loss, nats")
+    if result["eval_data"]["wrong_answers"]:
+        measure, label = ("logit_difference_change", "change of the logit difference")
+    made, all_axes = figure("Ablation of one component at a time", len(ablations), **map_size(components))
+    for axes, ablation in zip(all_axes, ablations, strict=True):
+        component_map(axes, components, [c["ablations"][ablation][measure]["mean"] for c in components], label)
+        axes.set_title(ablation, fontsize=9)
+    strongest, some_axes = figure("The strongest effects", len(ablations), height=1.2 + 0.22 * _STRONGEST)
+    for axes, ablation in zip(some_axes, ablations, strict=True):
+        effects = {c["component"]: c["ablations"][ablation][measure] for c in components}
+        order = sorted(effects, key=lambda name: -abs(effects[name]["mean"] or 0))[:_STRONGEST]
+        estimates(axes, {name: effects[name] for name in order}, label)
+        axes.set_title(f"{ablation}, {result['confidence']:.0%} intervals", fontsize=9)
+    return [("causal", made), ("causal_strongest", strongest)]
 
 
 def _called(measure: str) -> str:

@@ -15,7 +15,7 @@ Faithfulness of a set of components is (metric with all others ablated - metric 
 """
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -27,6 +27,9 @@ from .ablation import Ablation, Bench, Count, MeanOver, Progress
 from .components import Component, Numbers, Part, components_of
 from .eval_data import FIELD, MOST, EvalBatch, eval_data_of
 from .intervals import CONFIDENCE, RESAMPLES, Estimate, means, ratios
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 METRICS = {
     "logit_difference": "the answer's logit less the wrong answer's",
@@ -327,3 +330,27 @@ def _random_sets(names: Sequence[str], circuit: Collection[str], count: int, see
 def _less_than_one(estimate: Estimate) -> Estimate:
     low, high = (None if end is None else 1 - end for end in (estimate.high, estimate.low))
     return Estimate(None if estimate.mean is None else 1 - estimate.mean, low, high, estimate.n)
+
+
+def draw_circuit(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
+    """Recovery and damage of all components, those of the circuit framed; and its faithfulness beside the controls'."""
+    from .charts import FAINT, component_map, estimates, figure, map_size
+
+    components = result["components"]
+    inside = [component["in_circuit"] for component in components]
+    measures = {"recovery": "share recovered by patching", "damage": "share lost by ablation"}
+    shown = {name: label for name, label in measures.items() if components[0][name] is not None}
+    made, all_axes = figure(f"Circuit of {sum(inside)} components (framed)", len(shown), **map_size(components))
+    for axes, (name, label) in zip(all_axes, shown.items(), strict=True):
+        component_map(axes, components, [component[name]["mean"] for component in components], label, inside)
+    drawn = [("circuit", made)]
+    judged, (axes,) = figure("How faithful the circuit is", height=2.6)
+    named = {"the circuit": result["faithfulness"], "all but the circuit": result["complement"]}
+    estimates(axes, named, "faithfulness, 1 is the whole model")
+    drawn_at = [score for score in result["random"]["faithfulness"] if score is not None]
+    if drawn_at:
+        axes.plot(drawn_at, [len(named)] * len(drawn_at), color=FAINT, marker="|", markersize=12, linestyle="none")
+        axes.set_yticks(range(len(named) + 1), [*named, "random, as many"], fontsize=8)
+        axes.set_ylim(len(named) + 0.5, -0.5)
+    axes.axvline(1, color=FAINT, linewidth=0.8, linestyle="--")
+    return [*drawn, ("circuit_faithfulness", judged)]

@@ -9,7 +9,8 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -138,9 +139,11 @@ class HeldFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor: int | None = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
+        # A holder that is forgotten holds no more.
+        self.release: Callable[[], object] = weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.release()
             raise
@@ -152,12 +155,6 @@ class HeldFolder:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-    def release(self) -> None:
-        """Let another hold it."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def move_folder(source: Path, target: Path, *, below: Path, durable: bool = True) -> None:

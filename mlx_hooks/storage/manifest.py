@@ -23,7 +23,10 @@ RANK_FOLDERS = "rank_[0-9][0-9][0-9]*"
 _SHARD = re.compile(r"activations_shard_(\d{6,})_step_(\d+)\.safetensors")
 _LISTS = ("shards", "sessions", "training", "analysis_history")
 _OF_FOLDER = {"format", "id", "layers", "total_shards", "total_rows", *_LISTS}
-_OF_ENTRY = {"file": str, "step": int, "session": int, "rank": int, "rows": int, "shapes": dict, "metadata": dict}
+_OF_ENTRY = {
+    "file": str, "step": int, "session": int, "rank": int, "rows": int, "bytes": int, "shapes": dict, "metadata": dict,
+    "local": bool,
+}  # fmt: skip
 
 
 def shard_name(number: int, step: int) -> str:
@@ -65,6 +68,7 @@ class Manifest:
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
         self.lock = threading.RLock()
+        self._lines: dict[str, str] = {}  # the entries as JSON, by file: a manifest of thousands is written with each
 
     @classmethod
     def new(cls, layers: Mapping[str, Mapping[str, Any]]) -> "Manifest":
@@ -93,11 +97,12 @@ class Manifest:
         try:
             data = json.loads(text)
             form = data["format"]
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            is_whole = form == FORMAT and _is_whole(data)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise HookError(f"cannot read {where}: it is no manifest of captures, or damaged") from error
         if form != FORMAT:
             raise HookError(f"cannot read {where}: its format is {form!r}, not {FORMAT!r}")
-        if not _is_whole(data):
+        if not is_whole:
             raise HookError(f"cannot read {where}: it is damaged")
         return cls(data)
 
@@ -123,15 +128,23 @@ class Manifest:
 
     def entry(self, file: str) -> dict[str, Any]:
         """The entry of a shard that there is."""
-        return next(entry for entry in self.entries if entry["file"] == file)
+        with self.lock:  # a list that is being sorted looks empty to other threads
+            return next(entry for entry in self.entries if entry["file"] == file)
+
+    def update(self, file: str, **values: Any) -> None:
+        """Change the entry of a shard that there is."""
+        with self.lock:
+            self.entry(file).update(values)
+            self._lines.pop(file, None)
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Name more shards; one that is named already stays as it is."""
-        named = {entry["file"] for entry in self.entries}
-        self.entries.extend(dict(entry) for entry in entries if entry["file"] not in named)
-        self.entries.sort(key=lambda entry: shard_number(entry["file"]) or 0)
-        self.data["total_shards"] = len(self.entries)
-        self.data["total_rows"] = sum(entry["rows"] for entry in self.entries)
+        with self.lock:
+            named = {entry["file"] for entry in self.entries}
+            self.entries.extend(dict(entry) for entry in entries if entry["file"] not in named)
+            self.entries.sort(key=lambda entry: shard_number(entry["file"]) or 0)
+            self.data["total_shards"] = len(self.entries)
+            self.data["total_rows"] = sum(entry["rows"] for entry in self.entries)
 
     def join(self, other: "Manifest") -> None:
         """Add what another copy of the same manifest knows: shards, sessions, and the longer histories."""
@@ -158,14 +171,33 @@ class Manifest:
             HookError: it cannot be written, or holds what JSON does not.
         """
         with self.lock, writing(folder / MANIFEST):
-            write_whole(folder / MANIFEST, _text(self.data))
+            write_whole(folder / MANIFEST, self._text(self.data))
 
     def remote_text(self) -> str:
         """The file as it is uploaded: it names the shards that were uploaded before it."""
         with self.lock:
-            uploaded = Manifest(self.data | {"shards": []})
-            uploaded.add(entry for entry in self.entries if entry["remote"])
-            return _text(uploaded.data)
+            uploaded = [entry for entry in self.entries if entry["remote"]]
+            totals = {"total_shards": len(uploaded), "total_rows": sum(entry["rows"] for entry in uploaded)}
+            return self._text(self.data | {"shards": uploaded} | totals)
+
+    def _text(self, data: Mapping[str, Any]) -> str:
+        """JSON with a line for each item of its lists."""
+        lines = []
+        for key, value in data.items():
+            if key == "shards":
+                items = [self._line(entry) for entry in value]
+            elif key in _LISTS:
+                items = [json.dumps(item, allow_nan=False) for item in value]
+            else:
+                lines.append(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
+                continue
+            lines.append(f" {json.dumps(key)}: [" + ",".join(f"\n  {item}" for item in items) + "]")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+    def _line(self, entry: Mapping[str, Any]) -> str:
+        if entry["file"] not in self._lines:
+            self._lines[entry["file"]] = json.dumps(entry, allow_nan=False)
+        return self._lines[entry["file"]]
 
 
 def check_same_layers(
@@ -228,27 +260,28 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_whole(data: Mapping[str, Any]) -> bool:
-    if not isinstance(data.get("layers"), dict) or not all(isinstance(data.get(name), list) for name in _LISTS):
-        return False
-    return all(
+def is_entry(entry: Any) -> bool:
+    """Whether this is all that an entry tells."""
+    return (
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), kind) for key, kind in _OF_ENTRY.items())
+        and isinstance(entry.get("remote"), str | None)
+        and (entry.get("remote") is None or isinstance(entry.get("sha256"), str))
         # A manifest may come from elsewhere: no file outside the folder is meant.
         and shard_number(entry["file"]) is not None
-        for entry in data["shards"]
     )
 
 
-def _text(data: Mapping[str, Any]) -> str:
-    """JSON with a line for each shard: a manifest of thousands is written with each, and read by people."""
-    lines = []
-    for key, value in data.items():
-        text = json.dumps(value, allow_nan=False)
-        if isinstance(value, list) and value:
-            text = "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n ]"
-        lines.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+def _is_whole(data: Mapping[str, Any]) -> bool:
+    layers = data.get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(data.get(name), list) for name in _LISTS):
+        return False
+    return (
+        isinstance(data.get("id"), str)
+        and all(len(layer["axes"]) == len(layer["shape"]) for layer in layers.values())
+        and all({"session", "rank", "world_size", "started"} <= set(session) for session in data["sessions"])
+        and all(map(is_entry, data["shards"]))
+    )
 
 
 def _sizes(layer: Mapping[str, Any]) -> list[tuple[str, int | None]]:

@@ -88,6 +88,10 @@ class Rows(ABC):
             HookError: they cannot be read.
         """
 
+    def values(self, indices: Any) -> np.ndarray:
+        """The values at indices [n], [n, width]: what ``take`` answers, without the labels."""
+        return self.take(indices).values
+
     @property
     def width(self) -> int:
         """Numbers in one row."""
@@ -111,7 +115,7 @@ class Rows(ABC):
         for _ in range(epochs):
             order = generator.permutation(len(self))
             for start in range(0, len(order), size):
-                yield self.take(order[start : start + size]).values
+                yield self.values(order[start : start + size])
 
 
 class ArrayRows(Rows):

@@ -21,6 +21,7 @@ from .manifest import (
     Manifest,
     check_same_layers,
     finite,
+    is_entry,
     now,
     rank_folder,
     shard_name,
@@ -221,7 +222,7 @@ class ShardWriter:
             if entry["remote"] and not entry["local"]:
                 # Its writer was killed between saying that the file is gone and removing it.
                 path.unlink(missing_ok=True)
-            entry["local"] = path.is_file()
+            manifest.update(entry["file"], local=path.is_file())
         return manifest
 
     def _check_place(self, manifest: Manifest, remote: RemoteFolder) -> None:
@@ -274,7 +275,8 @@ class ShardWriter:
     def _write_shard(self, arrays: dict[str, Any], part: slice, step: int, metadata: Mapping[str, Any]) -> Path:
         name = shard_name(self._number, step)
         path = self.folder / name
-        parts = {key: array[part] for key, array in arrays.items()}
+        # What is whole is not copied.
+        parts = {key: array if part == slice(0, len(array)) else array[part] for key, array in arrays.items()}
         entry = {
             "file": name,
             "shard": self._number,
@@ -310,12 +312,12 @@ class ShardWriter:
         if entry["remote"] is None:
             digest = self._remote.put(self.folder / name, name)
             with self._changing():
-                entry.update(remote=f"{self._remote.url}/{name}", sha256=digest)
+                self._manifest.update(name, remote=f"{self._remote.url}/{name}", sha256=digest)
         self._remote.write(MANIFEST, self._manifest.remote_text().encode())
         if entry["local"] and not self._keep_local:
             # What the manifest says is local must be there, whenever the process ends.
             with self._changing():
-                entry["local"] = False
+                self._manifest.update(name, local=False)
             (self.folder / name).unlink(missing_ok=True)
 
     @contextmanager
@@ -403,7 +405,7 @@ def _unnamed(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
         if shard_number(path.name) is None or path.name in named:
             continue
         try:
-            found.append(_named(_own_entry(path, manifest), path))
+            found.append(_own_entry(path, manifest))
         except (OSError, ValueError, LookupError, TypeError) as error:
             warnings.warn(
                 f"{path} is no shard of these captures and stays as it is: {error}.",
@@ -414,7 +416,7 @@ def _unnamed(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _own_entry(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """What a shard's header tells of it.
+    """The entry of a shard, from what its header tells.
 
     Raises:
         OSError, ValueError, LookupError, TypeError: it is no whole shard of the manifest's layers.
@@ -424,5 +426,6 @@ def _own_entry(path: Path, manifest: Manifest) -> dict[str, Any]:
     layers = manifest.data["layers"]
     if entry["file"] != path.name or set(file) != {*layers, *COLUMNS} or set(entry["shapes"]) != set(file):
         raise ValueError("it holds other layers")
-    Manifest.parse(json.dumps(manifest.data | {"shards": [entry]}), str(path))
-    return entry
+    if not is_entry(named := _named(entry, path)):
+        raise ValueError("its description is damaged")
+    return named

@@ -13,8 +13,9 @@ the same way.
 import fnmatch
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +66,8 @@ class Shard:
         mapped = self.file.numpy(layer)
         chosen = mapped[indices]
         if self.file.is_bfloat16(layer):
-            return (chosen.astype(np.uint32) << 16).view(np.float32)
-        return chosen.astype(np.float32)
+            return np.left_shift(chosen, 16, dtype=np.uint32).view(np.float32)
+        return chosen.astype(np.float32, copy=False)
 
 
 class ShardReader:
@@ -252,23 +253,42 @@ class ShardRows(Rows):
     def take(self, indices: Any) -> RowPart:
         """The rows at indices [n]."""
         indices = np.asarray(indices, dtype=np.int64)
-        values = np.zeros((len(indices), *self.shape), dtype=np.float32)
         labels = {name: np.zeros(len(indices), dtype=kind) for name, kind in LABELS.items()}
-        where = np.searchsorted(self._ends, indices, side="right")
-        for i in np.unique(where):
-            entry = self.entries[i]
+        for entry, chosen, inside in self._found(indices):
             shard = self.reader.read_shard(entry)
-            chosen = np.flatnonzero(where == i)
-            inside = indices[chosen] - (self._ends[i] - entry["rows"])
-            found = shard.values(self.name, inside)
-            # Patterns of shorter batches have fewer keys.
-            missing = [(0, whole - size) for whole, size in zip(self.shape, found.shape[1:], strict=True)]
-            values[chosen] = np.pad(found, [(0, 0), *missing])
             for name in COLUMNS:
                 labels[name][chosen] = shard.file.numpy(name)[inside]
             for name in _OF_ENTRY:
                 labels[name][chosen] = entry[name]
-        return RowPart(values.reshape(len(indices), -1), **labels)
+        return RowPart(self.values(indices), **labels)
+
+    def values(self, indices: Any) -> np.ndarray:
+        """The values at indices [n], [n, width]: without their labels."""
+        indices = np.asarray(indices, dtype=np.int64)
+        values = np.zeros((len(indices), *self.shape), dtype=np.float32)
+        for entry, chosen, inside in self._found(indices):
+            found = self.reader.read_shard(entry).values(self.name, inside)
+            if found.shape[1:] != self.shape:
+                # Patterns of shorter batches have fewer keys.
+                missing = [(0, whole - size) for whole, size in zip(self.shape, found.shape[1:], strict=True)]
+                found = np.pad(found, [(0, 0), *missing])
+            values[chosen] = found
+        return values.reshape(len(indices), self.width)
+
+    def _found(self, indices: np.ndarray) -> Iterator[tuple[Mapping[str, Any], np.ndarray, np.ndarray]]:
+        """Shard by shard: its entry, which of the indices lie in it, and where in it they do, ascending.
+
+        Raises:
+            IndexError: there are no such rows.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"rows are 0 to {len(self) - 1}, got {indices.min()} to {indices.max()}")
+        order = np.argsort(indices, kind="stable")
+        ends = np.searchsorted(indices[order], self._ends)
+        for i, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+            if end > start:
+                chosen = order[start:end]
+                yield self.entries[i], chosen, indices[chosen] - (self._ends[i] - self.entries[i]["rows"])
 
 
 def fetch(url: str, folder: str | Path, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -308,7 +328,7 @@ def fetch(url: str, folder: str | Path, progress: Callable[[int, int], None] | N
                 with writing(path):
                     if not path.is_file() or file_sha256(path) != entry["sha256"]:
                         remote.below(below).get(entry["file"], path, entry["sha256"])
-                entry["local"] = True
+                manifest.update(entry["file"], local=True)
                 done += 1
                 if progress is not None:
                     progress(done, total)

@@ -137,6 +137,6 @@ def type_name(array: Array) -> str:
 
 def _as_numpy(array: Array) -> np.ndarray:
     if isinstance(array, mx.array):
-        return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+        return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
     # safetensors is little-endian.
     return array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -148,12 +148,15 @@ class Capturing:
         """End capturing; may be called again.
 
         Warns:
-            CaptureWarning: where steps were not captured.
+            CaptureWarning: where steps were not captured, or the folder could not be completed.
         """
         writer, self.writer = self.writer, None
         if writer is None:
             return
-        writer.close()
+        try:
+            writer.close()
+        except HookError as error:  # the training before it was none the worse
+            warnings.warn(f"The end of capturing could not be noted: {error}", CaptureWarning, stacklevel=3)
         if len(self._missed) > 1:
             warnings.warn(
                 f"{len(self._missed)} of {self._guarded} steps were not captured, the last one because: "

@@ -1,5 +1,6 @@
 """From ``sample_layers`` to hook points: which activations of a model are captured."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,12 +81,12 @@ def _points(model: HookedModel, name: str | int) -> list[HookPoint]:
         raise HookError(f"A layer is a number or a name, got {name!r}.", field="sample_layers")
     n_layers = model.cfg.n_layers
     if isinstance(name, int):
-        if not -n_layers <= name < n_layers:
-            raise UnknownHookError(f"Blocks are 0 to {n_layers - 1}, got {name}.", field="sample_layers")
+        _check_block(name, n_layers, name)
         name = str(name % n_layers)
     if is_layer_glob(name) and name.endswith("*"):
         name = block_point("resid_post", 0).name.replace(".0.", ".*.")
-    elif (place := _place(name, n_layers)) is not None:
+    elif (place := _place(name)) is not None:
+        _check_block(place.layer or 0, n_layers, name)
         component = {"embedding": "embed", "final_norm": "ln_final"}.get(place.place)
         point = block_point("resid_post", place.layer or 0) if component is None else outer_point(component)
         # An architecture may have no such point where it has a module of that name.
@@ -100,10 +101,16 @@ def _points(model: HookedModel, name: str | int) -> list[HookPoint]:
         ) from error
 
 
-def _place(name: str, n_layers: int) -> LayerName | None:
-    """The block, embedding or last norm of a name; None where it means something else."""
+def _check_block(layer: int, n_layers: int, asked: str | int) -> None:
+    if not -n_layers <= layer < n_layers:
+        raise UnknownHookError(f"Blocks are 0 to {n_layers - 1}, got {asked!r}.", field="sample_layers")
+
+
+def _place(name: str) -> LayerName | None:
+    """The block, embedding or last norm of a name, whether or not there is such a block; None where it means something
+    else."""
     try:
-        place = parse_layer_name(name, n_layers)
+        place = parse_layer_name(name, n_layers=sys.maxsize)
     except UnknownHookError:
         return None
     return place if place.norm is None else None

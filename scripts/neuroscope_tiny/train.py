@@ -189,8 +189,8 @@ def write_folder(model: Model, folder: Path, options: argparse.Namespace, second
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def main() -> None:
-    """Train, measure and write the bundled model."""
+def parser() -> argparse.ArgumentParser:
+    """The settings of training, and the bundled model's as their defaults."""
     parser = argparse.ArgumentParser(description="Train neuroscope-tiny.")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -203,9 +203,14 @@ def main() -> None:
     parser.add_argument("--repetition-phase", type=float, default=0.28, help="share of steps on repetition first")
     parser.add_argument("--measure-every", type=int, default=200, help="steps between measurements, 0 for none")
     parser.add_argument("--interval", type=float, default=0.5, help="seconds between progress updates")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Train, measure and write the bundled model."""
+    options = parser().parse_args()
     if options.steps < 2:
-        parser.error(f"--steps is a whole number from 2 up, got {options.steps}")
+        parser().error(f"--steps is a whole number from 2 up, got {options.steps}")
     model, seconds = train(options)
     write_folder(model, options.output, options, seconds)
     print((options.output / "README.md").read_text())

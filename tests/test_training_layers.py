@@ -1,0 +1,103 @@
+"""From sample_layers to hook points."""
+
+from collections.abc import Sequence
+
+import pytest
+from tiny_models import make_model
+
+from mlx_hooks import HookedModel, HookError, UnknownHookError
+from mlx_hooks.training.layers import detected_layers, sampled_layers
+from mlx_hooks.training.trained import TrainedModel
+
+
+def names(model: HookedModel, asked: Sequence[str | int] | None) -> list[str]:
+    return [layer.point.name for layer in sampled_layers(model, asked)]
+
+
+def stream(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    "spelling", [1, -2, "1", "model.layers.1", "transformer.h.1", "blocks.1", "layers.1", "resid_out_1", stream(1)]
+)
+def test_a_block_is_the_stream_that_leaves_it(llama: HookedModel, spelling: str | int) -> None:
+    (layer,) = sampled_layers(llama, [spelling])
+    assert (layer.point.name, layer.asked) == (stream(1), spelling)
+
+
+def test_other_names(llama: HookedModel) -> None:
+    assert names(llama, ["transformer.wte", "model.norm"]) == ["hook_embed", "ln_final.hook_normalized"]
+    assert names(llama, ["blocks.*"]) == names(llama, ["*"]) == [stream(i) for i in range(3)]
+    assert names(llama, ["blocks.*.attn.hook_z", 0]) == [
+        "blocks.0.attn.hook_z", stream(0), "blocks.1.attn.hook_z", "blocks.2.attn.hook_z",
+    ]  # fmt: skip
+    assert names(llama, ["model.layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj.output"]
+    # Each once, by the name that means it alone.
+    (first, *rest) = sampled_layers(llama, ["blocks.*", "0"])
+    assert (first.point.name, first.asked, len(rest)) == (stream(0), None, 2)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "layers"), [(1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (6, [0, 2, 3, 5]), (32, [7, 15, 23, 31])]
+)
+def test_detected_layers(n_layers: int, layers: list[int]) -> None:
+    from types import SimpleNamespace
+    from typing import Any
+
+    model: Any = SimpleNamespace(
+        cfg=SimpleNamespace(n_layers=n_layers), hook_points={stream(i): None for i in range(n_layers)}
+    )
+    assert detected_layers(model) == [stream(i) for i in layers]
+    model.hook_points, model.cfg.model_type = {}, "other"
+    with pytest.raises(HookError, match="No layers can be detected: other has no hook_resid_post. Name some in sample"):
+        detected_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        (3, UnknownHookError, "Blocks are 0 to 2, got 3."),
+        (-4, UnknownHookError, "Blocks are 0 to 2, got -4."),
+        ("blocks.3", UnknownHookError, "Blocks are 0 to 2, got 'blocks.3'."),
+        (
+            "blocks",
+            UnknownHookError,
+            "Unknown hook point 'blocks'.* Blocks are named 0 to 2 or model.layers.0 to model",
+        ),
+        ("blocks.1.hook_resid", UnknownHookError, "Did you mean blocks.1.hook_resid_p"),
+        ("head_out_L0H1", UnknownHookError, "is made of blocks.0.attn.hook_z"),
+        (True, HookError, "A layer is a number or a name, got True."),
+        (
+            "input_ids",
+            HookError,
+            "embed.hook_in cannot be captured as rows of tokens: its value is one number per token",
+        ),
+    ],
+)
+def test_names_that_mean_nothing(llama: HookedModel, asked: str | int, error: type, message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        sampled_layers(llama, [asked])
+    assert raised.value.field == "sample_layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "shape", "dtype"),
+    [
+        ("blocks.1.hook_mlp_out", ["d_model"], [32], "float32"),
+        ("blocks.1.attn.hook_k", ["head", "d_head"], [2, 8], "float32"),
+        ("blocks.1.attn.hook_pattern", ["head", "key"], [4, None], "float32"),
+        ("model.layers.1.mlp.down_proj.input", ["feature"], [48], "float32"),
+    ],
+)
+def test_what_a_row_is(llama: HookedModel, name: str, axes: list[str], shape: list, dtype: str) -> None:
+    layers = TrainedModel(llama, [name]).layers
+    assert layers == {name: {"axes": axes, "shape": shape, "dtype": dtype, "asked": name}}
+
+
+def test_values_that_are_not_one_per_token() -> None:
+    model = make_model("gpt2")
+    with pytest.raises(
+        HookError, match=r"hook_pos_embed cannot be captured as rows of tokens: its value is \[pos, d_m"
+    ):
+        TrainedModel(model, ["pos_embed"])
