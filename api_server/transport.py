@@ -79,7 +79,7 @@ def read_form(model: type[M]) -> tuple[M, FileStorage]:
     """The request's form as ``model``, which has a field ``file``, and that file.
 
     Raises:
-        ApiError: as ``read``, where the content type is ``multipart/form-data``.
+        ApiError: as ``read``, where the content type is ``multipart/form-data``; 403 for a form of another site's page.
     """
     read_query(NoQuery)
     if request.mimetype != "multipart/form-data":
@@ -87,6 +87,7 @@ def read_form(model: type[M]) -> tuple[M, FileStorage]:
         raise ApiError(
             415, f"The Content-Type must be multipart/form-data, {got}.", code="unsupported_media_type", param=None
         )
+    _check_origin()
     # Of all fields together the limit is that of the body.
     request.max_form_memory_size = request.max_content_length
     try:
@@ -107,6 +108,21 @@ def read_form(model: type[M]) -> tuple[M, FileStorage]:
         raise invalid_request(error, model) from None
     g.model = getattr(asked, "model", None)
     return asked, files["file"]
+
+
+def _check_origin() -> None:
+    """A page in a browser may send a form to any address without asking, as it may text/plain; it says whose it is."""
+    origin, allowed = request.headers.get("Origin"), [one.lower() for one in config().cors_origins]
+    if origin is None or origin.lower() in allowed or "*" in allowed:
+        return
+    # One's own pages are those of the same host, whatever terminates TLS before it.
+    if origin.lower() in (f"{scheme}://{request.host}".lower() for scheme in ("http", "https")):
+        return
+    raise ApiError(
+        403,
+        f"A page of {origin[:100]!r} may not send forms to this server; --cors-origin names those that may.",
+        code="origin_not_allowed",
+    )
 
 
 def _within_limits(asked: M) -> M:

@@ -24,6 +24,7 @@ from werkzeug.serving import make_server
 from werkzeug.test import encode_multipart
 
 from api_server import ModelWorker, ServerConfig, create_app, interpretability, interpretability_blueprint
+from api_server.__main__ import main
 from api_server.interpretability import MAX_ANALYSES
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.storage.shards import ShardReader, ShardWriter
@@ -229,6 +230,11 @@ def test_no_answer_tells_where_the_folder_lies(worker: ModelWorker, folder: Path
         assert tmp_path.name not in reply.text
 
 
+def test_a_folder_that_is_not_there_is_said_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mechint", str(tmp_path / "none"), "--port", "0"]) == 1
+    assert "--mechint names one with captured activations" in capsys.readouterr().err
+
+
 # -- analyses that run the model --------------------------------------------------------------------------------------
 
 
@@ -338,6 +344,28 @@ def test_pickles_are_refused(client: FlaskClient) -> None:
     reply = upload(client, pickle.dumps({"activations": [1]}), "activations.pt")
     assert (reply.status_code, reply.json["error"]["param"]) == (415, "file")
     assert "safetensors" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed", "status"),
+    [
+        ("https://evil.example", (), 403),
+        ("null", (), 403),
+        ("http://localhost.evil.example", (), 403),
+        ("http://[", (), 403),
+        ("http://localhost", (), 200),
+        ("https://lab.example", ("https://lab.example",), 200),
+        ("https://evil.example", ("https://lab.example",), 403),
+        ("https://evil.example", ("*",), 200),
+    ],
+)
+def test_a_page_of_another_site_cannot_send_a_form(
+    worker: ModelWorker, origin: str, allowed: tuple[str, ...], status: int
+) -> None:
+    """A browser would send it without asking first."""
+    client = create_app(worker, ServerConfig(cors_origins=allowed)).test_client()
+    form = {"file": (io.BytesIO(npz(layer1=ROWS)), "a.npz"), "analysis_type": "neuron"}
+    assert client.post("/interpret/upload", data=form, headers={"Origin": origin}).status_code == status
 
 
 def test_uploads_are_bounded(worker: ModelWorker) -> None:
@@ -582,4 +610,4 @@ def test_options_of_the_configuration_hold_unless_the_request_says_otherwise(
 def test_every_analysis_can_be_asked_for(client: FlaskClient) -> None:
     known = client.get("/openapi.json").json["components"]["schemas"]["InterpretRequest"]["properties"]
     assert known["analysis_type"]["enum"] == list(ANALYSES)
-    assert interpretability.ANALYSES_BY_NAME.keys() <= set(ANALYSES)
+    assert interpretability.ANALYSES_BY_NAME.keys() == set(ANALYSES)
