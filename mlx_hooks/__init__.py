@@ -8,6 +8,8 @@ logits, cache = model.run_with_cache("The capital of France is")
 from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
+from .analysis.sae.autoencoder import SparseAutoencoder
+from .analysis.sae.training import train_sae
 from .analysis.traits.capture import capture_all_layers
 from .analysis.traits.dynamics import TraitDynamics, trait_dynamics
 from .analysis.traits.experiment import Experiment
@@ -106,6 +108,7 @@ __all__ = [
     "SavedRun",
     "SelfTest",
     "ShardReader",
+    "SparseAutoencoder",
     "Steering",
     "SymbolicStreamHook",
     "TokenLogprobs",
@@ -128,6 +131,7 @@ __all__ = [
     "read_record",
     "run_generation",
     "steer",
+    "train_sae",
     "trait_dynamics",
     "verify_format",
     "watch_traits",

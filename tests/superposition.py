@@ -12,13 +12,13 @@ import numpy as np
 
 
 def train_toys(
-    sparsity: float, importance: Sequence[float], *, m: int = 2, n_seeds: int = 8, steps: int = 2500, batch: int = 512
+    sparsity: float, importance: Sequence[float], *, m: int = 2, n_seeds: int = 6, steps: int = 1200, batch: int = 256
 ) -> np.ndarray:
     """W [m, n] of the seed with the smallest loss at the end, all seeds trained side by side."""
     n = len(importance)
     weight = mx.array(importance)
     parameters = {"W": mx.random.normal((n_seeds, m, n), key=mx.random.key(0)) / m**0.5, "b": mx.zeros((n_seeds, 1, n))}
-    optimizer = optim.Adam(learning_rate=optim.linear_schedule(1e-2, 1e-3, steps), bias_correction=True)
+    optimizer = optim.Adam(learning_rate=optim.linear_schedule(2e-2, 1e-3, steps), bias_correction=True)
     optimizer.init(parameters)
 
     def losses(parameters: dict[str, mx.array], x: mx.array) -> mx.array:
@@ -29,10 +29,9 @@ def train_toys(
         gradients = mx.grad(lambda p: losses(p, x).sum())(parameters)
         return optimizer.apply_gradients(gradients, parameters)
 
-    compiled = mx.compile(step, inputs=[optimizer.state], outputs=[optimizer.state])
     random = np.random.default_rng(0)
     for _ in range(steps):
-        parameters = compiled(parameters, mx.array(features(random, (n_seeds, batch, n), sparsity)))
+        parameters = step(parameters, mx.array(features(random, (n_seeds, batch, n), sparsity)))
         mx.eval(parameters, optimizer.state)
     last = losses(parameters, mx.array(features(random, (n_seeds, 20 * batch, n), sparsity)))
     return np.array(parameters["W"][mx.argmin(last).item()])

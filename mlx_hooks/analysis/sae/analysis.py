@@ -1,6 +1,6 @@
 """The ``sae`` analysis: a sparse autoencoder of one layer, trained, measured on rows that it never saw, saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ...model import HookedModel, Tokens
+from ...model import HookedModel
 from ...options import options, options_of
 from ...storage.rows import Rows
+from ..eval_data import eval_data_of
 from .effects import Spell, loss_recovered, steering_effects
 from .measures import Measures, measure_sae
 from .training import ChosenRows, Progress, SAETraining, TrainedSAE, Whole, as_rows, train_sae
@@ -27,7 +28,7 @@ class SAEOptions(SAETraining):
         steering: steer the model with the strongest latents, and tell what that does to its predictions.
         steering_features: how many.
         steering_strength: what is added, in units of the latent's largest activation on the rows that were held out.
-        eval_sequences: of ``eval_data``, no more sequences than this are run.
+        eval_sequences, eval_tokens: of ``eval_data``, no more sequences, and of each no more tokens, are read.
     """
 
     top_features: Whole = 32
@@ -37,6 +38,7 @@ class SAEOptions(SAETraining):
     steering_features: Whole = 3
     steering_strength: Annotated[float, Field(gt=0)] = 2.0
     eval_sequences: Whole = 16
+    eval_tokens: Whole = 128
 
 
 def analyse_sae(
@@ -45,7 +47,7 @@ def analyse_sae(
     progress: Progress | None = None,
     model: HookedModel | None = None,
     spell: Spell | None = None,
-    eval_data: Sequence[Tokens] | None = None,
+    eval_data: Any = None,
 ) -> dict[str, Any]:
     """Train a sparse autoencoder on a layer's rows and tell how good it is.
 
@@ -68,7 +70,7 @@ def analyse_sae(
         model: with ``eval_data``, ``loss_recovered`` is told, see :func:`.effects.loss_recovered`, and with
             ``options.steering`` ``steering``, see :func:`.effects.steering_effects`.
         spell: a token id's text.
-        eval_data: texts, or rows of token ids.
+        eval_data: what :func:`eval_data_of` takes: texts, rows of token ids, batches, or prompts with an answer.
 
     Returns:
         plain JSON values.
@@ -98,12 +100,12 @@ def analyse_sae(
     if asked.save_to is not None:
         result["saved_to"] = sae.save(asked.save_to).as_posix()
     if model is not None and eval_data is not None:
-        texts = list(eval_data)[: asked.eval_sequences]
-        result["loss_recovered"] = loss_recovered(model, sae, texts)
+        data = eval_data_of(model, eval_data, max_examples=asked.eval_sequences, max_tokens=asked.eval_tokens)
+        result["loss_recovered"] = loss_recovered(model, sae, data)
         if asked.steering:
             pushes = {i: asked.steering_strength * float(measured.max_activation[i]) for i in strongest}
             chosen = {i: pushes[i] for i in strongest[: asked.steering_features]}
-            result["steering"] = steering_effects(model, sae, texts, chosen, seed=asked.seed, spell=spell)
+            result["steering"] = steering_effects(model, sae, data, chosen, seed=asked.seed, spell=spell)
     return result
 
 

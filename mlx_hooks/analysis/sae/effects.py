@@ -1,6 +1,6 @@
 """What a sparse autoencoder does in its model: how much of the loss it keeps, and what its latents steer to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,18 +9,20 @@ import mlx.core as mx
 import numpy as np
 
 from ...activations import scalar, to_numpy
-from ...errors import HookError
 from ...hook_points import HookPoint
 from ...interventions import Intervention
-from ...model import HookedModel, Tokens
+from ...model import HookedModel
+from ..eval_data import NOTHING, eval_data_of
 from .autoencoder import SparseAutoencoder
 
 Spell = Callable[[int], str | None]
 Progress = Callable[[int, int], None]
+_BATCH = 4
+"""Sequences that run at once."""
 
 
 def loss_recovered(
-    model: HookedModel, sae: SparseAutoencoder, texts: Sequence[Tokens], hook_point: str | None = None
+    model: HookedModel, sae: SparseAutoencoder, eval_data: Any, hook_point: str | None = None
 ) -> dict[str, Any]:
     """How much of what the stream is good for survives the autoencoder.
 
@@ -29,34 +31,33 @@ def loss_recovered(
     nothing is lost, 0 where zeros would do as well; None where zeros do no harm.
 
     Args:
-        texts: texts or token ids, of at least two tokens each.
+        eval_data: what :func:`eval_data_of` takes: texts, rows of token ids, batches, or prompts with an answer. The
+            loss is of what they ask for.
         hook_point: in place of the autoencoder's own.
 
     Raises:
-        HookError: for no texts, too short ones, and a hook point that the model does not have or that has another
-            width.
+        HookError: as :func:`eval_data_of`, and for a hook point that the model does not have or that has another width.
     """
-    rows, where = _rows(model, texts), sae.where(hook_point)
+    data, where = eval_data_of(model, eval_data), sae.where(hook_point)
     edits: dict[str, list[tuple[str, Any]]] = {
         "loss": [],
         "loss_with_sae": [(where, sae.replace_value())],
         "loss_zero_ablated": [(where, _zeros)],
     }
     sums = dict.fromkeys(edits, 0.0)
-    for tokens in rows:
+    for batch in data.batches(_BATCH):
         for name, hooks in edits.items():
-            sums[name] += _cross_entropy(model.run_with_hooks(tokens, hooks), tokens)
-    n_tokens = sum(tokens.shape[1] - 1 for tokens in rows)
-    losses = {name: total / n_tokens for name, total in sums.items()}
+            sums[name] += _cross_entropy(model.run_with_hooks(mx.array(batch.tokens), hooks), batch.targets)
+    losses = {name: total / data.n_targets for name, total in sums.items()}
     harm = losses["loss_zero_ablated"] - losses["loss"]
     recovered = (losses["loss_zero_ablated"] - losses["loss_with_sae"]) / harm if harm > 0 else None
-    return {**losses, "loss_recovered": recovered, "n_tokens": n_tokens}
+    return {**losses, "loss_recovered": recovered, "n_targets": data.n_targets}
 
 
 def steering_effects(
     model: HookedModel,
     sae: SparseAutoencoder,
-    texts: Sequence[Tokens],
+    eval_data: Any,
     coefficients: dict[int, float],
     *,
     hook_point: str | None = None,
@@ -65,7 +66,7 @@ def steering_effects(
     spell: Spell | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """What adding a latent's direction does to the model's predictions, at every position of some texts.
+    """What adding a latent's direction does to the model's predictions, at every position that is read.
 
     For each latent: ``kl``, the mean of KL(plain || steered) in nats; ``kl_random``, the same for a random direction of
     the same length, which says what any push of that size does; ``kl_ablated``, with the latent's own contribution
@@ -73,6 +74,7 @@ def steering_effects(
     positions, with the change in nats.
 
     Args:
+        eval_data: what :func:`eval_data_of` takes.
         coefficients: by latent, what is added, in units of its activation.
         top: tokens to name.
         seed: of the random directions.
@@ -81,32 +83,71 @@ def steering_effects(
     Raises:
         HookError: as :func:`loss_recovered`, and for latents that there are not.
     """
-    rows, where = _rows(model, texts), sae.where(hook_point)
-    plain = [_log_probabilities(model(tokens)) for tokens in rows]
+    data, where = eval_data_of(model, eval_data), sae.where(hook_point)
     random = np.random.default_rng(seed)
-    found = []
-    for done, (feature, coefficient) in enumerate(coefficients.items(), 1):
+    runs: list[dict[str, _Shift]] = []
+    for feature, coefficient in coefficients.items():
         edit = sae.steering(feature, coefficient, hook_point=where)
         vector = np.asarray(edit.vector)
         push = random.standard_normal(vector.shape)
         push *= np.linalg.norm(vector) / np.linalg.norm(push)
-        kl, change = _moved(rows, plain, partial(_intervened, model, edit))
-        found.append(
+        ablation = [(where, sae.ablate_feature(feature))]
+        runs.append(
             {
-                "feature": feature,
-                "coefficient": float(coefficient),
-                "kl": kl,
-                "kl_random": _moved(rows, plain, partial(_intervened, model, replace(edit, vector=push)))[0],
-                "kl_ablated": _moved(
-                    rows, plain, partial(model.run_with_hooks, fwd_hooks=[(where, sae.ablate_feature(feature))])
-                )[0],
-                "promoted": _tokens(change, np.argsort(-change, kind="stable")[:top], spell),
-                "suppressed": _tokens(change, np.argsort(change, kind="stable")[:top], spell),
+                "kl": _Shift(partial(_intervened, model, edit)),
+                "kl_random": _Shift(partial(_intervened, model, replace(edit, vector=push))),
+                "kl_ablated": _Shift(partial(model.run_with_hooks, fwd_hooks=ablation)),
             }
         )
+    batches = list(data.batches(_BATCH))
+    for done, batch in enumerate(batches, 1):
+        tokens = mx.array(batch.tokens)
+        plain = _log_probabilities(model(tokens))
+        for shifts in runs:
+            for shift in shifts.values():
+                shift.add(tokens, plain)
         if progress is not None:
-            progress(done, len(coefficients))
+            progress(done, len(batches))
+    found = []
+    for (feature, coefficient), shifts in zip(coefficients.items(), runs, strict=True):
+        change = shifts["kl"].change
+        told: dict[str, Any] = {"feature": feature, "coefficient": float(coefficient)}
+        told |= {name: shift.divergence for name, shift in shifts.items()}
+        told["promoted"] = _tokens(change, np.argsort(-change, kind="stable")[:top], spell)
+        told["suppressed"] = _tokens(change, np.argsort(change, kind="stable")[:top], spell)
+        found.append(told)
     return found
+
+
+class _Shift:
+    """How far an edited run's predictions are from the plain ones, over all positions.
+
+    Args:
+        run: logits [batch, pos, d_vocab] of tokens, with the edit.
+    """
+
+    def __init__(self, run: Callable[[mx.array], mx.array]) -> None:
+        self.run = run
+        self.sum, self.changes, self.n_positions = 0.0, np.zeros(()), 0
+
+    def add(self, tokens: mx.array, plain: mx.array) -> None:
+        """Count some sequences; ``plain`` are the model's own log probabilities [batch * pos, d_vocab]."""
+        edited = _log_probabilities(self.run(tokens))
+        # What has no probability in the model adds nothing, also where its logit is -inf.
+        apart = mx.where(plain > -mx.inf, plain - edited, 0.0)
+        self.sum += scalar((mx.exp(plain) * apart).sum())
+        self.changes = self.changes - to_numpy(apart.sum(axis=0), "float64")
+        self.n_positions += len(plain)
+
+    @property
+    def divergence(self) -> float:
+        """The mean of KL(plain || edited), in nats."""
+        return self.sum / self.n_positions
+
+    @property
+    def change(self) -> np.ndarray:
+        """The mean change of each token's log probability [d_vocab], in nats."""
+        return self.changes / self.n_positions
 
 
 def _intervened(model: HookedModel, edit: Intervention, tokens: mx.array) -> mx.array:
@@ -114,47 +155,22 @@ def _intervened(model: HookedModel, edit: Intervention, tokens: mx.array) -> mx.
         return model(tokens)
 
 
-def _moved(
-    rows: list[mx.array], plain: list[mx.array], run: Callable[[mx.array], mx.array]
-) -> tuple[float, np.ndarray]:
-    """The mean over positions of KL(plain || run), and of the change of each token's log probability [d_vocab]."""
-    divergence, change, n_positions = 0.0, np.zeros(plain[0].shape[-1]), 0
-    for tokens, before in zip(rows, plain, strict=True):
-        after = _log_probabilities(run(tokens))
-        # What has no probability in the model adds nothing, also where its logit is -inf.
-        apart = mx.where(before > -mx.inf, before - after, 0.0)
-        divergence += scalar((mx.exp(before) * apart).sum())
-        change -= to_numpy(apart.sum(axis=0), "float64")
-        n_positions += len(before)
-    return divergence / n_positions, change / n_positions
-
-
 def _log_probabilities(logits: mx.array) -> mx.array:
-    """[pos, d_vocab] in float32 of logits [1, pos, d_vocab]."""
-    wide = logits[0].astype(mx.float32)
+    """[batch * pos, d_vocab] in float32 of logits [batch, pos, d_vocab]."""
+    wide = logits.reshape(-1, logits.shape[-1]).astype(mx.float32)
     return wide - mx.logsumexp(wide, axis=-1, keepdims=True)
 
 
-def _cross_entropy(logits: mx.array, tokens: mx.array) -> float:
-    """The sum over positions but the last of -log p(next token), in nats."""
-    chosen = mx.take_along_axis(_log_probabilities(logits)[:-1], tokens[0, 1:, None], axis=-1)
+def _cross_entropy(logits: mx.array, targets: np.ndarray) -> float:
+    """The sum of -log p(target), in nats, over the positions that have a target [batch, pos]."""
+    asked = np.flatnonzero(targets.reshape(-1) != NOTHING)
+    ids = mx.array(targets.reshape(-1)[asked])
+    chosen = mx.take_along_axis(_log_probabilities(logits)[mx.array(asked)], ids[:, None], axis=-1)
     return -scalar(chosen.sum())
 
 
 def _zeros(value: mx.array, point: HookPoint) -> mx.array:
     return mx.zeros_like(value)
-
-
-def _rows(model: HookedModel, texts: Sequence[Tokens]) -> list[mx.array]:
-    """Token ids [1, pos] of each text or row of ids, cut off at the model's context."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-        raise HookError(f"Texts are a list of texts or of rows of token ids, got {texts!r:.60}.", field="eval_data")
-    rows = [row[None, : model.cfg.max_positions] for text in texts for row in model.to_tokens(text)]
-    if any(row.shape[1] < 2 for row in rows):
-        raise HookError(
-            "Each text has at least 2 tokens: the second is what the first is to predict.", field="eval_data"
-        )
-    return rows
 
 
 def _tokens(change: np.ndarray, chosen: np.ndarray, spell: Spell | None) -> list[dict[str, Any]]:

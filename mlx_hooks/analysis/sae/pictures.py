@@ -7,9 +7,6 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_RAREST = 1e-5
-"""Firing rates are drawn on a logarithmic axis from here."""
-
 
 def draw_sae(result: dict[str, Any]) -> "list[tuple[str, Figure]]":
     """Figures of what :func:`.analysis.analyse_sae` answered, each with a title.
@@ -52,7 +49,8 @@ def _firing_rates(result: dict[str, Any]) -> "Figure":
     alive = rates[rates > 0]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    axes.hist(np.maximum(alive, _RAREST), bins=np.logspace(np.log10(_RAREST), 0, 41).tolist())
+    # None can be rarer than once.
+    axes.hist(alive, bins=np.logspace(-np.log10(max(result["n_held_out"], 10)), 0, 31).tolist())
     axes.set(xscale="log", xlabel="fraction of held-out rows on which a latent fires", ylabel="latents")
     dead = f"{result['n_dead']} of {result['d_sae']} fire on none of {result['n_held_out']} rows"
     axes.set_title(f"{result['layer']}: {dead}", parse_math=False)

@@ -52,8 +52,10 @@ class SAETraining:
         l1_coefficient: of relu: the weight of the sum of activations beside the fraction of variance unexplained.
         target_l0: of jumprelu: how many latents are to fire on a row, on average; by default as k.
         l0_coefficient: of jumprelu: the weight of (L0 / target - 1)^2.
-        bandwidth, initial_threshold: of jumprelu.
-        learning_rate: of Adam; it rises over the first steps and falls to 0 over the last fifth.
+        bandwidth, initial_threshold: of jumprelu; by default 0.5 and 0.25 over the square root of the width of a row,
+            which is what pre-activations are like at first.
+        learning_rate: of Adam; by default 0.02 over the square root of the width of a row. It rises over the first
+            steps and falls to 0 over the last fifth.
         warm_up: the fraction of the steps in which the learning rate and the penalty rise.
         batch_size: rows per step.
         epochs: how often each row is seen.
@@ -70,18 +72,18 @@ class SAETraining:
     d_sae: Whole | None = None
     expansion: Whole = 4
     k: Whole | None = None
-    l1_coefficient: Annotated[float, Field(ge=0)] = 0.05
+    l1_coefficient: Annotated[float, Field(ge=0)] = 0.1
     target_l0: Positive | None = None
     l0_coefficient: Annotated[float, Field(ge=0)] = 0.1
-    bandwidth: Positive = 0.05
-    initial_threshold: Positive = 0.05
-    learning_rate: Positive = 1e-3
+    bandwidth: Positive | None = None
+    initial_threshold: Positive | None = None
+    learning_rate: Positive | None = None
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.05
     batch_size: Whole = 256
     epochs: Whole = 50
     max_steps: Whole = 5000
     dead_features: Literal["resample", "auxiliary", "leave"] | None = None
-    auxiliary_coefficient: Annotated[float, Field(ge=0)] = 1 / 32
+    auxiliary_coefficient: Annotated[float, Field(ge=0)] = 1.0
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_held_out: Whole = 8192
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -144,6 +146,12 @@ def train_sae(
     return _Training(as_rows(rows), options_of(SAETraining, options), dict(metadata or {})).run(progress)
 
 
+def compiles() -> bool:
+    """Whether a step is compiled: on a GPU. For the CPU, MLX would call a C++ compiler for each new kernel, which takes
+    longer than most trainings and is not on every machine."""
+    return bool(mx.default_device().type == mx.gpu)
+
+
 def as_rows(rows: Any) -> Rows:
     """Rows, of an array too."""
     return rows if isinstance(rows, Rows) else ArrayRows(rows)
@@ -176,6 +184,10 @@ class _Training:
         kept[self.held_out] = False
         self.train = ChosenRows(rows, np.flatnonzero(kept))
         self.d_in, self.d_sae = rows.width, asked.d_sae or asked.expansion * rows.width
+        # Of a number in a direction of length 1, and of the product of a direction with a row.
+        self.typical = self.d_in**-0.5
+        self.learning_rate = asked.learning_rate or 0.02 * self.typical
+        self.initial_threshold = asked.initial_threshold or 0.25 * self.typical
         self.k = _few(rows.width, self.d_sae) if asked.k is None else asked.k
         if self.k > self.d_sae:
             raise HookError(f"k is at most the number of latents, {self.d_sae}; got {self.k}.", field="k")
@@ -193,12 +205,12 @@ class _Training:
             k=self.k,
             penalty=asked.l1_coefficient if asked.architecture == "relu" else asked.l0_coefficient,
             target_l0=self.target_l0,
-            bandwidth=asked.bandwidth,
+            bandwidth=asked.bandwidth or 0.5 * self.typical,
             auxiliary=asked.auxiliary_coefficient if self.dead_features == "auxiliary" else 0.0,
         )
         self.random = np.random.default_rng(asked.seed)
         self.weights = self._begin()
-        self.optimizer = optim.Adam(learning_rate=self._learning_rate(), bias_correction=True)
+        self.optimizer = optim.Adam(learning_rate=self.learning_rate, bias_correction=True)
         self.optimizer.init(self.weights)
         self.idle = mx.zeros(self.d_sae, mx.int32)
         """For how many steps each latent has not fired."""
@@ -216,29 +228,23 @@ class _Training:
             "b_dec": mx.zeros(self.d_in),
         }
         if self.asked.architecture == "jumprelu":
-            weights["threshold"] = mx.full((self.d_sae,), self.asked.initial_threshold)
+            weights["threshold"] = mx.full((self.d_sae,), self.initial_threshold)
         return weights
 
-    def _learning_rate(self) -> Any:
-        asked, rises = self.asked, max(1, round(self.asked.warm_up * self.steps))
-        falls = self.steps - self.steps // 5
-        highest, lasts = asked.learning_rate, max(1, self.steps - falls)
-
-        def at(step: mx.array) -> mx.array:
-            up, down = (step + 1) / rises, (self.steps - step) / lasts
-            return highest * mx.minimum(mx.minimum(up, down), 1.0)
-
-        return at
+    def _ramps(self, done: int) -> tuple[float, float]:
+        """Factors of the penalty, which rises at first, and of the learning rate, which falls at the end too."""
+        rise = min(1.0, (done + 1) / max(1, round(self.asked.warm_up * self.steps)))
+        return rise, min(rise, (self.steps - done) / max(1, self.steps // 5))
 
     def run(self, progress: Progress | None) -> TrainedSAE:
         stats: dict[str, list[float]] = {name: [] for name in _LOSSES}
         state = [self.optimizer.state]
-        step = mx.compile(self._step, inputs=state, outputs=state)
+        step = mx.compile(self._step, inputs=state, outputs=state) if compiles() else self._step
         sums, counted, done = np.zeros(len(_LOSSES)), 0, 0
-        rises = max(1, round(self.asked.warm_up * self.steps))
         for values in self.train.shuffled(self.batch, seed=self.asked.seed, epochs=self.asked.epochs):
-            ramp = mx.array(min(1.0, (done + 1) / rises))
-            self.weights, self.idle, told = step(self.weights, self._scaled(values), self.idle, ramp)
+            penalty, rate = self._ramps(done)
+            self.optimizer.learning_rate = mx.array(self.learning_rate * rate)
+            self.weights, self.idle, told = step(self.weights, self._scaled(values), self.idle, mx.array(penalty))
             mx.eval(self.weights, self.idle, told, self.optimizer.state)
             done += 1
             sums += np.array(told, np.float64) * len(values)
@@ -305,14 +311,17 @@ class _Training:
         directions = np.array(_unit(x[mx.array(chosen)] - self.weights["b_dec"]))
         alive = np.setdiff1d(np.arange(self.d_sae), dead)
         lengths = np.linalg.norm(np.array(self.weights["W_enc"]), axis=0)
-        length = 0.2 * (lengths[alive].mean() if len(alive) else 1.0)
+        length = lengths[alive].mean() if len(alive) else 1.0
+        if "topk" not in self.asked.architecture:
+            # As in the paper; among the k largest it would never be.
+            length *= 0.2
         at = mx.array(dead)
         weights = dict(self.weights)
         weights["W_dec"][at] = mx.array(directions)
         weights["W_enc"][:, at] = mx.array((length * directions).T)
         weights["b_enc"][at] = 0.0
         if "threshold" in weights:
-            weights["threshold"][at] = self.asked.initial_threshold
+            weights["threshold"][at] = self.initial_threshold
         # What Adam remembers is of the latents that were there before.
         for name, index in (("W_dec", at), ("W_enc", (slice(None), at)), ("b_enc", at), ("threshold", at)):
             for moment in ("m", "v"):
@@ -331,7 +340,9 @@ class _Training:
         threshold = weights.get("threshold")
         if architecture == "batchtopk":
             threshold = mx.full((self.d_sae,), self._batch_threshold())
-        details = {**asdict(self.asked), "d_sae": self.d_sae, "k": self.k, "target_l0": self.target_l0}
+        # Options of the analysis, which come with these, are not about training.
+        own = {name: value for name, value in asdict(self.asked).items() if name in SAETraining.__annotations__}
+        details = {**own, "d_sae": self.d_sae, "k": self.k, "target_l0": self.target_l0}
         about = {
             "hook_name": self.rows.name or None,
             "row_shape": list(self.rows.shape),
