@@ -611,3 +611,49 @@ def test_every_analysis_can_be_asked_for(client: FlaskClient) -> None:
     known = client.get("/openapi.json").json["components"]["schemas"]["InterpretRequest"]["properties"]
     assert known["analysis_type"]["enum"] == list(ANALYSES)
     assert interpretability.ANALYSES_BY_NAME.keys() == set(ANALYSES)
+
+
+def test_a_probe_takes_labels_by_token_or_by_row(client: FlaskClient, folder: Path) -> None:
+    tokens = np.concatenate([np.array(mx.load(str(path))["tokens"]) for path in sorted(folder.glob("*.safetensors"))])
+    by_row = ["seen" if row % 2 else "other" for row in range(len(tokens))]
+    body = {"analysis_type": "probe", "layer_name": "2", "config": {"labels": by_row, "controls": 1, "folds": 2}}
+    reply = client.post("/interpret", json=body)
+    assert reply.status_code == 200, reply.text
+    named = {str(token): "even" if token % 2 == 0 else "odd" for token in set(tokens.tolist())}
+    body["config"]["labels"] = named
+    reply = client.post("/interpret", json=body)
+    assert reply.status_code == 200, reply.text
+    assert [one["label"] for one in reply.json["results"][RESID]["classes"]] == ["even", "odd"]
+    reply = client.post("/interpret", json=body | {"config": {}})
+    assert (reply.status_code, reply.json["error"]["param"]) == (400, "config.labels")
+    reply = client.post("/interpret", json=body | {"config": {"labels": ["a"]}})
+    assert (reply.status_code, reply.json["error"]["param"]) == (400, "config.labels")
+
+
+def test_an_autoencoder_is_tried_in_the_model_where_there_is_data(client: FlaskClient) -> None:
+    config = {"max_steps": 10, "d_sae": 16, "top_features": 2}
+    body = {"analysis_type": "sae", "layer_name": "2", "config": config}
+    plain = client.post("/interpret", json=body)
+    assert plain.status_code == 200, plain.text
+    assert {"training_stats", "final_l0", "final_loss", "fvu"} <= set(plain.json["results"][RESID])
+    config |= {"eval_data": ["The capital of France is Paris ."], "steering": True, "steering_features": 1}
+    tried = client.post("/interpret", json=body)
+    assert tried.status_code == 200, tried.text
+    assert tried.json["results"][RESID]["loss_recovered"]
+    assert tried.json["results"][RESID]["steering"]
+    assert not plain.json["results"][RESID].get("steering")
+
+
+def test_tokens_are_spelled_by_a_model_of_their_vocabulary(worker: ModelWorker, folder: Path) -> None:
+    def spelled(client: FlaskClient, **further: str) -> set[Any]:
+        (told, *_) = client.post("/interpret", json=NEURON | further).json["results"][RESID]["top_tokens"]
+        return {token["token"] for token in told["tokens"]}
+
+    client = create_app(worker, ServerConfig(mechint=folder)).test_client()
+    assert all(token in "<bos> The capital of France is Paris . the cat sat on mat What ?" for token in spelled(client))
+    with ModelWorker(load_tiny) as other:
+        other.load("llama")
+        client = create_app(other, ServerConfig(mechint=folder)).test_client()
+        assert spelled(client) == {None}
+        # Who names a model is taken at his word.
+        assert None not in spelled(client, model="llama")
