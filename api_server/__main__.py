@@ -62,6 +62,8 @@ class CannotStart(Exception):
 def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
     if options.experiments is not None and not options.experiments.is_dir():
         raise CannotStart(f"There is no folder {options.experiments}: --experiments names one with experiments.")
+    if options.mechint is not None and not options.mechint.is_dir():
+        raise CannotStart(f"There is no folder {options.mechint}: --mechint names one with captured activations.")
     try:
         return ServerConfig(
             host=options.host,
@@ -75,6 +77,7 @@ def _config(options: argparse.Namespace, api_key: str | None) -> ServerConfig:
             max_hooks=options.max_hooks,
             max_connections=options.max_connections,
             experiments=options.experiments,
+            mechint=options.mechint,
             compress_binary=options.compress_binary,
             max_queued=options.max_queued,
             max_active=options.max_active,
@@ -121,8 +124,8 @@ def _serve(config: ServerConfig, model: str | None, model_id: str | None) -> int
         pass
     finally:
         # Unfinished ones of requests that still run go at the next start, or with the folder.
-        close_app(app)
-        if not worker.stop():
+        ended = close_app(app)
+        if not worker.stop() or not ended:
             # A forward pass or a load cannot be interrupted, and ending the interpreter under it would abort.
             logging.shutdown()
             os._exit(0)
@@ -230,6 +233,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="DIR",
         help="let requests watch the trait vectors of the experiments in this folder (default: only vectors that they "
         "bring)",
+    )
+    parser.add_argument(
+        "--mechint",
+        type=Path,
+        metavar="DIR",
+        help="let requests analyse the activations that were captured to this folder during training (default: only "
+        "those that they bring)",
     )
     parser.add_argument(
         "--compress-binary", action="store_true", help="compress npy and safetensors too, for those who ask"

@@ -12,6 +12,7 @@ from .captures import CaptureStore
 from .config import ServerConfig
 from .description import JOB_ID_HEADER, REQUEST_ID_HEADER
 from .errors import ApiError
+from .interpretability import UNPACKED, Interpretability
 from .routes import BLUEPRINTS
 from .schemas.fields import MODEL_PARTS
 from .worker import ModelWorker
@@ -35,6 +36,10 @@ def create_app(worker: ModelWorker, config: ServerConfig | None = None) -> Flask
     app.extensions["model_worker"] = worker
     app.extensions["server_config"] = config
     app.extensions["captures"] = CaptureStore(config.captures_dir, config.captures_max_bytes, config.captures_max_age)
+    app.extensions["interpretability"] = Interpretability(
+        worker, config.mechint, max_array_bytes=UNPACKED * config.max_body_bytes
+    )
+    app.extensions["job_endpoint"] = "jobs.get_job"
     errors.register(app)
 
     @app.before_request
@@ -70,9 +75,13 @@ class _ModelId(PathConverter):
     regex = rf"(?!load$)(?!.*/(?:{'|'.join(MODEL_PARTS)})$)[^/].*?"
 
 
-def close_app(app: Flask) -> None:
-    """Let go of the folder of captures; a temporary one is removed."""
+def close_app(app: Flask) -> bool:
+    """Let go of the folder of captures, of which a temporary one is removed, and leave the analyses that run.
+
+    Answers whether these ended.
+    """
     app.extensions["captures"].close()
+    return bool(app.extensions["interpretability"].close())
 
 
 def _check_host(header: str, config: ServerConfig) -> None:

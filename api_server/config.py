@@ -39,6 +39,7 @@ class ServerConfig:
         captures_max_bytes: how many bytes on disk captures may take; those unused for longest make room.
         captures_max_age: seconds after which a capture that nobody reads is deleted.
         experiments: the folder with experiments whose trait vectors requests may name; None for none.
+        mechint: the folder with activations captured during training, which requests may analyse; None for none.
         compress_binary: whether npy and safetensors are compressed on ``Accept-Encoding``, as JSON is.
 
     Raises:
@@ -64,6 +65,7 @@ class ServerConfig:
     captures_max_bytes: int = 4 * 2**30
     captures_max_age: float = 3600.0
     experiments: Path | None = None
+    mechint: Path | None = None
     compress_binary: bool = False
 
     def __post_init__(self) -> None:

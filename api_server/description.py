@@ -38,9 +38,9 @@ OPEN_OPERATIONS = frozenset({"health"})
 
 _ABOUT = """Capture and edit what language models compute, exactly. Shapes are OpenAI's where OpenAI has one.
 
-Bodies are JSON, strictly typed; an unknown field or query parameter is a 400 that lists the known ones. Every error
-has one shape, `ErrorReply`. Every answer has an `X-Request-Id`, the client's own if it sent one. Replies may gain
-fields; clients pass over those that they do not know."""
+Bodies are JSON, save where a file is uploaded, and strictly typed; an unknown field or query parameter is a 400 that
+lists the known ones. Every error has one shape, `ErrorReply`. Every answer has an `X-Request-Id`, the client's own if
+it sent one. Replies may gain fields; clients pass over those that they do not know."""
 
 _PATH_PARAMETERS = {
     "model_id": "A loaded model. Slashes in an id may be sent as they are or as %2F.",
@@ -56,7 +56,7 @@ _ERRORS = {
     404: "Unknown; the message lists what there is.",
     409: "No model is loaded, or the job was cancelled.",
     413: "The body, or what is asked for, is larger than this server allows.",
-    415: "The body is not application/json.",
+    415: "The body, or a file in it, is of another kind than the one that is read here.",
     412: "The bytes are others than `If-Match` names.",
     416: "The range lies outside.",
     500: "A fault in the server.",
@@ -141,6 +141,7 @@ def described(
     *,
     replies: type[BaseModel] | Mapping[int, type[BaseModel] | None],
     tags: Sequence[str],
+    form: type[BaseModel] | None = None,
     query: type[BaseModel] | None = None,
     errors: Sequence[int] = (),
     job: bool = False,
@@ -153,6 +154,7 @@ def described(
 
     Args:
         body: the model of the JSON body; adds the errors 413 and 415.
+        form: the model of the body where that is a form with a file; adds the same.
         replies: the model of the reply, or one per status; None for a reply without a body.
         query: the model of the query parameters.
         errors: statuses beyond those that any request can get (400, 401, 403, 500).
@@ -164,7 +166,7 @@ def described(
     """
     by_status = dict(replies) if isinstance(replies, Mapping) else {200: replies}
     answers: dict[str, Any] = {f"HTTP_{status}": model for status, model in by_status.items()}
-    possible = frozenset({400, 403, 500, *errors, *((413, 415) if body else ()), *((409, 503) if job else ())})
+    possible = frozenset({400, 403, 500, *errors, *((413, 415) if body or form else ()), *((409, 503) if job else ())})
 
     def decorate(view: View) -> View:
         name = view.__name__
@@ -174,6 +176,7 @@ def described(
         decorated: View = _tree.validate(
             query=query,
             json=body,
+            form=form,
             resp=Replies(**answers),
             tags=tuple(tags),
             path_parameter_descriptions=_PATH_PARAMETERS,

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
-from flask import Response, current_app, g, request
+from flask import Response, current_app, g, request, url_for
 from pydantic import BaseModel, ValidationError
+from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from neuroscope_bridge import payload
@@ -12,6 +13,7 @@ from neuroscope_bridge import payload
 from .captures import CaptureStore
 from .config import ServerConfig
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
+from .interpretability import Interpretability
 from .jobs import Job
 from .models import LoadedModel
 from .schemas.analysis import TraitsRequest
@@ -26,20 +28,27 @@ T = TypeVar("T")
 
 def worker() -> ModelWorker:
     """The worker that ``create_app`` was given."""
-    found: ModelWorker = current_app.extensions["model_worker"]
-    return found
+    return cast(ModelWorker, _part("model_worker"))
 
 
 def captures() -> CaptureStore:
     """Where captures are kept."""
-    found: CaptureStore = current_app.extensions["captures"]
-    return found
+    return cast(CaptureStore, _part("captures"))
 
 
 def config() -> ServerConfig:
     """What ``create_app`` was told to allow."""
-    found: ServerConfig = current_app.extensions["server_config"]
-    return found
+    return cast(ServerConfig, _part("server_config"))
+
+
+def interpretability() -> Interpretability:
+    """What analyses of captured activations work with."""
+    return cast(Interpretability, _part("interpretability"))
+
+
+def _part(name: str) -> Any:
+    """Of the application; a blueprint that serves in another one brings its own."""
+    return g.get("neuroscope_parts", current_app.extensions)[name]
 
 
 def read(model: type[M]) -> M:
@@ -64,6 +73,56 @@ def read(model: type[M]) -> M:
         raise invalid_request(error, model) from None
     g.model = getattr(asked, "model", None)
     return _within_limits(asked)
+
+
+def read_form(model: type[M]) -> tuple[M, FileStorage]:
+    """The request's form as ``model``, which has a field ``file``, and that file.
+
+    Raises:
+        ApiError: as ``read``, where the content type is ``multipart/form-data``; 403 for a form of another site's page.
+    """
+    read_query(NoQuery)
+    if request.mimetype != "multipart/form-data":
+        got = f"not {request.mimetype!r}" if request.mimetype else "and none was sent"
+        raise ApiError(
+            415, f"The Content-Type must be multipart/form-data, {got}.", code="unsupported_media_type", param=None
+        )
+    _check_origin()
+    # Of all fields together the limit is that of the body.
+    request.max_form_memory_size = request.max_content_length
+    try:
+        texts, files = request.form, request.files
+    except RequestEntityTooLarge as error:
+        raise BodyTooLarge(config().max_body_bytes) from error
+    names = [name for given in (texts, files) for name, _ in given.items(multi=True)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ApiError(400, f"Field {name!r} is given twice.", code="invalid_value", param=name)
+        if (name in files) != (name == "file") and name in model.model_fields:
+            wanted = "a file, with a name" if name == "file" else "a text, no file"
+            raise ApiError(400, f"Field {name!r} must be {wanted}.", code="invalid_value", param=name)
+    try:
+        given = texts.to_dict() | {name: file.filename or "" for name, file in files.items()}
+        asked = model.model_validate(given)
+    except ValidationError as error:
+        raise invalid_request(error, model) from None
+    g.model = getattr(asked, "model", None)
+    return asked, files["file"]
+
+
+def _check_origin() -> None:
+    """A page in a browser may send a form to any address without asking, as it may text/plain; it says whose it is."""
+    origin, allowed = request.headers.get("Origin"), [one.lower() for one in config().cors_origins]
+    if origin is None or origin.lower() in allowed or "*" in allowed:
+        return
+    # One's own pages are those of the same host, whatever terminates TLS before it.
+    if origin.lower() in (f"{scheme}://{request.host}".lower() for scheme in ("http", "https")):
+        return
+    raise ApiError(
+        403,
+        f"A page of {origin[:100]!r} may not send forms to this server; --cors-origin names those that may.",
+        code="origin_not_allowed",
+    )
 
 
 def _within_limits(asked: M) -> M:
@@ -123,7 +182,7 @@ def call(function: Callable[[], T], kind: str, model: LoadedModel | None = None)
 
 def in_background(job: Job[Any]) -> Response:
     """202 and the job, which goes on without its caller."""
-    return json_reply(worker().shown(job), 202, {"Location": f"/v1/jobs/{job.id}"})
+    return json_reply(worker().shown(job), 202, {"Location": url_for(_part("job_endpoint"), job_id=job.id)})
 
 
 def read_query(model: type[M]) -> M:

@@ -237,6 +237,18 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def axes_of(name: str) -> tuple[str, ...] | None:
+    """The axes of what stands at a hook point, by any of its names; None for a name that is none.
+
+    >>> axes_of("blocks.3.attn.hook_z")
+    ('batch', 'pos', 'head', 'd_head')
+    """
+    name = canonical_name(name)
+    inside = re.fullmatch(r"blocks\.\d+\.(.+)", name)
+    rows = _OUTER_ROWS if inside is None else _BLOCK_ROWS
+    return next((axes for spelled, axes in rows.values() if spelled == (inside[1] if inside else name)), None)
+
+
 def short_name(component: str, layer: int | None = None) -> str:
     """The canonical name behind ``cache["pattern", 3]``.
 

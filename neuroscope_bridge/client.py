@@ -6,6 +6,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast, overload
 from urllib.parse import quote
 
@@ -14,7 +15,7 @@ import numpy as np
 from .connection import Connection
 from .errors import NeuroScopeError, PayloadError, ResponseFormatError
 from .events import EventStream
-from .payload import encode_intervention, encode_vector, read_npy, read_safetensors
+from .payload import dumps, encode_intervention, encode_vector, read_npy, read_safetensors, safetensors_buffers
 from .replies import Reply, error_of, expect, read_body, with_arrays
 
 Messages = Sequence[Mapping[str, Any]]
@@ -657,6 +658,94 @@ class LMStudioNeuroScopeClient(Connection):
         route, params = "/v1/analysis/traits", {"experiment": experiment}
         return cast("list[Reply]", self._field("GET", route, "experiments", list, params=params))
 
+    # -- activations captured during training ----------------------------------------------------
+
+    def interpret_layers(self, model: str | None = None) -> Reply:
+        """What was captured while a model trained, in the folder that the server was started with.
+
+            client.interpret_layers()["shapes"]      # {'blocks.2.hook_resid_post': [10000, 128]}
+
+        Returns:
+            `layers`, `shapes` (rows, then the axes of a row), `steps`, and `available`: what could be captured of the
+            loaded model, or of `model`.
+        """
+        return self._json("GET", "/interpret/layers", params={"model": model})
+
+    def interpret(
+        self,
+        analysis_type: str,
+        layer_name: str | int | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        model: str | None = None,
+        background: bool = False,
+    ) -> Reply:
+        """Analyse what was captured while a model trained, or, by `circuit` and `causal`, a loaded model.
+
+            found = client.interpret("neuron", "blocks.2.hook_resid_post")
+            found["results"]["blocks.2.hook_resid_post"]["mean_activation"]
+            job = client.interpret("sae", 2, {"steps": [200]}, background=True)
+            client.wait_for_job(job["id"])["results"]
+
+        Args:
+            analysis_type: `sae`, `neuron`, `feature`, `circuit`, `causal`, `probe` or `heads`.
+            layer_name: A captured layer, by any of its names; all that suit the analysis by default.
+            config: Options of the analysis; besides, `eval_data` of `circuit` and `causal` (texts, token ids, or
+                prompts with `clean` and `answer`), `labels` of `probe` (one per row, or by token id), `steps`.
+            model: The model to run, the one loaded last by default.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+
+        Returns:
+            `analysis_type`, `layer_name`, `results` (by layer; of `circuit` and `causal`, of the model), `timestamp`.
+        """
+        body = {
+            "analysis_type": analysis_type,
+            "layer_name": None if layer_name is None else str(layer_name),
+            "config": _config(config),
+            "model": model,
+            "background": background or None,
+        }
+        return self._large_json("POST", "/interpret", body)
+
+    def interpret_upload(
+        self,
+        activations: str | os.PathLike[str] | Mapping[str, Any],
+        analysis_type: str,
+        layer_name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        model: str | None = None,
+        background: bool = False,
+    ) -> Reply:
+        """Analyse activations that you have.
+
+            client.interpret_upload("activations.npz", "feature")["results"]
+            client.interpret_upload({"layer1": values}, "neuron")["results"]["layer1"]
+
+        Args:
+            activations: A safetensors or npz file, such as a shard of captured activations, or arrays [row, ...] by
+                layer. Among them `tokens`, `sequence` and `position` [row] may say of which tokens the rows are.
+            layer_name: One of the layers; all by default.
+
+        The other arguments and the reply are those of `interpret`; the reply has `filename` besides.
+
+        Raises:
+            OSError: the file cannot be read.
+            PayloadError: an array that safetensors cannot hold.
+        """
+        fields = {
+            "analysis_type": analysis_type,
+            "layer_name": layer_name,
+            "config": None if config is None else dumps(_config(config)).decode(),
+            "model": model,
+            "background": "true" if background else None,
+        }
+        route = "/interpret/upload"
+        if isinstance(activations, Mapping):
+            return self._form(route, fields, ("activations.safetensors", _safetensors(activations)))
+        with Path(activations).open("rb") as file:
+            return self._form(route, fields, (Path(activations).name, file))
+
     # -- jobs ------------------------------------------------------------------------------------
 
     def list_jobs(self) -> list[Reply]:
@@ -727,6 +816,29 @@ def _vectors(given: Any) -> list[Reply]:
 def _vector(value: Any) -> Any:
     """As a request has it; what is a record already stays as it is."""
     return value if value is None or isinstance(value, Mapping) else encode_vector(value)
+
+
+def _config(given: Mapping[str, Any] | None) -> Reply | None:
+    """As JSON has it, whose keys are texts: labels by token id have numbers."""
+    if given is None:
+        return None
+    labels = given.get("labels")
+    if isinstance(labels, Mapping):
+        return {**given, "labels": {str(token): label for token, label in labels.items()}}
+    return dict(given)
+
+
+def _safetensors(arrays: Mapping[str, Any]) -> bytes:
+    """A file of the arrays: whole numbers that fit as int32, half precision as it is, all others as float32."""
+    plain = {}
+    for name, values in arrays.items():
+        array = np.asarray(values)
+        if array.dtype.kind not in "fiub":
+            raise PayloadError(f"Array {name!r} holds {array.dtype}: activations are real numbers.")
+        is_index = array.dtype.kind in "iu" and (not array.size or -(2**31) <= array.min() <= array.max() < 2**31)
+        kind = np.int32 if is_index else np.float16 if array.dtype == np.float16 else np.float32
+        plain[str(name)] = array.astype(kind, copy=False)
+    return b"".join(safetensors_buffers(plain, {}))
 
 
 def _token_ids(tokens: Iterable[Any]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import requests
@@ -88,6 +88,13 @@ class Connection:
         response = self._send(method, route, body, params, stream=True, accept="application/json")
         return self._object(read_body(response, source, self.timeout), source)
 
+    def _form(self, route: str, fields: Reply, file: tuple[str, bytes | IO[bytes]]) -> Reply:
+        """The reply to a form: texts by name, None left out, and a file, `(name, content)`."""
+        texts = [(name, (None, text)) for name, text in fields.items() if text is not None]
+        source = f"POST {route}"
+        response = self._send("POST", route, stream=True, accept="application/json", form=[("file", file), *texts])
+        return self._object(read_body(response, source, self.timeout), source)
+
     def _object(self, text: bytes | memoryview, source: str) -> Reply:
         reply = parse(text)
         if not isinstance(reply, dict):
@@ -104,15 +111,21 @@ class Connection:
         params: Reply | None = None,
         stream: bool = False,
         accept: str = "text/event-stream",
+        form: list[Any] | None = None,
     ) -> requests.Response:
         data = None if body is None else dumps({name: value for name, value in body.items() if value is not None})
+        headers: dict[str, Any] = {"Accept": accept} if stream else {}
+        if form is not None:
+            # A form's content type names where its parts end; requests writes it.
+            headers["Content-Type"] = None
         try:
             response = self._session.request(
                 method,
                 self.base_url + route,
                 params=params,
                 data=data,
-                headers={"Accept": accept} if stream else None,
+                files=form,
+                headers=headers,
                 timeout=(min(CONNECT_TIMEOUT, self.timeout), self.timeout),
                 allow_redirects=False,
                 stream=stream,

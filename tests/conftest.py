@@ -51,16 +51,17 @@ def signal_handlers() -> Iterator[None]:
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """A real server on a free port with the bundled model loaded as ``neuroscope-tiny``: ``live_server.base_url``.
 
-    Its experiments are those of ``save_experiments``.
+    Its experiments are those of ``save_experiments``, its captured activations those of ``save_captured``.
     """
-    from server_tools import running_server, save_experiments
+    from server_tools import running_server, save_captured, save_experiments
 
     from api_server import ModelWorker, ServerConfig
 
     experiments = save_experiments(tmp_path_factory.mktemp("experiments"))
+    captured = save_captured(tmp_path_factory.mktemp("mechint_cache"))
     with ModelWorker() as worker:
         worker.load("neuroscope-tiny")
-        with running_server(worker, ServerConfig(port=0, experiments=experiments)) as url:
+        with running_server(worker, ServerConfig(port=0, experiments=experiments, mechint=captured)) as url:
             yield SimpleNamespace(base_url=url)
 
 

@@ -26,6 +26,8 @@ from api_server import ModelWorker, Server, ServerConfig, create_app
 from mlx_hooks import HookedModel, TraitVector
 from mlx_hooks.analysis.identity import ModelIdentity
 from mlx_hooks.analysis.traits.prompts import Chat, render
+from mlx_hooks.encoding import encode_text
+from mlx_hooks.storage.shards import ShardWriter
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", "<system>"] + [f"w{i}" for i in range(54)]
 CHAT_TEMPLATE = (
@@ -80,6 +82,39 @@ def save_experiments(root: Path) -> Path:
     vector = TraitVector("refusal", 2, "mean_diff", direction, chat=Chat(), identity=ModelIdentity.of(model))
     vector.save(root / "tiny_cognitive" / "refusal" / "extraction" / "vectors")
     return root
+
+
+CAPTURED_TEXTS = {0: ["The capital of France is Paris .", "the cat sat on the mat"], 200: ["What is the capital ?"]}
+"""What the bundled model had read when it was captured, by training step."""
+
+
+def save_captured(folder: Path) -> Path:
+    """Shards of the bundled model's stream after block 2 and of block 1's pattern, at steps 0 and 200."""
+    model = HookedModel.from_pretrained("neuroscope-tiny")
+    resid, pattern = "blocks.2.hook_resid_post", "blocks.1.attn.hook_pattern"
+    longest = 8
+    cfg = model.cfg
+    layers: dict[str, dict[str, Any]] = {
+        resid: {"axes": ["d_model"], "shape": [cfg.d_model], "dtype": "float32", "asked": "2"},
+        pattern: {"axes": ["head", "key"], "shape": [cfg.n_heads, longest], "dtype": "float32", "asked": pattern},
+    }
+    writer = ShardWriter(folder, layers=layers, description={"model": {"name": "neuroscope-tiny", **cfg.to_dict()}})
+    for step, texts in CAPTURED_TEXTS.items():
+        found: dict[str, list[Any]] = {resid: [], pattern: [], "tokens": [], "sequence": [], "position": []}
+        for row, text in enumerate(texts):
+            tokens = encode_text(model, text)
+            _, cache = model.run_with_cache(tokens, [resid, pattern])
+            found[resid].append(cache.numpy(resid)[0])
+            weights = cache.numpy(pattern)[0].transpose(1, 0, 2)
+            found[pattern].append(np.pad(weights, [(0, 0), (0, 0), (0, longest - len(tokens))]))
+            found["tokens"] += tokens
+            found["sequence"] += [row] * len(tokens)
+            found["position"] += range(len(tokens))
+        arrays = {name: mx.array(np.concatenate(found[name])) for name in layers}
+        columns = {name: found[name] for name in ("tokens", "sequence", "position")}
+        writer.write(arrays, step=step, **columns)
+    writer.close()
+    return folder
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from werkzeug.formparser import parse_form_data
 
 from neuroscope_bridge.payload import dumps, encode_activation
 
@@ -109,6 +111,23 @@ def _float_or_dict(pairs: dict[str, Any]) -> Any:
     return float(pairs["float"]) if pairs.keys() == {"float"} else pairs
 
 
+def form_of(headers: Mapping[str, str], body: bytes) -> dict[str, str] | None:
+    """The texts of a form by name, of a file the name that it has; None for another body."""
+    if not (headers.get("Content-Type") or "").startswith("multipart/form-data"):
+        return None
+    environ = {
+        "REQUEST_METHOD": "POST",
+        "CONTENT_TYPE": headers["Content-Type"],
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body),
+    }
+    _, texts, files = parse_form_data(environ)
+    names = {name: file.filename or "" for name, file in files.items()}
+    for file in files.values():
+        file.close()
+    return texts.to_dict() | names
+
+
 @contextmanager
 def canned_server(replies: dict[str, Any]) -> Iterator[SimpleNamespace]:
     """A server that answers `replies["GET /health"]` and the like, and keeps the `requests` it got.
@@ -127,7 +146,8 @@ def canned_server(replies: dict[str, Any]) -> Iterator[SimpleNamespace]:
                     method=self.command,
                     path=self.path,
                     headers=dict(self.headers),
-                    json=json.loads(body) if body else None,
+                    json=json.loads(body) if body and "json" in self.headers["Content-Type"] else None,
+                    form=form_of(self.headers, body),
                 )
             )
             reply = replies.get(f"{self.command} {self.path}", (404, "no such route"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from documents import DEFAULT, ROOT, blocks
 from smalltalk_image import Image
@@ -33,16 +34,17 @@ def objects(text: str) -> list[Any]:
 def test_the_shell_blocks_run(live_server: SimpleNamespace, block: str, tmp_path: Path) -> None:
     assert DEFAULT in block
     script = block.replace(DEFAULT, live_server.base_url)
+    mx.save_safetensors(str(tmp_path / "activations.safetensors"), {"layer1": mx.random.normal((64, 8))})
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        ["sh", "-ec", script], capture_output=True, text=True, timeout=60, check=True, env=environment
+        ["sh", "-ec", script], capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=tmp_path
     )
     replies = objects(done.stdout)
     assert replies
     assert not [reply for reply in replies if reply.get("error")]
     if "chat/completions -H" in block and "stream" not in block:
         assert replies[-1]["choices"][0]["message"]["content"].strip().startswith("Paris")
-    if "safetensors" in block:
+    if "format=safetensors" in block:
         assert (tmp_path / "z.safetensors").stat().st_size > 10_000
         assert [record["shape"] for record in replies[1]["activations"]["z"]] == [[1, 2, 2]]
     if "background" in block:
@@ -53,7 +55,7 @@ EXPECTED = re.compile(r"^(\S.*?) +# -> (.*)$")
 
 
 def test_the_python_blocks_run_with_the_values_that_they_name(live_server: SimpleNamespace) -> None:
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"__name__": "__main__"}
     checked = 0
     for block in blocks("docs/api.md", "python"):
         exec(compile(block.replace(DEFAULT, live_server.base_url), "docs/api.md", "exec"), names)
@@ -61,13 +63,13 @@ def test_the_python_blocks_run_with_the_values_that_they_name(live_server: Simpl
             assert eval(expression, names) == eval(value), expression
             checked += 1
     names["client"].close()
-    assert checked == DOCUMENT.count("# -> ") == 12
+    assert checked == DOCUMENT.count("# -> ") == 16
 
 
 def test_the_smalltalk_blocks_run(live_server: SimpleNamespace, tmp_path: Path) -> None:
     with Image(write_client(tmp_path, live_server.base_url)) as image:
         values = [image.evaluate(block) for block in blocks("docs/api.md", "smalltalk")]
-    assert values == [128, "is", 6]
+    assert values == [128, "is", 6, 128]
 
 
 def test_the_example_of_an_error_is_one() -> None:

@@ -16,7 +16,7 @@ import schemathesis
 from flask import Flask
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from server_tools import load_tiny, save_experiments, until
+from server_tools import load_tiny, save_captured, save_experiments, until
 
 from api_server import ModelWorker, ServerConfig, create_app
 from api_server.description import is_described
@@ -26,14 +26,15 @@ NOT_DESCRIBED = {"openapi", "docs", "asset"}
 
 # Schemathesis asks for the description when tests are collected; the fixture starts the worker.
 WORKER = ModelWorker(load_tiny)
-EXPERIMENTS = tempfile.TemporaryDirectory()
-APP = create_app(WORKER, ServerConfig(max_tokens=8, experiments=save_experiments(Path(EXPERIMENTS.name))))
+FOLDERS = tempfile.TemporaryDirectory()
+EXPERIMENTS, CAPTURED = save_experiments(Path(FOLDERS.name) / "traits"), save_captured(Path(FOLDERS.name) / "mechint")
+APP = create_app(WORKER, ServerConfig(max_tokens=8, experiments=EXPERIMENTS, mechint=CAPTURED))
 DOCUMENT: dict[str, Any] = APP.test_client().get("/openapi.json").json
 
 
 @pytest.fixture(scope="module", autouse=True)
 def app() -> Iterator[Flask]:
-    with WORKER, EXPERIMENTS:
+    with WORKER, FOLDERS:
         WORKER.load("neuroscope-tiny", "tiny")
         yield APP
 
@@ -56,7 +57,7 @@ def closed(document: dict[str, Any]) -> dict[str, Any]:
 ACCEPTED = {
     *("health", "list_models", "get_model", "hook_points", "list_hooks", "clear_hooks", "remove_hook"),
     *("list_captures", "clear_captures", "get_capture", "delete_capture", "list_jobs", "get_job", "cancel_job"),
-    *("unload_model", "selftest", "load_model"),
+    *("unload_model", "selftest", "load_model", "interpret_layers"),
 }
 FUZZED = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0, "keep_capture": True}
 FUZZED_HOOKS = [
@@ -114,7 +115,7 @@ def bodies() -> list[Any]:
         (path, operation["requestBody"]["content"]["application/json"]["example"])
         for path, methods in DOCUMENT["paths"].items()
         for operation in methods.values()
-        if "requestBody" in operation
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
     ]
     return [pytest.param(path, body, id=path) for path, body in found]
 
@@ -131,7 +132,7 @@ def test_a_job_that_is_cancelled_is_answered_as_described(path: str, body: dict[
     gate = threading.Event()
     with ModelWorker() as worker, ThreadPoolExecutor() as pool:
         worker.load("neuroscope-tiny", "tiny")
-        client = create_app(worker).test_client()
+        client = create_app(worker, ServerConfig(mechint=CAPTURED)).test_client()
         blocking = worker.submit(gate.wait)
         until(lambda: blocking.status == "running")
         try:
@@ -257,6 +258,16 @@ def test_answers_to_all_that_can_be_asked_are_as_described(app: Flask, stream: b
     ask("get", "/v1/activations/hooks")
     ask("delete", "/v1/activations/hooks/{hook_id}", hook_id="a/b")
     ask("delete", "/v1/activations/hooks")
+    ask("get", "/interpret/layers")
+    ask("get", "/interpret/layers?model=tiny")
+    neuron = {"analysis_type": "neuron", "config": {"steps": [0]}}
+    ask("post", "/interpret", neuron)
+    ask("post", "/interpret", neuron | {"background": True}, 202)
+    for status, further in ((200, {}), (202, {"background": "true", "layer_name": "blocks.2.hook_resid_post"})):
+        with next(CAPTURED.glob("*.safetensors")).open("rb") as file:
+            reply = client.post("/interpret/upload", data={"analysis_type": "neuron", "file": file} | further)
+        assert reply.status_code == status
+        check(reply, "post", "/interpret/upload")
     job = ask("post", "/v1/models/load", {"model_path": "neuroscope-tiny", "background": True}, 202)
     ask("get", "/v1/jobs/{job_id}", job_id=job.json["id"])
     ask("delete", "/v1/jobs/{job_id}", job_id=job.json["id"])

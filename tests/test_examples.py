@@ -119,6 +119,26 @@ def test_the_workflow_of_traits_tells_what_is_refused(tmp_path: Path) -> None:
     assert len(list((tmp_path / "experiments/example/refusal/extraction/vectors").iterdir())) == 16
 
 
+def test_the_example_of_capturing_goes_from_training_to_a_report(tmp_path: Path) -> None:
+    options = ["--output", "out", "--steps", "20", "--every", "10", "--sae-steps", "30"]
+    shown = run(str(ROOT / "examples/mechint_hooks_example.py"), *options, cwd=tmp_path)
+    report = tmp_path / "out" / "report" / "mechint_report.md"
+    assert f"The report is {report.relative_to(tmp_path)}" in shown
+    assert re.search(r"blocks\.1\.hook_resid_post +L0 +[\d.]+ of 128, variance unexplained 0\.\d+", shown)
+    assert re.search(r"circuit: (L\d\S*( mlp)?,? ?)*, faithfulness \d", shown)
+    steps = re.search(r"^ +step +(\d+) +(\d+) +(\d+)$", shown, re.MULTILINE)
+    assert steps is not None
+    assert steps.groups() == ("0", "10", "20")
+    assert re.search(r"blocks\.1\.attn\.hook_pattern( +0\.\d\d){3}$", shown, re.MULTILINE)
+    text = report.read_text()
+    assert "## What failed" not in text
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert len(pictures) > 20
+    assert all((report.parent / path).stat().st_size > 3_000 for path in pictures)
+    weights = sorted(path.name for path in (tmp_path / "out" / "weights").iterdir())
+    assert weights == ["0000010_adapters.safetensors", "0000020_adapters.safetensors", "adapters.safetensors"]
+
+
 def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for arguments, message in [
@@ -126,6 +146,7 @@ def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
         (["examples/inference_hooks.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/activation_workflow.py", "--base-dir", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/traits_workflow.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
+        (["examples/mechint_hooks_example.py", "--output", str(tmp_path / "file" / "x")], "example: .*Not a directory"),
         (["examples/neuroscope_integration_example.py", "--url", "http://127.0.0.1:9"], "No NeuroScope server answers"),
         (["examples/neuroscope_integration_example.py", "--url", "garbage"], "example: .*garbage"),
     ]:

@@ -1,5 +1,6 @@
 """Capture in training loops of one's own, and by a sampler."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,6 +329,17 @@ def test_runs_of_a_hooked_model_are_not_its_training_s(tmp_path: Path) -> None:
         HookedModel(hooked.model)
         assert len(sampler.activations[STREAM]) == 1
     assert same({"logits": plain}, {"logits": make_model("llama")(tokens(1, 4))})
+
+
+def test_a_copy_of_the_model_is_its_own(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with ActivationSampler([STREAM], tmp_path) as sampler:
+        sampler.register_hooks(model)
+        twin = copy.deepcopy(model)
+        logits = twin(tokens(1, 4))
+        assert sampler.activations[STREAM] == []
+        assert same({"": model(tokens(1, 4))}, {"": logits})
+        assert len(sampler.activations[STREAM]) == 1
 
 
 def test_two_samplers_and_no_order_of_their_ends(tmp_path: Path) -> None:

@@ -17,8 +17,7 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny_models import make_model
 
-from mlx_hooks import EvalMechIntRunner, HookedModel, HookError, MechIntConfig, ShardReader
-from mlx_hooks.analysis.sae.autoencoder import SparseAutoencoder
+from mlx_hooks import EvalMechIntRunner, HookedModel, HookError, MechIntConfig, ShardReader, SparseAutoencoder
 from mlx_hooks.errors import FailedAnalysisWarning, ModelLoadError
 from mlx_hooks.storage.rows import ArrayRows
 from mlx_hooks.storage.shard_writer import ShardWriter
@@ -102,7 +101,7 @@ class Letters:
 
 
 def test_every_name_of_the_configuration_is_an_analysis() -> None:
-    assert set(registry.ANALYSES_BY_NAME) <= set(ANALYSES)
+    assert set(registry.ANALYSES_BY_NAME) == set(ANALYSES)
     for name, analysis in registry.ANALYSES_BY_NAME.items():
         assert analysis.name == name
         assert analysis.options() == analysis.options_class()
@@ -129,6 +128,7 @@ def test_results_have_the_configuration_and_the_analyses_by_layer(captured: Simp
     sae = results["analyses"]["sae"][RESID]
     assert 1 <= len(sae["training_stats"][f"{RESID}/loss"]) <= 2
     assert 0 <= sae["final_l0"] <= 1
+    assert "neuroscope-" not in json.dumps(sae)
     variance = results["analyses"]["feature"][RESID]["explained_variance"]
     assert 0 < sum(variance) <= 1 + 1e-9
     # Plain JSON, as it is.
@@ -211,13 +211,16 @@ def test_what_fails_is_told_and_the_others_go_on(captured: SimpleNamespace, monk
         return {"share": float("nan")}
 
     monkeypatch.setattr(registry, "analyse_features", divide)
-    runner = runner_of(captured, "feature", "causal", "neuron")
+    runner = runner_of(captured, "feature", "causal", "probe", "neuron")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         analyses = runner.run_mechint_eval()["analyses"]
     assert analyses["feature"][RESID] == {"error": "ZeroDivisionError: by zero"}
     assert "not JSON compliant" in analyses["feature"][MLP]["error"]
     assert analyses["causal"] == {"error": "The analysis 'causal' runs the model: give one."}
+    assert analyses["probe"][MLP] == {
+        "error": "A probe needs labels: one per row, a mapping from tokens, or a function."
+    }
     assert set(analyses["neuron"]) == {RESID, MLP}
     assert {warning.category for warning in caught} == {FailedAnalysisWarning}
     told = [str(warning.message) for warning in caught]
@@ -312,7 +315,7 @@ def test_data_that_can_be_read_once_serves_several_analyses(captured: SimpleName
     runner = runner_of(captured, "causal", "circuit", "sae", model=make_model("llama"))
     analyses = runner.run_mechint_eval(eval_data=iter(TEXTS))["analyses"]
     assert analyses["causal"]["eval_data"]["examples"] == analyses["circuit"]["eval_data"]["examples"] == 3
-    assert analyses["sae"][RESID]["loss_recovered"]["n_tokens"] == 15
+    assert analyses["sae"][RESID]["loss_recovered"]["n_targets"] == 15
 
 
 def test_features_steer_if_asked(captured: SimpleNamespace) -> None:
@@ -340,6 +343,19 @@ def test_progress_is_shown_unless_it_is_not_wanted(
     out, err = capsys.readouterr()
     assert out == ""
     assert f"neuron {RESID}: 100%" in err
+
+
+def test_only_the_rows_of_some_steps_are_analysed_if_asked(captured: SimpleNamespace, tmp_path: Path) -> None:
+    runner = runner_of(captured, "neuron", sample_layers=[1])
+    found = runner.run_mechint_eval(steps=[0, 20])["analyses"]["neuron"][RESID]
+    together = np.concatenate([captured.arrays[step][RESID] for step in (0, 20)]).astype(np.float64)
+    np.testing.assert_allclose(found["mean_activation"], together.mean(0), rtol=1e-6, atol=1e-8)
+    runner.run_over_steps()
+    text = runner.export_results(tmp_path).read_text()
+    assert "Steps 0, 10, 20: 3 of them" in text
+    assert "of the rows of steps 0, 20 together" in text
+    with pytest.warns(FailedAnalysisWarning, match="Step 7 was not captured. Steps: 0, 10, 20"):
+        runner.run_mechint_eval(steps=[7])
 
 
 # Over steps

@@ -130,10 +130,12 @@ def test_the_same_seed_gives_the_same_autoencoder() -> None:
 def test_steps_are_those_of_adam_without_what_lies_along_the_directions(architecture: str) -> None:
     options = training.SAETraining(architecture=architecture, d_sae=9, k=2, dead_features="leave", learning_rate=0.03)
     run = training._Training(ArrayRows(ROWS[:200]), options, {})
-    x, rate = run._scaled(ROWS[:100]), 0.03
+    rate = 0.03
     weights = {name: np.array(value, np.float64) for name, value in run.weights.items()}
     moments = {name: [np.zeros_like(value), np.zeros_like(value)] for name, value in weights.items()}
     for step in (1, 2, 3):
+        # Of different sizes, so that some gradients are longer than 1.
+        x = (0, 5, 1, 8)[step] * run._scaled(ROWS[:100])
         own = {name: mx.array(value.astype(np.float32)) for name, value in weights.items()}
         alive = mx.zeros(9, mx.bool_)
         found = mx.grad(lambda w, alive=alive: run.objective(w, x, alive, mx.array(1.0))[0])(own)

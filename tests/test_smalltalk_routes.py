@@ -68,6 +68,13 @@ SENDS = {
     "c health": ["health"],
     "c hookPoints": ["hook_points"],
     "c hookPoints: 'org/other'": ["hook_points"],
+    "c interpret: 'neuron' layer: 'blocks.2.hook_resid_post'": ["interpret"],
+    "c interpret: #causal layer: nil config: (Dictionary new at: #'eval_data' put: #('Hi'); yourself)": ["interpret"],
+    "c interpretFile: 'README.md' asFileReference analysis: 'feature'": ["interpret_upload"],
+    "c interpretFile: 'README.md' asFileReference analysis: 'feature' layer: #layer1 config: "
+    "(Dictionary new at: 'n_components' put: 2; yourself)": ["interpret_upload"],
+    "c interpretInBackground: 'sae' layer: 2 config: Dictionary new": ["interpret"],
+    "c interpretLayers": ["interpret_layers"],
     "c job: 'job-1'": ["get_job"],
     "c jobs": ["list_jobs"],
     "c listModels": ["list_models"],
@@ -192,13 +199,15 @@ def operation_of(request, document):
 
 def misfit(request, operation, document):
     """What of a request is not as described, or None."""
-    body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-    if (body is None) != (request.json is None):
-        return f"{request.path}: {'no' if body is None else 'a'} body is wanted"
+    content = operation.get("requestBody", {}).get("content", {})
+    kind, sent = ("multipart/form-data", request.form) if request.form else ("application/json", request.json)
+    body = content.get(kind, {}).get("schema")
+    if (not content) != (sent is None) or (content and body is None):
+        return f"{request.path}: {' or '.join(content) or 'no'} body is wanted"
     components = {"components": document["components"]}
     if body is not None:
         try:
-            jsonschema_rs.validate(body | components, request.json)
+            jsonschema_rs.validate(body | components, sent)
         except jsonschema_rs.ValidationError as error:
             return f"{request.path}: {error.message}"
     known = {each["name"]: each["schema"] for each in operation.get("parameters", []) if each["in"] == "query"}

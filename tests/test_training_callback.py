@@ -1,6 +1,7 @@
 """Capture while mlx-lm trains: what is captured, and that training does not notice."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -289,11 +290,19 @@ def test_a_first_capture_that_fails_does(tmp_path: Path, monkeypatch: pytest.Mon
         ({"sample_layers": [5]}, UnknownHookError, "Blocks are 0 to 2, got 5."),
         ({"sample_layers": ["input_ids"]}, HookError, "cannot be captured as rows of tokens: its value is one number"),
         ({"storage_path": "{file}"}, HookError, "cannot write"),
+        ({"storage_backend": "s3", "s3_bucket": "shards"}, HookError, "s3://shards/.* credentials"),
         ({"unknown": 1}, HookError, "MechIntConfig has no field 'unknown'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_what_is_wrong_is_told_before_training(change: dict, error: type, message: str, tmp_path: Path) -> None:
+def test_what_is_wrong_is_told_before_training(
+    change: dict, error: type, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / "file").write_text("")
     change = {name: str(tmp_path / "file") if value == "{file}" else value for name, value in change.items()}
     model = make_model("llama")

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError, UnknownHookError
+from mlx_hooks.activations import to_numpy
+from mlx_hooks.coverage.models import tiny_model
 from mlx_hooks.training.layers import detected_layers, sampled_layers
 from mlx_hooks.training.trained import TrainedModel
 
@@ -93,6 +97,28 @@ def test_names_that_mean_nothing(llama: HookedModel, asked: str | int, error: ty
 def test_what_a_row_is(llama: HookedModel, name: str, axes: list[str], shape: list, dtype: str) -> None:
     layers = TrainedModel(llama, [name]).layers
     assert layers == {name: {"axes": axes, "shape": shape, "dtype": dtype, "asked": name}}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mixtral", "mamba2", "deepseek_v3", "qwen3_next", "nanbeige"])
+def test_rows_of_other_architectures(name: str) -> None:
+    """Experts, state-space layers, latent attention, layers that run twice: of these, the last time."""
+    model = tiny_model(name)
+    tokens = mx.array(np.random.default_rng(0).integers(1, 50, (2, 7)))
+    trained = TrainedModel(model, None)
+    rows = trained.forward(tokens).rows(np.array([7, 3]))
+    model.eval()
+    _, cache = trained.hooked.run_with_cache(tokens, list(trained.layers))
+    assert list(zip(rows.sequence, rows.position, strict=True)) == [(0, i) for i in range(7)] + [
+        (1, i) for i in range(3)
+    ]
+    for layer, values in rows.values.items():
+        expected = to_numpy(cache.records[layer][-1].value)[rows.sequence, rows.position]
+        assert np.array_equal(to_numpy(values), expected)
+
+
+def test_streams_of_several_are_refused() -> None:
+    with pytest.raises(HookError, match=r"its value is \[stream, batch, pos, d_model\]"):
+        TrainedModel(tiny_model("gemma3n"), None)
 
 
 def test_values_that_are_not_one_per_token() -> None:

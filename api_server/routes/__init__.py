@@ -1,6 +1,6 @@
 """One blueprint per resource."""
 
-from . import analysis, captures, chat, completions, description, health, hooks, jobs, models, tokens
+from . import analysis, captures, chat, completions, description, health, hooks, interpret, jobs, models, tokens
 
 BLUEPRINTS = (
     health.blueprint,
@@ -11,6 +11,7 @@ BLUEPRINTS = (
     hooks.blueprint,
     captures.blueprint,
     analysis.blueprint,
+    interpret.blueprint,
     jobs.blueprint,
     description.blueprint,
 )

@@ -32,6 +32,9 @@ class _Followed:
         """Whether this thread is in a call that is followed, or in one that HookedModel makes."""
         return getattr(self._inside, "call", False) or self.instrument.is_attached
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the model is followed by nobody."""
+
     def call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         def make() -> Any:
             # By the model's class as it is now: hooks that were attached meanwhile meet the call.

@@ -210,12 +210,12 @@ class ShardReader:
             HookError: it cannot be read.
         """
         name = entry["file"]
-        if name not in self._opened:
-            self._opened[name] = Shard(self._file(entry), entry)
-            if len(self._opened) > _MOST_OPEN:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(name)
-        return self._opened[name]
+        # Taken out and put back, the newest last: other threads may read too.
+        shard = self._opened.pop(name, None) or Shard(self._file(entry), entry)
+        self._opened[name] = shard
+        if len(self._opened) > _MOST_OPEN:
+            self._opened.popitem(last=False)
+        return shard
 
     def _file(self, entry: Mapping[str, Any]) -> Path:
         """Where a shard lies on this machine; it is downloaded if need be."""

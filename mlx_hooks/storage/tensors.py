@@ -4,6 +4,7 @@ Values keep their type and their bits: bfloat16 among MLX's, float64 among NumPy
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,19 +83,26 @@ class TensorFile:
             self._entries: dict[str, dict[str, Any]] = header
             self._data = 8 + length
             ends = [self._end(entry) for entry in header.values()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its header is damaged") from error
         if max(ends, default=0) + self._data != size:
             raise ValueError(f"it has {size} bytes where its header tells of {max(ends, default=0) + self._data}")
 
     def _end(self, entry: dict[str, Any]) -> int:
         start, end = entry["data_offsets"]
-        if end - start != int(np.prod(entry["shape"])) * np.dtype(_NUMPY[entry["dtype"]]).itemsize or start < 0:
+        if not all(type(number) is int and number >= 0 for number in (start, end, *entry["shape"])):
             raise ValueError(entry)
-        return end
+        # Not NumPy's product, which wraps around.
+        if end - start != math.prod(entry["shape"]) * np.dtype(_NUMPY[entry["dtype"]]).itemsize:
+            raise ValueError(entry)
+        return int(end)
 
     def __iter__(self) -> Any:
         return iter(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an array."""
+        return tuple(self._entries[name]["shape"])
 
     def nbytes(self, name: str) -> int:
         """Bytes of an array."""

@@ -42,7 +42,8 @@ class MechIntCallback(TrainingCallback):
         model: the model that will be trained; ``train`` and ``inside_lora`` know it themselves.
         first_step: the number of batches of earlier training that this one continues.
         wrapped_callback: another TrainingCallback, which is told of everything too.
-        read_batch: answers what the model reads of a batch, for losses and batches of one's own: see :class:`Batch`.
+        read_batch: answers what the model reads of a batch, for losses and batches of one's own: a
+            ``mlx_hooks.training.batches.Batch``.
 
     Attributes:
         saved_shards: the files that were written.

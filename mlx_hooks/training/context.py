@@ -114,10 +114,6 @@ class Metric:
     kind: Literal["number", "share", "count"] = "number"
 
 
-def _nothing(result: dict[str, Any]) -> "list[tuple[str, Figure]]":
-    return []
-
-
 @dataclass(frozen=True)
 class Analysis:
     """One kind of analysis.
@@ -132,6 +128,7 @@ class Analysis:
             progress function.
         metrics: the numbers of a result that are tabulated, and followed over training.
         draw: pictures of a result, as titles and matplotlib figures.
+        draws_together: whether ``draw`` is given the results of all layers at once, by layer.
     """
 
     name: str
@@ -141,7 +138,8 @@ class Analysis:
     options_class: type
     apply: Callable[[EvalContext, Any, Any, Progress | None], dict[str, Any]]
     metrics: tuple[Metric, ...]
-    draw: Callable[[dict[str, Any]], "list[tuple[str, Figure]]"] = _nothing
+    draw: Callable[[dict[str, Any]], "list[tuple[str, Figure]]"]
+    draws_together: bool = False
 
     def options(self, given: Any = None, seed: int | None = None) -> Any:
         """Its options from a mapping, an instance, or None for the defaults.

@@ -84,7 +84,7 @@ class EvalMechIntRunner:
         self.curves: Curves | None = None
         """What ``run_over_steps`` answered last."""
         self.context = EvalContext()
-        """What was analysed last."""
+        """What the results are of."""
         self._made = Path(tempfile.mkdtemp(prefix="neuroscope-"))
         weakref.finalize(self, shutil.rmtree, self._made, ignore_errors=True)
 
@@ -93,6 +93,7 @@ class EvalMechIntRunner:
         checkpoint_path: str | Path | None = None,
         hidden_shards_path: Captured = None,
         eval_data: Any = None,
+        steps: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Run every analysis of ``config.analyses_to_run``.
 
@@ -102,6 +103,7 @@ class EvalMechIntRunner:
             hidden_shards_path: the folder of shards, an opened one, or rows by layer; None for ``config.storage_path``.
             eval_data: for ``causal`` and ``circuit``, and for what ``sae`` does to the model: texts, rows of ids,
                 batches as mlx-lm's, or prompts with ``clean``, ``corrupted``, ``answer`` and ``wrong``.
+            steps: only the rows of these training steps; None takes those of all.
 
         Returns:
             ``{"config", "analyses"}``, plain JSON values. Analyses are by name, in them the results by layer. What
@@ -114,6 +116,8 @@ class EvalMechIntRunner:
             FailedAnalysisWarning: for each analysis that failed; the others go on.
         """
         context = self._context(hidden_shards_path, eval_data)
+        if steps is not None:
+            context = context.at(steps)
         if checkpoint_path is not None:
             self._load(checkpoint_path)
             context = replace(context, model=self.model)
@@ -179,7 +183,8 @@ class EvalMechIntRunner:
             FailedAnalysisWarning: for each analysis that failed at some step.
         """
         context = self._context(hidden_shards_path, eval_data)
-        self.context = context
+        if self.results is None:
+            self.context = context
         names = self._names_over_steps(analyses, context, checkpoints)
         table = CurveTable()
         with self._computing():

@@ -114,12 +114,25 @@ def _heads(result: Result) -> list[str]:
     return [*found, *([f"{left_out} sequences were left out: too short, or not whole."] if left_out else [])]
 
 
+def _probe(result: Result) -> list[str]:
+    control = result["control"]
+    if result["task"] == "numbers":
+        beside = "" if control is None else f"; shuffled labels give {control['r2']:.2f}"
+        return [f"the label is read with R² {_interval(result['r2'])} on held-out rows{beside}."]
+    beside = "" if control is None else f", shuffled labels give {control['accuracy']:.1%}"
+    return [
+        f"the label is read right on {result['accuracy']['mean']:.1%} of {result['test_rows']:,} held-out rows; the "
+        f"commonest label alone is right on {result['majority_baseline']:.1%}{beside}."
+    ]
+
+
 _SENTENCES: dict[str, Callable[[Result], list[str]]] = {
     "sae": _sae,
     "neuron": _neuron,
     "feature": _feature,
     "circuit": _circuit,
     "causal": _causal,
+    "probe": _probe,
     "heads": _heads,
 }
 

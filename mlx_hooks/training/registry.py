@@ -7,30 +7,31 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.ablation import CausalOptions, analyse_causal
+from ..analysis.ablation import CausalOptions, analyse_causal, draw_causal
 from ..analysis.captured_heads import HeadOptions, analyse_heads, draw_heads
-from ..analysis.circuit_search import CircuitOptions, analyse_circuit
-from ..analysis.eval_data import eval_data_of
+from ..analysis.circuit_search import CircuitOptions, analyse_circuit, draw_circuit
 from ..analysis.features import FeatureOptions, analyse_features, draw_features
 from ..analysis.neurons import NeuronOptions, analyse_neurons, draw_neurons
+from ..analysis.probes import ProbeOptions, analyse_probe, draw_probe
 from ..analysis.sae.analysis import SAEOptions, analyse_sae
 from ..analysis.sae.pictures import draw_sae
+from ..errors import HookError
 from .context import Analysis, EvalContext, Metric, Progress
 
 # What each is made with
 
 
 def _sae(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    if context.sae_folder is not None and chosen.save_to is None:
+    changes: dict[str, Any] = {"steering": True} if context.steer else {}
+    keeps = context.sae_folder is not None and chosen.save_to is None
+    if context.sae_folder is not None and keeps:
         changes["save_to"] = str(context.sae_folder / folder_name(rows.name))
-    if context.steer:
-        changes["steering"] = True
-    texts = None
-    if context.model is not None and context.eval_data is not None:
-        data = eval_data_of(context.model, context.eval_data, max_examples=chosen.eval_sequences)
-        texts = [list(example.tokens) for example in data.examples]
-    return analyse_sae(rows, replace(chosen, **changes), progress, context.model, context.spell, texts)
+    result = analyse_sae(rows, replace(chosen, **changes), progress, context.model, context.spell, context.eval_data)
+    if keeps:
+        # Where it lies until it is exported is nobody's business.
+        del result["saved_to"]
+        result["options"]["save_to"] = None
+    return result
 
 
 def _neuron(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
@@ -39,6 +40,12 @@ def _neuron(context: EvalContext, rows: Any, chosen: Any, progress: Progress | N
 
 def _feature(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
     return analyse_features(rows, chosen, progress, context.spell)
+
+
+def _probe(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
+    if context.labels is None:
+        raise HookError("A probe needs labels: one per row, a mapping from tokens, or a function.", field="labels")
+    return analyse_probe(rows, context.labels, chosen, progress, context.spell)
 
 
 def _heads(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
@@ -59,10 +66,6 @@ def folder_name(layer: str) -> str:
 
 
 # Numbers of a result
-
-
-def _key(key: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda result: result[key]
 
 
 def _mean_of(key: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -101,12 +104,16 @@ def _best(key: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda result: max(result[key]) if result[key] else None
 
 
-def _estimate(key: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda result: result[key]["mean"]
+def _within(*keys: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """A number inside a result, None where any part of the way to it is not there."""
 
+    def of(result: Mapping[str, Any]) -> float | None:
+        found: Any = result
+        for key in keys:
+            found = (found or {}).get(key)
+        return found
 
-def _recovered(result: Mapping[str, Any]) -> float | None:
-    return (result.get("loss_recovered") or {}).get("loss_recovered")
+    return of
 
 
 ANALYSES_BY_NAME: dict[str, Analysis] = {
@@ -122,12 +129,17 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
             SAEOptions,
             _sae,
             (
-                Metric("fvu", "variance unexplained (share)", _key("fvu"), "share"),
-                Metric("l0", "active features per token (L0)", _key("l0")),
-                Metric("final_l0", "L0 as a share of all features", _key("final_l0")),
-                Metric("dead_fraction", "features that never fire (share)", _key("dead_fraction"), "share"),
-                Metric("final_loss", "loss", _key("final_loss")),
-                Metric("loss_recovered", "loss recovered in the model (share)", _recovered, "share"),
+                Metric("fvu", "variance unexplained (share)", _within("fvu"), "share"),
+                Metric("l0", "active features per token (L0)", _within("l0")),
+                Metric("final_l0", "L0 as a share of all features", _within("final_l0")),
+                Metric("dead_fraction", "features that never fire (share)", _within("dead_fraction"), "share"),
+                Metric("final_loss", "loss", _within("final_loss")),
+                Metric(
+                    "loss_recovered",
+                    "loss recovered in the model (share)",
+                    _within("loss_recovered", "loss_recovered"),
+                    "share",
+                ),
             ),
             draw_sae,
         ),
@@ -143,8 +155,8 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
                 Metric("mean_activation", "mean activation", _mean_of("mean_activation")),
                 Metric("max_activation", "highest activation", lambda result: max(result["max_activation"])),
                 Metric("firing_rate", "firing rate, mean (share of tokens)", _mean_of("firing_rate"), "share"),
-                Metric("n_dead", "neurons that never fire", _key("n_dead"), "count"),
-                Metric("n_rare", "neurons that fire rarely", _key("n_rare"), "count"),
+                Metric("n_dead", "neurons that never fire", _within("n_dead"), "count"),
+                Metric("n_rare", "neurons that fire rarely", _within("n_rare"), "count"),
             ),
             draw_neurons,
         ),
@@ -160,8 +172,8 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
                 Metric("first_component", "first component (share of variance)", _variance_of(1), "share"),
                 Metric("first_10_components", "first 10 components (share)", _variance_of(10), "share"),
                 Metric("components_for_90", "components for 90% of the variance", _components_for(0.9), "count"),
-                Metric("n_clusters", "clusters", lambda result: (result["clusters"] or {}).get("n_clusters"), "count"),
-                Metric("silhouette", "silhouette", lambda result: (result["clusters"] or {}).get("silhouette")),
+                Metric("n_clusters", "clusters", _within("clusters", "n_clusters"), "count"),
+                Metric("silhouette", "silhouette", _within("clusters", "silhouette")),
             ),
             draw_features,
         ),
@@ -175,17 +187,18 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
             CircuitOptions,
             _circuit,
             (
-                Metric("size", "components in the circuit", _key("size"), "count"),
-                Metric("faithfulness", "faithfulness (share)", _estimate("faithfulness"), "share"),
-                Metric("completeness", "completeness (share)", _estimate("completeness"), "share"),
+                Metric("size", "components in the circuit", _within("size"), "count"),
+                Metric("faithfulness", "faithfulness (share)", _within("faithfulness", "mean"), "share"),
+                Metric("completeness", "completeness (share)", _within("completeness", "mean"), "share"),
                 Metric(
                     "random",
                     "faithfulness of random sets of this size",
-                    lambda result: result["random"]["mean"],
+                    _within("random", "mean"),
                     "share",
                 ),
-                Metric("clean", "performance of the model", lambda result: result["levels"]["clean"]["mean"]),
+                Metric("clean", "performance of the model", _within("levels", "clean", "mean")),
             ),
+            draw_circuit,
         ),
         Analysis(
             "causal",
@@ -197,10 +210,31 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
             CausalOptions,
             _causal,
             (
-                Metric("loss", "loss as it is (nats)", lambda result: result["plain"]["loss"]["mean"]),
+                Metric("loss", "loss as it is (nats)", _within("plain", "loss", "mean")),
                 Metric("loss_change", "largest change of the loss (nats)", _largest("loss_change")),
                 Metric("kl", "largest KL (nats)", _largest("kl")),
             ),
+            draw_causal,
+        ),
+        Analysis(
+            "probe",
+            "Linear probes",
+            "How well a label can be read off a row by a linear function, on sequences that were not trained on; "
+            "beside it the share of the commonest label, and probes on shuffled labels, which show what any data of "
+            "this shape would give. For labels that are numbers it is R².",
+            "rows",
+            ProbeOptions,
+            _probe,
+            (
+                Metric("accuracy", "accuracy on held-out rows (share)", _within("accuracy", "mean"), "share"),
+                Metric("balanced_accuracy", "balanced accuracy (share)", _within("balanced_accuracy"), "share"),
+                Metric("majority_baseline", "commonest label (share)", _within("majority_baseline"), "share"),
+                Metric("control", "shuffled labels (share)", _within("control", "accuracy"), "share"),
+                Metric("r2", "R²", _within("r2", "mean")),
+                Metric("control_r2", "R² of shuffled labels", _within("control", "r2")),
+            ),
+            draw_probe,
+            draws_together=True,
         ),
         Analysis(
             "heads",

@@ -28,6 +28,8 @@ SAES = "sae"
 _HEADING = "# What formed while "
 _OWN_PICTURE = re.compile(r"[\w.-]+\.png")
 _SHOWN_STEPS = 12
+ALL_LAYERS, STEPS = "all layers", "steps"
+"""In the place of a layer's name: pictures of all of them, and of all over the steps."""
 
 
 def write_results(folder: Path, results: Mapping[str, Any], curves: Curves | None, context: EvalContext) -> Path:
@@ -73,7 +75,7 @@ def write_results(folder: Path, results: Mapping[str, Any], curves: Curves | Non
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing and where it belongs: ``analysis`` "" is training, ``layer`` "" all layers over the steps."""
+    """A drawing and where it belongs: ``analysis`` "" is training, ``layer`` STEPS all layers over the steps."""
 
     analysis: str
     layer: str
@@ -96,13 +98,17 @@ def _pictures(analyses: Mapping[str, Any], curves: Curves | None) -> tuple[list[
             found.append(Picture(analysis, layer, title, f"{PICTURES}/{name}.png", pictures.png(figure, dpi=110)))
 
     for name, result in analyses.items():
-        for layer, own in _by_layer(analysis_of(name), result).items():
-            if "error" not in own:
-                keep(name, layer, analysis_of(name).draw(dict(own)))
+        analysis = analysis_of(name)
+        layers = {layer: dict(own) for layer, own in _by_layer(analysis, result).items() if "error" not in own}
+        if analysis.draws_together:
+            keep(name, ALL_LAYERS, analysis.draw(layers) if layers else [])
+            continue
+        for layer, own in layers.items():
+            keep(name, layer, analysis.draw(own))
     if curves is not None:
-        keep("", "", charts.loss_charts(curves["training"]))
+        keep("", STEPS, charts.loss_charts(curves["training"]))
         for name, layers in curves["analyses"].items():
-            keep(name, "", charts.curve_charts(analysis_of(name), curves["steps"], layers))
+            keep(name, STEPS, charts.curve_charts(analysis_of(name), curves["steps"], layers))
     return found, ""
 
 
@@ -149,18 +155,18 @@ class _Page:
         for layer, own in _by_layer(analysis_of(name), result).items():
             if "error" not in own:
                 where = "" if layer == MODEL else f" at `{layer}`"
-                yield from (f"**{analysis_of(name).title}**{where}: {line}" for line in findings(name, own)[:1])
+                yield from (f"**{analysis_of(name).title}**{where}: {_cell(line)}" for line in findings(name, own)[:1])
 
     def _failed(self) -> Iterator[str]:
         for name, result in self.results["analyses"].items():
             for layer, own in _by_layer(analysis_of(name), result).items():
                 if "error" in own:
                     where = "" if layer == MODEL else f" of `{layer}`"
-                    yield f"`{name}`{where}: {own['error']}"
+                    yield f"`{name}`{where}: {_cell(own['error'])}"
         for name, layers in (self.curves or {"analyses": {}})["analyses"].items():
             for layer, own in layers.items():
                 if "error" in own:
-                    yield f"`{name}` of `{layer}`, over the steps: {own['error']}"
+                    yield f"`{name}` of `{layer}`, over the steps: {_cell(own['error'])}"
 
     def _captured_part(self) -> Iterator[str]:
         if self.captured is None:
@@ -169,9 +175,12 @@ class _Page:
         yield from ["## What was captured", ""]
         if steps:
             yield f"Steps {_listed(steps)}: {len(steps)} of them, each the number of batches trained on until then."
+            analysed = self.captured["analysed_steps"]
+            which = "all of them" if analysed is None else f"steps {_listed(analysed)}"
+            yield f"What follows is of the rows of {which} together."
             yield ""
         yield from _table(
-            ["layer", "rows (tokens)", "a row", "numbers in a row", "type"],
+            ["layer", "rows (tokens)", "axes of a row", "numbers in a row", "type"],
             [
                 [f"`{name}`", f"{layer['rows']:,}", ", ".join(layer["axes"]), layer["width"], layer["dtype"] or ""]
                 for name, layer in self.captured["layers"].items()
@@ -184,6 +193,7 @@ class _Page:
             yield from [f"## {analysis.title}", "", analysis.about, ""]
             layers = {layer: own for layer, own in _by_layer(analysis, result).items() if "error" not in own}
             yield from self._numbers(analysis, layers)
+            yield from _shown([p for p in self.drawn if (p.analysis, p.layer) == (name, ALL_LAYERS)])
             for layer, own in layers.items():
                 yield from self._layer(analysis, layer, own)
             if not layers:
@@ -202,7 +212,7 @@ class _Page:
             )
 
     def _layer(self, analysis: Analysis, layer: str, result: Mapping[str, Any]) -> Iterator[str]:
-        said = findings(analysis.name, result)[1:]
+        said = [_cell(line) for line in findings(analysis.name, result)[1:]]
         drawn = [picture for picture in self.drawn if (picture.analysis, picture.layer) == (analysis.name, layer)]
         table = table_of(analysis.name, result)
         if not (said or drawn or table):
@@ -236,7 +246,7 @@ class _Page:
                     for key, values in own.items()
                 ],
             )
-            yield from _shown([p for p in self.drawn if (p.analysis, p.layer) == (name, "")])
+            yield from _shown([p for p in self.drawn if (p.analysis, p.layer) == (name, STEPS)])
 
     def _files(self) -> Iterator[str]:
         yield from ["## Files", "", f"- `{RESULTS}`: all numbers, with the configuration."]
@@ -303,6 +313,7 @@ def _captured(context: EvalContext) -> dict[str, Any] | None:
     return {
         "folder": None if context.reader is None else str(context.reader.folder),
         "steps": [] if context.reader is None else context.reader.steps,
+        "analysed_steps": None if context.steps is None else list(context.steps),
         "model": described.get("model"),
         "layers": layers,
     }

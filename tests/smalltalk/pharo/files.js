@@ -24,6 +24,8 @@ module.exports = function files({ globals, on, subclass, signal }) {
       return signal(FileDoesNotExistException, `File @ ${name}`);
     }
   }
+  const BinaryReadStream = subclass(globals.Object, 'ZnBufferedReadStream');
+  on(BinaryReadStream, { upToEnd() { return this.bytes; } });
   on(FileReference, {
     asFileReference() { return this; },
     basename() { return path.basename(this['@path']); },
@@ -47,6 +49,21 @@ module.exports = function files({ globals, on, subclass, signal }) {
       fs.renameSync(this['@path'], target);
       this['@path'] = target;
       return this;
+    },
+    'binaryReadStreamDo:'(block) {
+      if (!fs.existsSync(this['@path'])) signal(FileDoesNotExistException, `File @ ${this['@path']}`);
+      const stream = BinaryReadStream._new();
+      stream.bytes = Uint8Array.from(fs.readFileSync(this['@path']));
+      return block._value_(stream);
+    },
+    'binaryWriteStreamDo:'(block) {
+      const handle = open(this['@path']);
+      try {
+        fs.writeSync(handle, globals.ByteArray._streamContents_((stream) => block._value_(stream)));
+        return block;
+      } finally {
+        fs.closeSync(handle);
+      }
     },
     'writeStreamDo:'(block) {
       const handle = open(this['@path']);

@@ -1,5 +1,6 @@
 'use strict';
 // Zinc: its client, entities, Base64 and the exceptions of the network.
+const { multipart } = require('./multipart.js');
 const { serve } = require('./zinc_server.js');
 
 module.exports = function zinc({ globals, nil, on, subclass, signal }) {
@@ -38,6 +39,15 @@ module.exports = function zinc({ globals, nil, on, subclass, signal }) {
       return entity;
     },
   });
+  on(ZnEntity.klass, {
+    'bytes:'(bytes) {
+      const entity = this._new();
+      entity['@type'] = 'application/octet-stream';
+      entity['@contents'] = bytes;
+      return entity;
+    },
+  });
+  multipart({ globals, nil, on, subclass, signal });
   on(subclass(globals.Object, 'ZnResponse', ['code']), { code() { return this['@code']; } });
 
   // Of a reply that is streamed: bytes, each waited for, nil at the end.

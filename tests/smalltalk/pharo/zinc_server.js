@@ -136,7 +136,8 @@ function install({ globals, nil, on, subclass, signal }) {
     const request = globals.ZnRequest._new();
     Object.assign(request, { method, uri: urlObject(url) });
     for (const [name, value] of Object.entries(headers)) request._headers()._at_put_(name, value);
-    if (body !== undefined) request.body = entity(body, headers['content-type']);
+    if (body instanceof Uint8Array) request.body = globals.ZnMultiPartFormDataEntity.read(body, headers['content-type']);
+    else if (body !== undefined) request.body = entity(body, headers['content-type']);
     const respond = () => this.respond._value_(request);
     const reply = respond._on_do_(globals.Error, (error) => globals.ZnResponse._serverError_(printed(error)));
     const sent = { server: 'Zinc HTTP Components 1.0 (Amber)' };

@@ -1,0 +1,123 @@
+"""``/interpret`` in another Flask application: the same addresses, with a worker of their own."""
+
+import atexit
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flask import Blueprint, Response, g, request
+
+from mlx_hooks import HookedModel
+from mlx_hooks.training.config import MechIntConfig
+
+from . import logs
+from .config import ServerConfig
+from .description import JOB_ID_HEADER, REQUEST_ID_HEADER
+from .errors import describe, json_reply
+from .interpretability import UNPACKED, Interpretability
+from .models import LoadedModel
+from .routes.interpret import interpret, interpret_layers, interpret_upload
+from .routes.jobs import cancel_job, get_job, list_jobs
+from .worker import ModelWorker
+
+
+class InterpretabilityBlueprint(Blueprint):
+    """Made by :func:`interpretability_blueprint`."""
+
+    def __init__(self, name: str, parts: dict[str, Any]) -> None:
+        super().__init__(name, __name__)
+        self._parts = parts
+        self._worker: ModelWorker = parts["model_worker"]
+        self._starting = threading.Lock()
+        self._is_started = False
+        self.add_url_rule("/interpret/layers", view_func=interpret_layers, methods=["GET"])
+        self.add_url_rule("/interpret", view_func=interpret, methods=["POST"])
+        self.add_url_rule("/interpret/upload", view_func=interpret_upload, methods=["POST"])
+        self.add_url_rule("/v1/jobs", view_func=list_jobs, methods=["GET"])
+        self.add_url_rule("/v1/jobs/<job_id>", view_func=get_job, methods=["GET"])
+        self.add_url_rule("/v1/jobs/<job_id>", view_func=cancel_job, methods=["DELETE"])
+        self.before_request(self._begin)
+        self.after_request(self._account)
+        self.register_error_handler(Exception, self._render)
+
+    def close(self) -> None:
+        """Leave what still computes, and end the worker; no request is answered afterwards."""
+        self._parts["interpretability"].close()
+        self._worker.stop()
+        atexit.unregister(self.close)
+
+    def _begin(self) -> None:
+        # With the first request, so that a server that forks its processes has a worker in each.
+        with self._starting:
+            if not self._is_started:
+                self._is_started = True
+                self._worker.start()
+                atexit.register(self.close)
+        g.request_id, g.began = logs.request_id(request.headers.get(REQUEST_ID_HEADER, "")), time.perf_counter()
+        g.neuroscope_parts = {**self._parts, "job_endpoint": f"{request.blueprint}.get_job"}
+        request.max_content_length = self._parts["server_config"].max_body_bytes
+
+    @staticmethod
+    def _account(response: Response) -> Response:
+        response.headers[REQUEST_ID_HEADER] = g.request_id
+        if "job_id" in g:
+            response.headers[JOB_ID_HEADER] = g.job_id
+        return response
+
+    @staticmethod
+    def _render(error: Exception) -> Response:
+        known = describe(error, g.request_id)
+        return json_reply(known.body(g.request_id), known.status, known.headers)
+
+
+def interpretability_blueprint(
+    model: Any = None,
+    config: MechIntConfig | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    name: str = "interpretability",
+    max_upload_bytes: int = 32 * 2**20,
+) -> InterpretabilityBlueprint:
+    """The addresses under ``/interpret`` for a Flask application of one's own.
+
+        app = Flask(__name__)
+        app.register_blueprint(interpretability_blueprint(model, MechIntConfig(storage_path="mechint_cache")))
+
+    ``GET /interpret/layers``, ``POST /interpret`` and ``POST /interpret/upload`` are those of ``create_app``, errors
+    included, and so is ``/v1/jobs``, for analyses in the background. Who may ask is for the application to say.
+
+    Args:
+        model: a ``HookedModel``, or any model of mlx-lm's; None where nothing is to be run.
+        config: ``storage_path`` is the folder whose shards are analysed, ``analysis_options`` the options that hold
+            unless a request gives its own; with ``enable_feature_steering`` ``sae`` steers where it is given
+            ``eval_data``.
+        tokenizer: of a model of mlx-lm's, to read texts and to spell tokens.
+        name: what the blueprint and the model are called.
+        max_upload_bytes: the largest body of a request.
+
+    Raises:
+        HookError: a configuration that is none.
+        UnsupportedModelError: a model that cannot be hooked.
+    """
+    config = MechIntConfig.of(config)
+    worker = ModelWorker()
+    if model is not None:
+        hooked = model if isinstance(model, HookedModel) else HookedModel(model, tokenizer)
+        worker.loaded.put(LoadedModel(name, name, hooked, int(time.time())))
+    service = Interpretability(
+        worker,
+        Path(config.storage_path),
+        defaults=config.analysis_options,
+        steer=config.enable_feature_steering,
+        max_array_bytes=UNPACKED * max_upload_bytes,
+    )
+    return InterpretabilityBlueprint(
+        name,
+        {
+            "model_worker": worker,
+            "server_config": ServerConfig(max_body_bytes=max_upload_bytes),
+            "interpretability": service,
+        },
+    )
