@@ -96,7 +96,7 @@ def test_its_numbers_are_of_the_rows_that_were_held_out(told: dict[str, Any], ro
             assert top["token_id"] == parts.tokens[at] == np.ravel(TEXTS)[at]
             assert (top["sequence"], top["position"]) == divmod(int(at), 12)
             assert (top["step"], top["token"]) == (200, f"<{top['token_id']}>")
-            np.testing.assert_allclose(top["value"], own[row], rtol=1e-5)
+            np.testing.assert_allclose(top["activation"], own[row], rtol=1e-5)
     np.testing.assert_allclose(np.array(sae.log_sparsity), np.log10(rates + 1e-10), rtol=1e-5)
     assert (sae.hook_name, sae.metadata["training_architecture_details"]["max_steps"]) == (POINT, 60)
 
@@ -202,7 +202,7 @@ def test_rows_without_tokens_have_no_tokens_to_tell(rows: ArrayRows) -> None:
     assert "saved_to" not in told
     assert "loss_recovered" not in told
     top = told["features"][0]["top_tokens"][0]
-    assert set(top) == {"value", "row"}
+    assert set(top) == {"activation", "row"}
     # A single row that was held out does not vary.
     assert analyse_sae(values[:2], OPTIONS)["fvu"] is None
 

@@ -138,7 +138,7 @@ def test_steps_are_those_of_adam_without_what_lies_along_the_directions(architec
         x = (0, 5, 1, 8)[step] * run._scaled(ROWS[:100])
         own = {name: mx.array(value.astype(np.float32)) for name, value in weights.items()}
         alive = mx.zeros(9, mx.bool_)
-        found = mx.grad(lambda w, alive=alive: run.objective(w, x, alive, mx.array(1.0))[0])(own)
+        found = mx.grad(lambda w, x=x, alive=alive: run.objective(w, x, alive, mx.array(1.0))[0])(own)
         gradients = {name: np.array(value, np.float64) for name, value in found.items()}
         directions = weights["W_dec"]
         gradients["W_dec"] -= (gradients["W_dec"] * directions).sum(axis=1, keepdims=True) * directions
