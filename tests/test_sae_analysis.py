@@ -117,7 +117,7 @@ def test_the_loss_that_survives_is_recomputed(told: dict[str, Any], llama: Hooke
     found = told["loss_recovered"]
     for name, loss in losses.items():
         np.testing.assert_allclose(found[name], loss, rtol=1e-5)
-    assert found["n_tokens"] == 5 * 11
+    assert found["n_targets"] == 5 * 11
     harm = losses["loss_zero_ablated"] - losses["loss"]
     if harm > 0:
         expected = (losses["loss_zero_ablated"] - losses["loss_with_sae"]) / harm
