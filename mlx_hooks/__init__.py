@@ -35,8 +35,10 @@ from .errors import (
     UnknownHookError,
     UnknownVectorError,
     UnreadableRunWarning,
+    UnreadableShardWarning,
     UnsupportedModelError,
     UntrustedHookWarning,
+    UploadWarning,
 )
 from .extraction import ExtractionConfig
 from .generation import GenerationResult, GenerationStep
@@ -118,8 +120,10 @@ __all__ = [
     "UnknownHookError",
     "UnknownVectorError",
     "UnreadableRunWarning",
+    "UnreadableShardWarning",
     "UnsupportedModelError",
     "UntrustedHookWarning",
+    "UploadWarning",
     "attribution_points",
     "capture_all_layers",
     "capture_single_layer",

@@ -150,6 +150,18 @@ def test_layers_that_run_twice_mixers_and_tokens_that_cannot_be(name: str) -> No
         assert got["kl"]["mean"] > 0
 
 
+def test_only_what_is_asked_for_counts(llama: HookedModel) -> None:
+    # A batch of training: of the first row all is learned, of the second what follows its prompt.
+    batch = mx.array(ROWS[:2]), mx.array([[0, 7], [4, 7]])
+    found = analyse_causal(llama, [batch], {"ablations": ["zero"], "components": ["mlp_out"]})
+    losses = []
+    for row, first in zip(ROWS[:2], (1, 4), strict=True):
+        logits = reference.forward(llama.model, [row])["hook_logits"][0]
+        losses.append(-log_softmax(logits)[np.arange(first - 1, 6), row[first:]].mean())
+    np.testing.assert_allclose(found["plain"]["loss"]["mean"], np.mean(losses), rtol=1e-4)
+    assert found["eval_data"]["targets"] == 6 + 3
+
+
 def test_lengths_and_batches_change_nothing(llama: HookedModel) -> None:
     rows = [ROWS[0], ROWS[1][:4], ROWS[2], ROWS[1]]
     one_by_one, together = (
@@ -208,7 +220,7 @@ def test_the_pictures_are_drawn(llama: HookedModel) -> None:
     prompts = [{"clean": row, "corrupted": [*row[:3], 1, *row[4:]], "answer": 3, "wrong": 4} for row in ROWS]
     for data, parts in ((ROWS, ["heads", "blocks"]), (prompts, None), (ROWS[:1], None)):
         drawn = draw_causal(analyse_causal(llama, data, {"components": parts, "resamples": 100}))
-        assert [title for title, _ in drawn] == ["causal", "causal_strongest"]
+        assert [title for title, _ in drawn] == ["One component at a time", "The strongest effects"]
         assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 

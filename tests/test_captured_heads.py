@@ -112,6 +112,8 @@ def test_what_is_not_whole_is_counted_and_left_out(patterns: list[list[np.ndarra
 def test_what_is_no_pattern_is_refused(patterns: list[list[np.ndarray]]) -> None:
     with pytest.raises(HookError, match="rows of blocks.*hook_pattern with the axes head and key; x has d_model"):
         analyse_heads(ArrayRows(np.ones((3, 4)), "x", ["d_model"]))
+    with pytest.raises(HookError, match="go from 0 to 3: shares of attention are 0 to 1"):
+        analyse_heads(rows_of([3 * pattern for pattern in patterns[0]], [5] * 4))
     with pytest.raises(HookError, match="came without tokens and positions"):
         analyse_heads(rows_of(patterns[0], [5] * 4, position=None))
 
@@ -133,7 +135,7 @@ def test_entropies_and_first_tokens_of_known_patterns() -> None:
 
 
 def test_the_pictures_are_drawn(patterns: list[list[np.ndarray]]) -> None:
-    assert [title for title, _ in draw_heads(analyse_heads(rows_of(patterns[1], [5] * 4)))] == ["heads"]
+    assert [title for title, _ in draw_heads(analyse_heads(rows_of(patterns[1], [5] * 4)))] == ["Scores of the heads"]
     drawn = draw_heads(analyse_heads(rows_of(patterns[1], [0, 100, 200, 300])))
-    assert [title for title, _ in drawn] == ["heads", "heads_by_step"]
+    assert [title for title, _ in drawn] == ["Scores of the heads", "Scores step by step"]
     assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)

@@ -10,7 +10,7 @@ from known_models import KnownInduction
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.ablation import Bench
-from mlx_hooks.analysis.circuit_search import Search, analyse_circuit, draw_circuit
+from mlx_hooks.analysis.circuit_search import Search, analyse_circuit, draw_circuit, smallest
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.eval_data import eval_data_of
 from mlx_hooks.analysis.pictures import png
@@ -119,6 +119,35 @@ def test_no_component_of_a_circuit_can_be_left_out(tiny: HookedModel) -> None:
     assert abs(strict["faithfulness"]["mean"] - 1) <= 0.01 + 1e-6
 
 
+def test_a_difference_that_may_be_none_has_no_shares(llama: HookedModel) -> None:
+    # Three ask for one answer and two for the other: whether the model is right on average, chance decides.
+    prompt = {"clean": [1, 2, 3, 4], "corrupted": [1, 5, 3, 4]}
+    prompts = [prompt | {"answer": 6 + (i > 2), "wrong": 6 + (i < 3)} for i in range(5)]
+    found = analyse_circuit(llama, prompts, {"components": ["mlp_out"]})
+    assert found["faithfulness"]["low"] is None
+    assert any("may be no better" in note for note in found["notes"])
+
+
+class Table:
+    """A search whose metrics stand in a table; what is not in it is 0."""
+
+    def __init__(self, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+    def of(self, circuit: list[str]) -> np.ndarray:
+        return np.array([self.metrics.get("".join(sorted(circuit)), 0.0)])
+
+
+def test_what_could_not_go_at_first_may_go_later() -> None:
+    # b cannot go while c is there.
+    table: Any = Table({"abc": 1.0, "ab": 1.0, "ac": 0.5, "a": 1.0, "b": 0.5, "bc": 0.5})
+    assert smallest(table, {"a": 3.0, "b": 1.0, "c": 2.0}, 0.9) == ["a"]
+    # Too much is not faithful either.
+    table = Table({"ab": 1.0, "a": 1.3, "b": 0.2})
+    assert smallest(table, {"a": 1.0, "b": 1.0}, 0.9) == ["a", "b"]
+    assert smallest(table, {"a": 1.0, "b": 1.0}, 0.6) == ["a"]
+
+
 def test_one_prompt_has_no_interval(model: HookedModel) -> None:
     found = analyse_circuit(model, [pair(0)], {"random_sets": 0})
     assert found["circuit"] == CIRCUIT
@@ -143,7 +172,7 @@ def test_what_has_no_circuit_is_refused(model: HookedModel) -> None:
 def test_the_pictures_are_drawn(model: HookedModel) -> None:
     for data, options in (([pair(0), pair(1)], {}), ([said_twice(0)], {"random_sets": 0})):
         drawn = draw_circuit(analyse_circuit(model, data, options))
-        assert [title for title, _ in drawn] == ["circuit", "circuit_faithfulness"]
+        assert [title for title, _ in drawn] == ["The circuit among all components", "Faithfulness"]
         assert all(png(figure).startswith(b"\x89PNG") for _, figure in drawn)
 
 

@@ -128,6 +128,6 @@ def test_what_cannot_be_analysed_is_refused(rows: ArrayRows, options: dict[str, 
 def test_the_picture_is_drawn(options: dict[str, Any]) -> None:
     seen: list[tuple[int, int]] = []
     ((title, figure),) = draw_features(analyse_features(ROWS, options, lambda *done: seen.append(done)))
-    assert title == "features"
+    assert title == "Components and clusters"
     assert png(figure).startswith(b"\x89PNG")
     assert seen[-1] == (3, 3)

@@ -58,9 +58,18 @@ def test_top_tokens_are_the_rows_with_the_highest_activations(size: int) -> None
         assert [row["row"] for row in told["tokens"]] == order.tolist()
         for row, at in zip(told["tokens"], order, strict=True):
             assert row == {
-                "value": float(VALUES[at, neuron]), "row": at, "token_id": at % 50, "token": f"<{at % 50}>",
+                "activation": float(VALUES[at, neuron]), "row": at, "token_id": at % 50, "token": f"<{at % 50}>",
                 "sequence": at // 10, "position": at % 10, "step": 7,
             }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [7, 64, 5000])
+def test_of_equal_activations_the_earlier_rows_are_told(size: int) -> None:
+    values = np.zeros((300, 2), np.float32)
+    values[:, 1] = np.random.default_rng(0).integers(0, 3, size=300)
+    found = analyse_neurons(ArrayRows(values), {"part_size": size, "top_tokens": 40})["top_tokens"]
+    assert [row["row"] for row in found[0]["tokens"]] == list(range(40))
+    assert [row["row"] for row in found[1]["tokens"]] == np.flatnonzero(values[:, 1] == 2)[:40].tolist()
 
 
 def test_only_the_strongest_neurons_tell_their_tokens() -> None:
@@ -77,7 +86,7 @@ def test_the_first_positions_can_be_left_out() -> None:
     np.testing.assert_allclose(found["mean_activation"], kept.mean(axis=0), rtol=1e-9)
     assert all(row["position"] > 0 for told in found["top_tokens"] for row in told["tokens"])
     at = found["top_tokens"][1]["tokens"][0]
-    assert VALUES[at["row"], 1] == np.float32(at["value"]) == kept[:, 1].max()
+    assert VALUES[at["row"], 1] == np.float32(at["activation"]) == kept[:, 1].max()
     with pytest.raises(HookError, match="No row is behind the first 10 positions"):
         analyse_neurons(ROWS, {"skip_positions": 10})
     with pytest.raises(HookError, match="skip_positions needs the rows' positions"):
@@ -93,7 +102,7 @@ def test_a_threshold_moves_what_counts_as_firing() -> None:
 def test_dimensions_of_a_stream_are_called_what_they_are() -> None:
     found = analyse_neurons(ArrayRows(VALUES, "blocks.0.hook_resid_post", ["d_model"]))
     assert "no neurons" in found["notes"][0]
-    assert found["top_tokens"][0]["tokens"][0].keys() == {"value", "row"}
+    assert found["top_tokens"][0]["tokens"][0].keys() == {"activation", "row"}
     heads = ArrayRows(VALUES.reshape(1000, 2, 3), "blocks.0.attn.hook_z", ["head", "d_head"])
     found = analyse_neurons(heads)
     assert (found["shape"], found["axes"], len(found["std"])) == ([2, 3], ["head", "d_head"], 6)
@@ -121,7 +130,7 @@ def test_what_cannot_be_analysed_is_refused(rows: ArrayRows, options: dict[str, 
 
 def test_the_picture_is_drawn() -> None:
     (title, figure), *others = draw_neurons(analyse_neurons(ROWS))
-    assert (title, others) == ("neurons", [])
+    assert (title, others) == ("Firing rates and activations", [])
     assert png(figure).startswith(b"\x89PNG")
     # All neurons alike.
     draw_neurons(analyse_neurons(ArrayRows(np.zeros((3, 2)))))

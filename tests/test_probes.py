@@ -245,5 +245,5 @@ def test_the_picture_is_drawn() -> None:
     found = analyse_probe(rows, labels)
     for result in (found, {"a": found, "b": found}, analyse_probe(rows, labels + 0.5)):
         ((title, figure),) = draw_probe(result)
-        assert title == "probe"
+        assert title == "How well the label is read"
         assert png(figure).startswith(b"\x89PNG")

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from s3_server import BUCKET, S3Server, s3_server
 from shard_making import LAYER, LAYERS, columns, killer, values, write_step
+from tiny_models import make_model
 
-from mlx_hooks import HookError, MechIntConfig
-from mlx_hooks.errors import UploadWarning
+from mlx_hooks import HookedModel, HookError, MechIntConfig, MechIntHooks, UploadWarning
 from mlx_hooks.storage import remote
 from mlx_hooks.storage.remote import Backlog, RemoteFolder, cache_folder
 from mlx_hooks.storage.shards import ShardReader, ShardWriter, fetch
@@ -384,6 +385,18 @@ def test_what_could_not_be_uploaded_at_all_is_uploaded_when_capturing_goes_on(s3
     assert s3_only.remote.names() == [SHARDS[0], "manifest.json"]
 
 
+def test_what_is_there_is_not_sent_again_when_its_manifest_fails(s3_only: Captured, s3: S3Server) -> None:
+    with s3_only.open() as writer:
+        s3.fails = lambda method, path: method == "PUT" and path.endswith("manifest.json")
+        write_step(writer, 0)
+        assert writer._backlog is not None
+        assert writer._backlog.wait(20)
+        assert s3_only.local == [SHARDS[0], "manifest.json"]  # nobody could find it there
+        s3.fails = lambda method, path: False
+    assert s3_only.local == ["manifest.json"]
+    assert [path.endswith(SHARDS[0]) for method, path in s3.requests if method == "PUT"].count(True) == 1
+
+
 def test_writing_does_not_wait_for_uploads(both: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
     send = both.remote._client.upload_file
@@ -414,6 +427,23 @@ def test_closing_does_not_wait_for_ever(both: Captured, monkeypatch: pytest.Monk
     assert both.there["shards"] == []
     both.open().close()
     assert both.there["total_shards"] == 1
+
+
+def test_who_interrupts_closing_can_go_on(both: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = both.open()
+    write_step(writer, 0)
+    assert writer._backlog is not None
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer._backlog, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    both.open().close()
+    assert both.there["total_shards"] == 1
+    monkeypatch.undo()
+    writer._backlog.close(10)
 
 
 def test_reports_are_uploaded_at_the_end(both: Captured) -> None:
@@ -485,6 +515,14 @@ def test_numbering_goes_on_after_what_is_there_alone(s3_only: Captured) -> None:
         write_step(writer, 1)
     assert s3_only.remote.names() == [*SHARDS[:2], "manifest.json"]
     assert [entry["session"] for entry in s3_only.there["shards"]] == [0, 1]
+
+
+def test_a_file_that_is_said_to_be_gone_goes_when_capturing_goes_on(s3_only: Captured) -> None:
+    with s3_only.open() as writer:
+        path = write_step(writer, 0)[0]
+    s3_only.remote.get(path.name, path)  # as if its writer had been killed before it removed the file
+    ShardWriter(s3_only.folder, layers=LAYERS).close()
+    assert s3_only.local == ["manifest.json"]
 
 
 @pytest.mark.parametrize("keep_local", [False, True])
@@ -637,3 +675,19 @@ def test_nothing_of_the_credentials_is_written(both: Captured) -> None:
         content = path.read_bytes()
         assert b"a-secret" not in content
         assert b"an-id" not in content
+
+
+def test_what_a_training_captures_arrives(s3: S3Server, tmp_path: Path) -> None:
+    model = make_model("llama")
+    hooks = MechIntHooks(config(tmp_path, sample_layers=[1], save_hidden_every_n_steps=2, verbose=False))
+    hooks.register_hooks(model)
+    batch = mx.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    for step in range(3):
+        hooks.on_training_step(batch=batch, global_step=step)
+    hooks.on_train_end(None, model)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["manifest.json"]
+    reader = ShardReader(f"s3://{BUCKET}/x")
+    assert reader.steps == [0, 2]
+    _, cache = HookedModel(model).run_with_cache(batch, "blocks.1.hook_resid_post")
+    expected = cache.numpy("blocks.1.hook_resid_post").reshape(8, -1)
+    np.testing.assert_array_equal(reader.rows(1, steps=[2]).sample(8).values, expected)

@@ -92,10 +92,11 @@ def test_its_numbers_are_of_the_rows_that_were_held_out(told: dict[str, Any], ro
         best = np.argsort(-own, kind="stable")[:3]
         for row, top in zip(best, entry["top_tokens"], strict=False):
             at = held[row]
-            assert top["token"] == parts.tokens[at] == np.ravel(TEXTS)[at]
+            assert top["row"] == at
+            assert top["token_id"] == parts.tokens[at] == np.ravel(TEXTS)[at]
             assert (top["sequence"], top["position"]) == divmod(int(at), 12)
-            assert (top["step"], top["text"]) == (200, f"<{top['token']}>")
-            np.testing.assert_allclose(top["activation"], own[row], rtol=1e-5)
+            assert (top["step"], top["token"]) == (200, f"<{top['token_id']}>")
+            np.testing.assert_allclose(top["value"], own[row], rtol=1e-5)
     np.testing.assert_allclose(np.array(sae.log_sparsity), np.log10(rates + 1e-10), rtol=1e-5)
     assert (sae.hook_name, sae.metadata["training_architecture_details"]["max_steps"]) == (POINT, 60)
 
@@ -149,10 +150,10 @@ def test_what_steering_does_is_recomputed(told: dict[str, Any], llama: HookedMod
         steered = steered.reshape(-1, 60)
         np.testing.assert_allclose(entry["kl"], (np.exp(plain) * (plain - steered)).sum(axis=1).mean(), rtol=1e-3)
         change = (steered - plain).mean(axis=0)
-        assert [one["token"] for one in entry["promoted"]] == np.argsort(-change)[:5].tolist()
-        assert [one["token"] for one in entry["suppressed"]] == np.argsort(change)[:5].tolist()
+        assert [one["token_id"] for one in entry["promoted"]] == np.argsort(-change)[:5].tolist()
+        assert [one["token_id"] for one in entry["suppressed"]] == np.argsort(change)[:5].tolist()
         np.testing.assert_allclose([one["change"] for one in entry["promoted"]], -np.sort(-change)[:5], atol=1e-4)
-        assert entry["promoted"][0]["text"] == f"<{entry['promoted'][0]['token']}>"
+        assert entry["promoted"][0]["token"] == f"<{entry['promoted'][0]['token_id']}>"
         ablated = llama.run_with_hooks(
             TEXTS[:5],
             [(POINT, lambda x, _, i=entry["feature"]: x - sae.encode(x)[..., i : i + 1] * sae.W_dec[i])],
@@ -173,7 +174,7 @@ def test_a_direction_that_the_model_reads_out_promotes_its_token(tiny: HookedMod
     )
     data = eval_data_of(tiny, [[5, 9, 30, 12, 40], [7, 8, 9]])
     found = steering_effects(tiny, sae, data, {0: 50.0, 2: 50.0}, top=1)
-    assert [entry["promoted"][0]["token"] for entry in found] == [100, 102]
+    assert [entry["promoted"][0]["token_id"] for entry in found] == [100, 102]
     assert all(entry["kl"] > entry["kl_random"] > 0 for entry in found)
 
 
@@ -184,8 +185,9 @@ def test_measuring_in_parts_changes_nothing(rows: ArrayRows, monkeypatch: pytest
     whole = measure_sae(sae, rows, top=4)
     monkeypatch.setattr(measures, "_PART", 7)
     parts = measure_sae(sae, rows, top=4)
-    for name in ("fvu", "l0", "l1", "squared_error", "firing_rate", "mean_activation", "top_rows", "top_values"):
+    for name in ("fvu", "l0", "l1", "squared_error", "firing_rate", "mean_activation"):
         np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-5)
+    np.testing.assert_array_equal(parts.top.rows, whole.top.rows)
 
 
 def test_rows_without_tokens_have_no_tokens_to_tell(rows: ArrayRows) -> None:
@@ -196,7 +198,7 @@ def test_rows_without_tokens_have_no_tokens_to_tell(rows: ArrayRows) -> None:
     assert "saved_to" not in told
     assert "loss_recovered" not in told
     top = told["features"][0]["top_tokens"][0]
-    assert (top["token"], top["text"], top["position"]) == (None, None, None)
+    assert set(top) == {"value", "row"}
     # A single row that was held out does not vary.
     assert analyse_sae(values[:2], OPTIONS)["fvu"] is None
 

@@ -16,8 +16,7 @@ import shard_making
 from safetensors.numpy import load_file
 from shard_making import LAYER, LAYERS, child_environment, killer, values, write_step
 
-from mlx_hooks import HookError, MechIntConfig
-from mlx_hooks.errors import UnreadableShardWarning
+from mlx_hooks import HookError, MechIntConfig, UnreadableShardWarning
 from mlx_hooks.storage import manifest as manifests
 from mlx_hooks.storage import shards
 from mlx_hooks.storage.shards import ShardReader, ShardWriter, record_analysis

@@ -314,7 +314,7 @@ def draw_causal(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
         order = sorted(effects, key=lambda name: -abs(effects[name]["mean"] or 0))[:_STRONGEST]
         estimates(axes, {name: effects[name] for name in order}, label)
         axes.set_title(f"{ablation}, {result['confidence']:.0%} intervals", fontsize=9)
-    return [("causal", made), ("causal_strongest", strongest)]
+    return [("One component at a time", made), ("The strongest effects", strongest)]
 
 
 def _called(measure: str) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SCORES = ("previous_token", "induction", "first_token", "entropy")
 _AXES = ("head", "key")
 _BYTES_AT_ONCE = 2**26
+_ROUNDING = 1e-2
+"""By how much a share may exceed 1 in half precision."""
 _SHORTEST = 3
 """Positions that a sequence needs for every score."""
 
@@ -130,7 +132,13 @@ def _sequences(rows: Rows, progress: Progress) -> Iterator[RowPart]:
         labels = [part.session, part.rank, part.step, part.sequence]
         if part.tokens is None or part.position is None or any(label is None for label in labels):
             raise HookError(f"{rows.name} came without tokens and positions: its sequences cannot be put together.")
-        finite(part, rows)
+        values = finite(part, rows)
+        if values.min() < 0 or values.max() > 1 + _ROUNDING:
+            raise HookError(
+                f"The rows of {rows.name} go from {values.min():.3g} to {values.max():.3g}: shares of attention are 0 "
+                "to 1, as blocks.*.attn.hook_pattern has them.",
+                field="layer",
+            )
         keys = np.stack([np.asarray(label) for label in labels], axis=1)
         for start, stop in _runs(keys):
             key = tuple(map(int, keys[start]))
@@ -171,7 +179,7 @@ def draw_heads(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
     width = max(5.0, 2.5 + 0.5 * len(names))
     made, (axes,) = figure(f"Heads of {result['layer']}, step {result['step']}", width=width, height=3.0)
     heat_map(axes, values, [name.replace("_", " ") for name in SCORES], names, "score", limits=(0.0, 1.0))
-    drawn = [("heads", made)]
+    drawn = [("Scores of the heads", made)]
     if len(result["by_step"]) > 1:
         made, both = figure(f"Heads of {result['layer']} during training", 2)
         for axes, name in zip(both, ("previous_token", "induction"), strict=True):
@@ -185,5 +193,5 @@ def draw_heads(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
             axes.set_ylabel(f"{name.replace('_', '-')} score", fontsize=9)
         if len(names) <= len(COLOURS):
             both[1].legend(fontsize=7, frameon=False)
-        drawn.append(("heads_by_step", made))
+        drawn.append(("Scores step by step", made))
     return drawn

@@ -234,9 +234,14 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
         name: max(abs(each.mean or 0) for each in (recovery, damage) if each is not None)
         for name, recovery, damage in zip(names, recoveries, damages, strict=True)
     }
-    circuit = _smallest(search, importance, chosen.faithfulness)
+    circuit = smallest(search, importance, chosen.faithfulness)
     rest = [name for name in names if name not in circuit]
     own, complement = faithfulness([circuit, rest])
+    if own.low is None and own.n > 1:
+        notes.append(
+            "By these examples the model may be no better than one with all components ablated: shares of that "
+            "difference have no intervals. Give more examples, or such as the model can do."
+        )
     drawn = _random_sets(names, circuit, chosen.random_sets, chosen.seed)
     compared = [estimate.mean for estimate in faithfulness(drawn)]
     levels = {"clean": whole, "corrupted": corrupted, "ablated": nothing}
@@ -296,7 +301,7 @@ def _notes(search: Search, whole: np.ndarray, nothing: np.ndarray) -> list[str]:
     return notes
 
 
-def _smallest(search: Search, importance: dict[str, float], asked: float) -> list[str]:
+def smallest(search: Search, importance: dict[str, float], asked: float) -> list[str]:
     """The components that are left when no single one can go, in forward order."""
     names = list(importance)
     whole, nothing = search.of(names).mean(), search.of([]).mean()
@@ -343,7 +348,7 @@ def draw_circuit(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
     made, all_axes = figure(f"Circuit of {sum(inside)} components (framed)", len(shown), **map_size(components))
     for axes, (name, label) in zip(all_axes, shown.items(), strict=True):
         component_map(axes, components, [component[name]["mean"] for component in components], label, inside)
-    drawn = [("circuit", made)]
+    drawn = [("The circuit among all components", made)]
     judged, (axes,) = figure("How faithful the circuit is", height=2.6)
     named = {"the circuit": result["faithfulness"], "all but the circuit": result["complement"]}
     estimates(axes, named, "faithfulness, 1 is the whole model")
@@ -353,4 +358,4 @@ def draw_circuit(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
         axes.set_yticks(range(len(named) + 1), [*named, "random, as many"], fontsize=8)
         axes.set_ylim(len(named) + 0.5, -0.5)
     axes.axvline(1, color=FAINT, linewidth=0.8, linestyle="--")
-    return [*drawn, ("circuit_faithfulness", judged)]
+    return [*drawn, ("Faithfulness", judged)]

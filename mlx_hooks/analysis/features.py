@@ -332,4 +332,4 @@ def draw_features(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
             right.legend(fontsize=7, frameon=False, markerscale=2)
     right.set_xlabel("component 1", fontsize=9)
     right.set_ylabel("component 2", fontsize=9)
-    return [("features", made)]
+    return [("Components and clusters", made)]

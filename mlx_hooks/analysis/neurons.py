@@ -153,4 +153,4 @@ def draw_neurons(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
     left.set_title(f"{result['n_dead']} of {len(rate)} never fire, {result['n_rare']} rarely", fontsize=9)
     numbers = {"mean": np.array(result["mean_activation"]), "largest": np.array(result["max_activation"])}
     histogram(right, numbers, "activation", rare=True)
-    return [("neurons", made)]
+    return [("Firing rates and activations", made)]

@@ -483,4 +483,4 @@ def draw_probe(result: Mapping[str, Any]) -> list[tuple[str, "Figure"]]:
     axes.set_xlim(-0.5, len(results) - 0.5)
     axes.set_ylabel("accuracy" if name == "accuracy" else "R²", fontsize=9)
     axes.legend(fontsize=8, frameon=False)
-    return [("probe", made)]
+    return [("How well the label is read", made)]

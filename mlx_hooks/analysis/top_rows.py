@@ -31,8 +31,7 @@ class TopRows:
 
     def add(self, values: np.ndarray, numbers: np.ndarray) -> None:
         """Meet values [row, column], at least one row, of the rows with these numbers [row]."""
-        kept = min(self.count, len(values))
-        at = np.argpartition(-values, kept - 1, axis=0)[:kept]
+        at = _largest(values, min(self.count, len(values)))
         found, rows = np.take_along_axis(values, at, axis=0), numbers[at]
         if len(self.values):
             found, rows = np.concatenate([self.values, found]), np.concatenate([self.rows, rows])
@@ -40,18 +39,26 @@ class TopRows:
         self.values, self.rows = (np.take_along_axis(each, order, axis=0) for each in (found, rows))
 
     def told(self, rows: Rows, spell: Spell, columns: Iterable[int] | None = None) -> list[list[dict[str, Any]]]:
-        """What is kept of each column as plain JSON values: ``value``, ``row``, and what is known of it."""
+        """What is kept of each column as plain JSON values: ``activation``, ``row``, and what is known of it."""
         chosen = range(self.rows.shape[1]) if columns is None else [int(column) for column in columns]
         due = np.unique(self.rows[:, list(chosen)])
         part = rows.take(due)
         places = {int(row): i for i, row in enumerate(due)}
         return [
             [
-                {"value": float(value), **told_row(part, places[int(row)], int(row), spell)}
+                {"activation": float(value), **told_row(part, places[int(row)], int(row), spell)}
                 for value, row in zip(self.values[:, column], self.rows[:, column], strict=True)
             ]
             for column in chosen
         ]
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest values of each column are, [count, column], by row; of equal values the earlier ones."""
+    least = np.partition(values, len(values) - count, axis=0)[len(values) - count]
+    above, equal = values > least, values == least
+    kept = above | (equal & (np.cumsum(equal, axis=0) <= count - above.sum(axis=0)))
+    return np.nonzero(kept.T)[1].reshape(values.shape[1], count).T
 
 
 def told_row(part: RowPart, at: int, row: int, spell: Spell) -> dict[str, Any]:

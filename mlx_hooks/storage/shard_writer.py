@@ -180,13 +180,16 @@ class ShardWriter:
                 self._manifest.data["sessions"][-1]["ended"] = now()
                 self._manifest.save(self.folder)
         finally:
-            if self._backlog is not None:
-                self._backlog.retry()
-                self._backlog.add(MANIFEST)
-                left = self._backlog.close(self._upload_seconds)
-            with self._manifest.lock:
-                self._is_closed = True
-            self._hold.release()
+            try:
+                if self._backlog is not None:
+                    self._backlog.retry()
+                    self._backlog.add(MANIFEST)
+                    left = self._backlog.close(self._upload_seconds)
+            finally:
+                # Whoever has no patience for uploads can open the folder again all the same.
+                with self._manifest.lock:
+                    self._is_closed = True
+                self._hold.release()
         if left:
             self._warn(left, "when capturing to this folder goes on")
 

@@ -12,6 +12,7 @@ from ...model import HookedModel
 from ...options import options, options_of
 from ...storage.rows import Rows
 from ..eval_data import eval_data_of
+from ..top_rows import check_vectors
 from .effects import Spell, loss_recovered, steering_effects
 from .measures import Measures, measure_sae
 from .training import ChosenRows, Progress, SAETraining, TrainedSAE, Whole, as_rows, train_sae
@@ -79,6 +80,7 @@ def analyse_sae(
         HookError: as :func:`train_sae`, and as the two above.
     """
     asked, rows = options_of(SAEOptions, options), as_rows(rows)
+    check_vectors(rows)
     trained = train_sae(
         rows, asked, progress=progress, metadata={} if model is None else {"model_name": model.model_name}
     )
@@ -87,15 +89,18 @@ def analyse_sae(
     sae = trained.sae.with_log_sparsity(measured.firing_rate)
     strongest = [int(i) for i in np.argsort(-measured.mean_activation, kind="stable") if not measured.dead[i]]
     result = _told(rows, trained, measured)
+    shown = strongest[: asked.top_features]
+    tops = measured.top.told(unseen, spell, shown) if asked.top_tokens and shown else [[] for _ in shown]
     result["features"] = [
         {
             "feature": i,
             "firing_rate": float(measured.firing_rate[i]),
             "mean_activation": float(measured.mean_activation[i]),
             "max_activation": float(measured.max_activation[i]),
-            "top_tokens": _top_tokens(unseen, measured, i, spell),
+            # A row of the layer, not of those that were held out; where it does not fire it is no top row.
+            "top_tokens": [one | {"row": int(trained.held_out[one["row"]])} for one in top if one["value"] > 0],
         }
-        for i in strongest[: asked.top_features]
+        for i, top in zip(shown, tops, strict=True)
     ]
     if asked.save_to is not None:
         result["saved_to"] = sae.save(asked.save_to).as_posix()
@@ -137,27 +142,3 @@ def _told(rows: Rows, trained: TrainedSAE, measured: Measures) -> dict[str, Any]
         "dead_fraction": float(measured.dead.mean()),
         "firing_rates": measured.firing_rate.tolist(),
     }
-
-
-def _top_tokens(rows: Rows, measured: Measures, feature: int, spell: Spell | None) -> list[dict[str, Any]]:
-    """What the model read at the rows on which a latent fires most, the most first."""
-    found = measured.top_rows[feature]
-    found = found[found >= 0]
-    if not len(found):
-        return []
-    # Rows are read in stored order.
-    part = rows.take(np.sort(found))
-    place = {int(row): i for i, row in enumerate(np.sort(found))}
-    told = []
-    for row, value in zip(found, measured.top_values[feature], strict=False):
-        entry: dict[str, Any] = {"activation": float(value)}
-        for name, label in (
-            ("token", part.tokens),
-            ("position", part.position),
-            ("step", part.step),
-            ("sequence", part.sequence),
-        ):
-            entry[name] = None if label is None else int(label[place[int(row)]])
-        entry["text"] = None if spell is None or entry["token"] is None else spell(entry["token"])
-        told.append(entry)
-    return told

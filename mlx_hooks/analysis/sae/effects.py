@@ -175,5 +175,6 @@ def _zeros(value: mx.array, point: HookPoint) -> mx.array:
 
 def _tokens(change: np.ndarray, chosen: np.ndarray, spell: Spell | None) -> list[dict[str, Any]]:
     return [
-        {"token": int(i), "text": None if spell is None else spell(int(i)), "change": float(change[i])} for i in chosen
+        {"token_id": int(i), "token": None if spell is None else spell(int(i)), "change": float(change[i])}
+        for i in chosen
     ]

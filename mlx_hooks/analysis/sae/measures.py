@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...storage.rows import Rows
+from ..top_rows import TopRows
 from .autoencoder import SparseAutoencoder
 
 _PART = 1024
@@ -27,9 +28,7 @@ class Measures:
         firing_rate: [d_sae], the fraction of rows on which a latent fires.
         mean_activation: [d_sae], over all rows.
         max_activation: [d_sae].
-        top_rows: [d_sae, n], indices of the rows on which a latent fires most, the most first; -1 where it fires on
-            fewer.
-        top_values: [d_sae, n], its activations there.
+        top: the rows on which each latent fires most; there is 0 among the values of one that fires on fewer.
     """
 
     n_rows: int
@@ -40,8 +39,7 @@ class Measures:
     firing_rate: np.ndarray
     mean_activation: np.ndarray
     max_activation: np.ndarray
-    top_rows: np.ndarray
-    top_values: np.ndarray
+    top: TopRows
 
     @property
     def dead(self) -> np.ndarray:
@@ -49,7 +47,7 @@ class Measures:
         return self.firing_rate == 0
 
 
-def measure_sae(sae: SparseAutoencoder, rows: Rows, *, top: int = 0) -> Measures:
+def measure_sae(sae: SparseAutoencoder, rows: Rows, *, top: int = 1) -> Measures:
     """Measure an autoencoder on rows, reading them part by part.
 
     Args:
@@ -60,7 +58,7 @@ def measure_sae(sae: SparseAutoencoder, rows: Rows, *, top: int = 0) -> Measures
     error, centre = 0.0, None
     total, squares = np.zeros(rows.width), 0.0
     fires, sums, most = np.zeros(d_sae), np.zeros(d_sae), np.zeros(d_sae)
-    best_values, best_rows = np.zeros((d_sae, 0), np.float32), np.zeros((d_sae, 0), np.int64)
+    best = TopRows(max(1, top))
     for start, part in zip(range(0, n, _PART), rows.parts(_PART), strict=True):
         x = mx.array(part.values)
         features = sae.encode(x)
@@ -75,13 +73,7 @@ def measure_sae(sae: SparseAutoencoder, rows: Rows, *, top: int = 0) -> Measures
         fires += (found > 0).sum(axis=0)
         sums += found.sum(axis=0, dtype=np.float64)
         most = np.maximum(most, found.max(axis=0))
-        if top:
-            here = np.broadcast_to(np.arange(start, start + len(part)), (d_sae, len(part)))
-            best_values = np.concatenate([best_values, found.T], axis=1)
-            best_rows = np.concatenate([best_rows, here], axis=1)
-            order = np.argsort(-best_values, axis=1, kind="stable")[:, :top]
-            best_values = np.take_along_axis(best_values, order, axis=1)
-            best_rows = np.take_along_axis(best_rows, order, axis=1)
+        best.add(found, np.arange(start, start + len(part)))
     variation = squares - float((total**2).sum()) / n
     return Measures(
         n_rows=n,
@@ -93,6 +85,5 @@ def measure_sae(sae: SparseAutoencoder, rows: Rows, *, top: int = 0) -> Measures
         firing_rate=fires / n,
         mean_activation=sums / n,
         max_activation=most,
-        top_rows=np.where(best_values > 0, best_rows, -1),
-        top_values=best_values,
+        top=best,
     )

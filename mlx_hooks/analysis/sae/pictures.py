@@ -4,8 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..charts import COLOURS, FAINT, figure
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_SHOWN = {"loss": "loss", "recon_loss": "variance unexplained", "sparsity_loss": "sparsity penalty"}
 
 
 def draw_sae(result: dict[str, Any]) -> "list[tuple[str, Figure]]":
@@ -18,40 +23,35 @@ def draw_sae(result: dict[str, Any]) -> "list[tuple[str, Figure]]":
 
 
 def _training(result: dict[str, Any]) -> "Figure":
-    from matplotlib.figure import Figure
-
     stats = {name.rsplit("/", 1)[1]: values for name, values in result["training_stats"].items()}
     passes = np.arange(1, len(stats["loss"]) + 1)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, sparsity = figure.subplots(1, 2)
-    for name, label in (
-        ("loss", "loss"),
-        ("recon_loss", "variance unexplained"),
-        ("sparsity_loss", "sparsity penalty"),
-    ):
-        if any(value > 0 for value in stats[name]):
-            losses.plot(passes, stats[name], label=label, marker="." if len(passes) < 20 else None)
-    losses.set(yscale="log", xlabel="pass over the rows", ylabel="loss (variance of the rows = 1)")
-    losses.legend()
-    sparsity.plot(passes, np.multiply(stats["l0_sparsity"], result["d_sae"]), marker="." if len(passes) < 20 else None)
-    sparsity.axhline(result["l0"], linestyle="--", color="0.5", label=f"held out: {result['l0']:.1f}")
-    sparsity.set(xlabel="pass over the rows", ylabel=f"latents that fire per row, of {result['d_sae']}", ylim=(0, None))
-    sparsity.legend()
+    marker = "." if len(passes) < 20 else None
     unexplained = "" if result["fvu"] is None else f", {result['fvu']:.1%} of the variance unexplained on held-out rows"
-    figure.suptitle(f"{result['layer']}: {result['architecture']} autoencoder{unexplained}", parse_math=False)
-    return figure
+    made, (losses, sparsity) = figure(f"{result['layer']}: {result['architecture']} autoencoder{unexplained}", 2)
+    for colour, (name, label) in zip(COLOURS, _SHOWN.items(), strict=False):
+        if any(value > 0 for value in stats[name]):
+            losses.plot(passes, stats[name], label=label, marker=marker, color=colour)
+    losses.set_yscale("log")
+    losses.set_ylabel("loss (variance of the rows = 1)", fontsize=9)
+    fire = np.multiply(stats["l0_sparsity"], result["d_sae"])
+    sparsity.plot(passes, fire, marker=marker, color=COLOURS[0])
+    sparsity.axhline(result["l0"], linestyle="--", color=FAINT, label=f"held out: {result['l0']:.1f}")
+    sparsity.set_ylim(bottom=0)
+    sparsity.set_ylabel(f"latents that fire per row, of {result['d_sae']}", fontsize=9)
+    for axes in (losses, sparsity):
+        axes.set_xlabel("pass over the rows", fontsize=9)
+        axes.legend(fontsize=8, frameon=False)
+    return made
 
 
 def _firing_rates(result: dict[str, Any]) -> "Figure":
-    from matplotlib.figure import Figure
-
     rates = np.asarray(result["firing_rates"])
-    alive = rates[rates > 0]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    dead = f"{result['n_dead']} of {result['d_sae']} fire on none of {result['n_held_out']:,} rows"
+    made, (axes,) = figure(f"{result['layer']}: {dead}")
     # None can be rarer than once.
-    axes.hist(alive, bins=np.logspace(-np.log10(max(result["n_held_out"], 10)), 0, 31).tolist())
-    axes.set(xscale="log", xlabel="fraction of held-out rows on which a latent fires", ylabel="latents")
-    dead = f"{result['n_dead']} of {result['d_sae']} fire on none of {result['n_held_out']} rows"
-    axes.set_title(f"{result['layer']}: {dead}", parse_math=False)
-    return figure
+    rarest = -np.log10(max(result["n_held_out"], 10))
+    axes.hist(rates[rates > 0], bins=np.logspace(rarest, 0, 31).tolist(), color=COLOURS[0])
+    axes.set_xscale("log")
+    axes.set_xlabel("fraction of held-out rows on which a latent fires", fontsize=9)
+    axes.set_ylabel("latents", fontsize=9)
+    return made

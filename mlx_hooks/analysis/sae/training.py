@@ -22,6 +22,7 @@ from pydantic import Field
 from ...errors import HookError
 from ...options import options, options_of
 from ...storage.rows import ArrayRows, RowPart, Rows
+from ..top_rows import finite
 from .autoencoder import SparseAutoencoder
 from .objective import Objective, Parameters, decoded, pre_activations
 
@@ -380,11 +381,7 @@ def _scan(rows: Rows) -> tuple[np.ndarray, float, np.ndarray | None]:
     total, squares = np.zeros(rows.width), 0.0
     labels: dict[str, list[np.ndarray]] = {"session": [], "rank": [], "step": [], "sequence": []}
     for part in rows.parts():
-        if not np.isfinite(part.values).all():
-            raise HookError(
-                "The rows hold numbers that are not finite: nothing can be learned from them.", field="rows"
-            )
-        total += part.values.sum(axis=0, dtype=np.float64)
+        total += finite(part, rows).sum(axis=0, dtype=np.float64)
         for name, found in labels.items():
             label = getattr(part, name)
             if label is not None:
