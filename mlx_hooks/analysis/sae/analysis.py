@@ -98,7 +98,7 @@ def analyse_sae(
             "mean_activation": float(measured.mean_activation[i]),
             "max_activation": float(measured.max_activation[i]),
             # A row of the layer, not of those that were held out; where it does not fire it is no top row.
-            "top_tokens": [one | {"row": int(trained.held_out[one["row"]])} for one in top if one["value"] > 0],
+            "top_tokens": [one | {"row": int(trained.held_out[one["row"]])} for one in top if one["activation"] > 0],
         }
         for i, top in zip(shown, tops, strict=True)
     ]
