@@ -486,6 +486,9 @@ def test_the_export_is_what_was_found(evaluated: EvalMechIntRunner, tmp_path: Pa
     for heading in ("In short", "What was captured", "Sparse autoencoders", "Neurons", "While it was trained", "Files"):
         assert f"\n## {heading}\n" in text
     assert "What failed" not in text
+    scores = document["curves"]["analyses"]["heads"][PATTERN]["induction"]
+    course = f"best induction score (share) from {scores[0]:.4g} to {scores[-1]:.4g}."
+    assert f"- **Attention heads** at `{PATTERN}`, while training: {course}" in text
     assert f"{document['analyses']['sae'][RESID]['fvu']:.4g}" in text
     # Every row of a table has as many cells as its head, whatever the tokens are.
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
