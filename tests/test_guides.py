@@ -11,7 +11,7 @@ import checkpoints
 import pytest
 from documents import ROOT, fenced, run_document
 
-GUIDES = {"docs/inference_hooks.md": 13, "docs/interpretability.md": 13, "docs/traits.md": 21}
+GUIDES = {"docs/inference_hooks.md": 13, "docs/interpretability.md": 13, "docs/traits.md": 21, "docs/training.md": 45}
 """Each guide and how many blocks it runs at least."""
 
 
@@ -24,6 +24,7 @@ def what_a_reader_has(folder: Path) -> dict[str, Any]:
         "your_model": SimpleNamespace(state_dict=checkpoints.random_state),
         "config": SimpleNamespace(**checkpoints.CONFIG),
         "your_tokenizer": SimpleNamespace(get_vocab=lambda: checkpoints.VOCABULARY),
+        "__name__": "__main__",
     }
 
 

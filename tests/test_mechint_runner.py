@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import make_model
 
 from mlx_hooks import EvalMechIntRunner, HookedModel, HookError, MechIntConfig, ShardReader, SparseAutoencoder
@@ -280,6 +281,16 @@ def test_a_checkpoint_is_put_into_the_model_which_keeps_it(captured: SimpleNames
         runner.run_mechint_eval("nowhere", eval_data=TEXTS)
 
 
+def test_a_model_that_got_adapters_since_it_was_wrapped_is_wrapped_anew(captured: SimpleNamespace) -> None:
+    hooked = HookedModel(make_model("llama"))
+    runner = runner_of(captured, "causal", model=hooked)
+    runner.run_mechint_eval(eval_data=TEXTS)
+    assert runner.model is hooked
+    linear_to_lora_layers(hooked.model, 3, {"rank": 2, "scale": 3.0, "dropout": 0.0})
+    assert "error" not in runner.run_mechint_eval(eval_data=TEXTS)["analyses"]["causal"]
+    assert runner.model is not hooked
+
+
 def test_without_a_model_the_checkpoint_is_one(captured: SimpleNamespace) -> None:
     from mlx_hooks.loading import fetch
 
@@ -475,6 +486,9 @@ def test_the_export_is_what_was_found(evaluated: EvalMechIntRunner, tmp_path: Pa
     for heading in ("In short", "What was captured", "Sparse autoencoders", "Neurons", "While it was trained", "Files"):
         assert f"\n## {heading}\n" in text
     assert "What failed" not in text
+    scores = document["curves"]["analyses"]["heads"][PATTERN]["induction"]
+    course = f"best induction score (share) from {scores[0]:.4g} to {scores[-1]:.4g}."
+    assert f"- **Attention heads** at `{PATTERN}`, while training: {course}" in text
     assert f"{document['analyses']['sae'][RESID]['fvu']:.4g}" in text
     # Every row of a table has as many cells as its head, whatever the tokens are.
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):

@@ -58,6 +58,22 @@ def test_the_block_of_traits_runs(capsys: pytest.CaptureFixture) -> None:
     assert names["refusal"].metadata["held_out_accuracy"] == 1
 
 
+def test_the_block_of_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in blocks("python") if "MechIntCallback" in block)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["curves"]["steps"] == [0, 10, 20]
+    assert "# at steps 0, 10 and 20" in block
+    assert set(names["curves"]["analyses"]["heads"]) == {f"blocks.{i}.attn.hook_pattern" for i in range(4)}
+    assert "error" not in str(names["results"]["analyses"])
+    assert sorted(path.name for path in (tmp_path / "mechint_results").iterdir()) == [
+        "mechint_report.md",
+        "mechint_results.json",
+        "pictures",
+    ]
+
+
 def test_the_block_of_observers_lens_and_runs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

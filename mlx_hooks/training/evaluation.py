@@ -335,6 +335,8 @@ class EvalMechIntRunner:
     # What it is run on
 
     def _context(self, captured: Captured, eval_data: Any) -> EvalContext:
+        if self.model is not None:
+            self.model = _current(self.model)
         if captured is None and _has_shards(self.config.storage_path):
             captured = self.config.storage_path
         reader = ShardReader(captured) if isinstance(captured, str | Path) else captured
@@ -395,6 +397,15 @@ def _hooked(model: HookedModel | nn.Module | None, tokenizer: Any) -> HookedMode
     if model is None or isinstance(model, HookedModel):
         return model
     return HookedModel(model, tokenizer)
+
+
+def _current(model: HookedModel) -> HookedModel:
+    """The model, wrapped anew where parts of it were replaced since it was wrapped, by adapters perhaps."""
+    architecture = model.architecture
+    places = [place for point in model.hook_points.values() for place in architecture.locations_of(point)]
+    if all(architecture.is_current(architecture.path(place.module), place.module) for place in places):
+        return model
+    return HookedModel(model.model, model.tokenizer, model.model_name)
 
 
 def _spelling(tokenizer: Any) -> Spell | None:

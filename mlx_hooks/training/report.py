@@ -27,7 +27,7 @@ PICTURES = "pictures"
 SAES = "sae"
 _HEADING = "# What formed while "
 _OWN_PICTURE = re.compile(r"[\w.-]+\.png")
-_SHOWN_STEPS = 12
+_SHOWN_STEPS, _SHOWN_LAYERS = 12, 2
 ALL_LAYERS, STEPS = "all layers", "steps"
 """In the place of a layer's name: pictures of all of them, and of all over the steps."""
 
@@ -143,6 +143,7 @@ class _Page:
         yield ""
         failed = list(self._failed())
         seen = [line for name, result in self.results["analyses"].items() for line in self._findings(name, result)]
+        seen += self._courses()
         if seen:
             yield from ["## In short", "", *(f"- {line}" for line in seen), ""]
         if failed:
@@ -152,10 +153,26 @@ class _Page:
         yield from self._captured_part()
 
     def _findings(self, name: str, result: Mapping[str, Any]) -> Iterator[str]:
-        for layer, own in _by_layer(analysis_of(name), result).items():
-            if "error" not in own:
+        """The first sentence on each layer; of many layers on the last, the others are told further down."""
+        layers = {layer: own for layer, own in _by_layer(analysis_of(name), result).items() if "error" not in own}
+        for layer, own in list(layers.items())[-1 if len(layers) > _SHOWN_LAYERS else 0 :]:
+            where = "" if layer == MODEL else f" at `{layer}`"
+            yield f"**{analysis_of(name).title}**{where}: {_cell(findings(name, own)[0])}"
+
+    def _courses(self) -> Iterator[str]:
+        """How the loss and the first number of each analysis went, where that changed most."""
+        curves = self.curves or {"steps": [], "analyses": {}, "training": []}
+        losses = [report["train_loss"] for report in curves["training"] if report.get("train_loss") is not None]
+        if len(losses) > 1:
+            yield f"**Training**: the loss went from {_number(losses[0])} to {_number(losses[-1])} nats per token."
+        for name, layers in curves["analyses"].items():
+            metric = analysis_of(name).metrics[0]
+            courses = {layer: _range(own[metric.key])[:2] for layer, own in layers.items() if metric.key in own}
+            if courses:
+                layer = max(courses, key=lambda layer: abs((courses[layer][1] or 0) - (courses[layer][0] or 0)))
+                first, last = map(_number, courses[layer])
                 where = "" if layer == MODEL else f" at `{layer}`"
-                yield from (f"**{analysis_of(name).title}**{where}: {_cell(line)}" for line in findings(name, own)[:1])
+                yield f"**{analysis_of(name).title}**{where}, while training: {metric.label} from {first} to {last}."
 
     def _failed(self) -> Iterator[str]:
         for name, result in self.results["analyses"].items():
@@ -212,14 +229,12 @@ class _Page:
             )
 
     def _layer(self, analysis: Analysis, layer: str, result: Mapping[str, Any]) -> Iterator[str]:
-        said = [_cell(line) for line in findings(analysis.name, result)[1:]]
+        first, *more = map(_cell, findings(analysis.name, result))
         drawn = [picture for picture in self.drawn if (picture.analysis, picture.layer) == (analysis.name, layer)]
         table = table_of(analysis.name, result)
-        if not (said or drawn or table):
-            return
         if layer != MODEL:
             yield from [f"### `{layer}`", ""]
-        for line in said:
+        for line in (first[:1].upper() + first[1:], *more):
             yield from [line, ""]
         if table is not None:
             yield from [table.title, ""]
