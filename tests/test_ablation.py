@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
+from every_architecture import IS_OLDER, OLDER
 from known_models import KnownInduction
 from tiny_models import make_model
 
@@ -123,6 +124,7 @@ def test_corrupted_partners_and_answers(llama: HookedModel) -> None:
     assert got["kl"]["n"] == 3
 
 
+@pytest.mark.skipif(IS_OLDER, reason=OLDER)
 @pytest.mark.parametrize("name", ["nanbeige", "mamba", "phi3small"])
 def test_layers_that_run_twice_mixers_and_tokens_that_cannot_be(name: str) -> None:
     # Held against functions at the hook points, which share nothing with interventions.
