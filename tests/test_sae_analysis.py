@@ -96,7 +96,7 @@ def test_its_numbers_are_of_the_rows_that_were_held_out(told: dict[str, Any], ro
             assert top["token_id"] == parts.tokens[at] == np.ravel(TEXTS)[at]
             assert (top["sequence"], top["position"]) == divmod(int(at), 12)
             assert (top["step"], top["token"]) == (200, f"<{top['token_id']}>")
-            np.testing.assert_allclose(top["value"], own[row], rtol=1e-5)
+            np.testing.assert_allclose(top["activation"], own[row], rtol=1e-5)
     np.testing.assert_allclose(np.array(sae.log_sparsity), np.log10(rates + 1e-10), rtol=1e-5)
     assert (sae.hook_name, sae.metadata["training_architecture_details"]["max_steps"]) == (POINT, 60)
 
@@ -126,17 +126,21 @@ def test_the_loss_that_survives_is_recomputed(told: dict[str, Any], llama: Hooke
         assert found["loss_recovered"] is None
 
 
-def test_a_perfect_autoencoder_loses_nothing_and_an_empty_one_all(llama: HookedModel) -> None:
-    width = llama.cfg.d_model
+def test_a_perfect_autoencoder_loses_nothing_and_an_empty_one_all(tiny: HookedModel) -> None:
+    width, texts = tiny.cfg.d_model, ["The capital of France is Paris .", "The capital of Italy is Rome ."]
     both = mx.concatenate([mx.eye(width), -mx.eye(width)])
-    perfect = SparseAutoencoder(
-        "relu", both.T, mx.zeros(2 * width), both, mx.zeros(width), metadata={"hook_name": POINT}
-    )
-    kept = loss_recovered(llama, perfect, TEXTS[:3])
-    np.testing.assert_allclose(kept["loss_with_sae"], kept["loss"], rtol=1e-6)
-    empty = SparseAutoencoder("relu", both.T, mx.full((2 * width,), -1e9), both, mx.zeros(width))
-    lost = loss_recovered(llama, empty, TEXTS[:3], POINT)
-    assert lost["loss_with_sae"] == lost["loss_zero_ablated"] != lost["loss"]
+
+    def recovered(bias: float, size: float) -> dict[str, Any]:
+        weights = (both.T, mx.full((2 * width,), bias), size * both, mx.zeros(width))
+        return loss_recovered(tiny, SparseAutoencoder("relu", *weights), texts, POINT)
+
+    perfect, empty, faint = recovered(0.0, 1.0), recovered(-1e9, 1.0), recovered(0.0, 0.05)
+    np.testing.assert_allclose([perfect["loss_with_sae"], perfect["loss_recovered"]], [perfect["loss"], 1], rtol=1e-5)
+    assert empty["loss_with_sae"] == empty["loss_zero_ablated"] > empty["loss"] + 0.5
+    assert empty["loss_recovered"] == 0
+    share = (faint["loss_zero_ablated"] - faint["loss_with_sae"]) / (faint["loss_zero_ablated"] - faint["loss"])
+    assert 0 != faint["loss_recovered"] == pytest.approx(share)
+    assert faint["loss_recovered"] != pytest.approx(1)
 
 
 def test_what_steering_does_is_recomputed(told: dict[str, Any], llama: HookedModel) -> None:
@@ -198,7 +202,7 @@ def test_rows_without_tokens_have_no_tokens_to_tell(rows: ArrayRows) -> None:
     assert "saved_to" not in told
     assert "loss_recovered" not in told
     top = told["features"][0]["top_tokens"][0]
-    assert set(top) == {"value", "row"}
+    assert set(top) == {"activation", "row"}
     # A single row that was held out does not vary.
     assert analyse_sae(values[:2], OPTIONS)["fvu"] is None
 

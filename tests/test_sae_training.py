@@ -127,6 +127,47 @@ def test_the_same_seed_gives_the_same_autoencoder() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_steps_are_those_of_adam_without_what_lies_along_the_directions(architecture: str) -> None:
+    options = training.SAETraining(architecture=architecture, d_sae=9, k=2, dead_features="leave", learning_rate=0.03)
+    run = training._Training(ArrayRows(ROWS[:200]), options, {})
+    rate = 0.03
+    weights = {name: np.array(value, np.float64) for name, value in run.weights.items()}
+    moments = {name: [np.zeros_like(value), np.zeros_like(value)] for name, value in weights.items()}
+    for step in (1, 2, 3):
+        # Of different sizes, so that some gradients are longer than 1.
+        x = (0, 5, 1, 8)[step] * run._scaled(ROWS[:100])
+        own = {name: mx.array(value.astype(np.float32)) for name, value in weights.items()}
+        alive = mx.zeros(9, mx.bool_)
+        found = mx.grad(lambda w, x=x, alive=alive: run.objective(w, x, alive, mx.array(1.0))[0])(own)
+        gradients = {name: np.array(value, np.float64) for name, value in found.items()}
+        directions = weights["W_dec"]
+        gradients["W_dec"] -= (gradients["W_dec"] * directions).sum(axis=1, keepdims=True) * directions
+        length = np.sqrt(sum((value**2).sum() for value in gradients.values()))
+        for name, value in gradients.items():
+            clipped = value * min(1.0, 1 / (length + 1e-6))
+            first, second = moments[name]
+            first[:] = 0.9 * first + 0.1 * clipped
+            second[:] = 0.999 * second + 0.001 * clipped**2
+            moved = rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            weights[name] = weights[name] - moved
+        weights["W_dec"] /= np.linalg.norm(weights["W_dec"], axis=1, keepdims=True)
+        if "threshold" in weights:
+            weights["threshold"] = np.maximum(weights["threshold"], 0)
+        run.weights, run.idle, _ = run._step(run.weights, x, run.idle, mx.array(1.0))
+    for name, value in weights.items():
+        np.testing.assert_allclose(np.array(run.weights[name]), value, atol=2e-3)
+
+
+def test_a_compiled_step_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"architecture": "topk", **FAST, "max_steps": 25, "dead_features": "resample"}
+    plain = train_sae(ROWS, short)
+    monkeypatch.setattr(training, "compiles", lambda: True)
+    compiled = train_sae(ROWS, short)
+    np.testing.assert_allclose(compiled.stats["loss"], plain.stats["loss"], rtol=1e-3)
+    assert plain.n_resampled == compiled.n_resampled
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_size_and_place_of_the_rows_change_nothing_else(architecture: str) -> None:
     short = {"architecture": architecture, **FAST, "max_steps": 60}
     one, moved = train_sae(ROWS, short), train_sae(64 * ROWS + 256, short)

@@ -221,6 +221,12 @@ def test_a_header_that_lies_is_refused(name: str) -> None:
     assert refused(OF_HEADERS[name]()).status in (400, 415)
 
 
+def test_a_header_longer_than_any_file_needs_is_not_read() -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}}).encode()
+    read(by_hand(header.ljust(2**20), b"\0" * 4))
+    assert refused(by_hand(header.ljust(2**20 + 8), b"\0" * 4)).status == 415
+
+
 def test_many_names_for_the_same_bytes_count_each() -> None:
     entry = {"dtype": "F32", "shape": [256, 256], "data_offsets": [0, 2**18]}
     content = by_hand({f"a{i}": entry for i in range(5)}, b"\0" * 2**18)

@@ -29,6 +29,7 @@ def loss_recovered(
     The cross-entropy of the next token, in nats, of the model itself, with what the autoencoder reads back in the place
     of the activations, and with 0 in their place. ``loss_recovered`` is (zero - autoencoder) / (zero - plain): 1 where
     nothing is lost, 0 where zeros would do as well; None where zeros do no harm.
+    ``n_targets`` are the tokens that were to be predicted.
 
     Args:
         eval_data: what :func:`eval_data_of` takes: texts, rows of token ids, batches, or prompts with an answer. The
