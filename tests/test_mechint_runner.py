@@ -515,6 +515,16 @@ def test_exported_autoencoders_are_those_that_were_trained(
     assert f"`sae/{RESID}/`" in report.read_text()
 
 
+def test_curves_leave_the_autoencoders_of_the_results(captured: SimpleNamespace) -> None:
+    runner = runner_of(captured, "sae", sample_layers=[1])
+    runner.run_mechint_eval()
+    weights = runner._made / "sae" / RESID / "sae_weights.safetensors"
+    before = weights.read_bytes()
+    curves = runner.run_over_steps()
+    assert all(0 <= rate <= 1 for rate in curves["analyses"]["sae"][RESID]["final_l0"])
+    assert weights.read_bytes() == before
+
+
 def test_an_export_replaces_an_earlier_one_and_nothing_else(evaluated: EvalMechIntRunner, tmp_path: Path) -> None:
     light = EvalMechIntRunner(config=QUIET)
     light.context, light.curves = evaluated.context, evaluated.curves
