@@ -298,21 +298,21 @@ def test_rows_by_head_are_read_as_they_are_at_their_hook_point(llama: HookedMode
 
 
 def test_what_would_not_fit_is_refused_before_it_is_made() -> None:
-    rows = np.random.default_rng(0).standard_normal((40, 2000)).astype(np.float32)
-    for options, field in (({"expansion": 1000}, "expansion"), ({"d_sae": 2_000_000}, "d_sae")):
+    rows = np.random.default_rng(0).standard_normal((40, 200)).astype(np.float32)
+    for options, field in (({"expansion": 50}, "expansion"), ({"d_sae": 10_000}, "d_sae")):
         with pytest.raises(HookError) as error:
-            train_sae(rows, options)
+            train_sae(rows, {**options, "max_steps": 1, "max_bytes": 2**27})
         assert error.value.field == field
         assert str(error.value) == (
-            "2,000,000 latents for rows of 2,000 numbers take about 274.2 GiB to train, and max_bytes allows 8.0: "
-            "ask for fewer latents or smaller batches."
+            "10,000 latents for rows of 200 numbers take about 0.2 GiB to train, and max_bytes allows 0.1: ask for "
+            "fewer latents or smaller batches."
         )
     # Many latents of narrow rows are dear too: their activations on a batch are.
     with pytest.raises(HookError, match=r"100,000 latents for rows of 3 numbers take about 10.2 GiB"):
         train_sae(np.zeros((5000, 3)), {"d_sae": 100_000})
-    assert train_sae(rows, {"d_sae": 8, "max_steps": 1, "max_bytes": 2**21}).n_steps == 1
+    assert train_sae(rows, {"d_sae": 8, "max_steps": 1, "max_bytes": 2**18}).n_steps == 1
     with pytest.raises(HookError, match="max_bytes allows 0.0"):
-        train_sae(rows, {"d_sae": 8, "max_steps": 1, "max_bytes": 2**20})
+        train_sae(rows, {"d_sae": 8, "max_steps": 1, "max_bytes": 2**17})
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
