@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
 from ..storage.shard_writer import ShardWriter
+from .analyses import check_options
 from .batches import Batch
 from .config import MechIntConfig
 from .trained import Forward, TrainedModel
@@ -37,11 +38,13 @@ class Capturing:
         n_rows: the number of rows in them.
 
     Raises:
-        HookError: for layers that cannot be captured, and where the folder cannot be written.
+        HookError: for layers that cannot be captured, for wrong options of analyses, and where the folder cannot be
+            written.
     """
 
     def __init__(self, model: nn.Module | HookedModel, config: MechIntConfig) -> None:
         self.config = config
+        check_options(config.analysis_options)
         self.rank, n_ranks = ranks()
         self.trained = TrainedModel(model, config.sample_layers)
         if n_ranks > 1 and any(type(module).__name__ in _SPLIT for module in self.trained.module.modules()):
