@@ -219,7 +219,7 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
         Analysis(
             "probe",
             "Linear probes",
-            "How well a label can be read off a row by a linear function, on sequences that were not trained on; "
+            "How well a label can be read off a row by a linear function, on texts that were not trained on; "
             "beside it the share of the commonest label, and probes on shuffled labels, which show what any data of "
             "this shape would give. For labels that are numbers it is R².",
             "rows",
