@@ -449,12 +449,23 @@ def test_the_model_runs_with_the_weights_of_each_checkpoint_and_keeps_its_own(ca
     assert other["analyses"]["neuron"][MLP]["mean_activation"][1] is None
 
 
-def test_autoencoders_of_steps_are_not_put_into_the_model_of_now(captured: SimpleNamespace) -> None:
+def test_autoencoders_of_steps_are_not_put_into_the_model_of_now(
+    captured: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def seen(rows: Any, options: Any, progress: Any, model: Any, spell: Any, eval_data: Any) -> dict[str, Any]:
+        given.append((model is not None, eval_data is not None))
+        return plain(rows, options, progress, model, spell, eval_data)
+
+    plain = registry.analyse_sae
+    monkeypatch.setattr(registry, "analyse_sae", seen)
     runner = runner_of(captured, "sae", "causal", model=weights_at(20), sample_layers=[1])
     assert "loss_recovered" in runner.run_mechint_eval(eval_data=TEXTS)["analyses"]["sae"][RESID]
     curves = runner.run_over_steps(analyses=["sae"], eval_data=TEXTS)
     assert "fvu" in curves["analyses"]["sae"][RESID]
     assert "loss_recovered" not in curves["analyses"]["sae"][RESID]
+    assert given == [(True, True), *[(False, False)] * len(STEPS)]
 
 
 def test_a_broken_checkpoint_leaves_a_gap(captured: SimpleNamespace, tmp_path: Path) -> None:

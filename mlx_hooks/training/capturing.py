@@ -13,7 +13,6 @@ import numpy as np
 from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
 from ..storage.shard_writer import ShardWriter
-from .analyses import check_options
 from .batches import Batch
 from .config import MechIntConfig
 from .trained import Forward, TrainedModel
@@ -43,6 +42,9 @@ class Capturing:
     """
 
     def __init__(self, model: nn.Module | HookedModel, config: MechIntConfig) -> None:
+        # Imported when it is needed: analyses are much to load.
+        from .analyses import check_options
+
         self.config = config
         check_options(config.analysis_options)
         self.rank, n_ranks = ranks()
