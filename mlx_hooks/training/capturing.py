@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
+from ..options import plain_json
 from ..storage.shard_writer import ShardWriter
 from .batches import Batch
 from .config import MechIntConfig
@@ -71,11 +72,18 @@ class Capturing:
         Raises:
             HookError: it cannot be run or written.
         """
+        forward, notes = self.run(batch)
+        return self.save([forward], [None], step, dict(metadata or {}) | notes)
+
+    def run(self, batch: Batch) -> tuple[Forward, dict[str, Any]]:
+        """Run a batch with the weights as they are now; answers the forward pass, and metadata to save with it.
+
+        Raises:
+            HookError: the model no longer has one of the layers.
+        """
         batch = batch.first(self.config.max_sequences_per_step)
-        notes = dict(metadata or {})
-        if batch.prompts is not None:
-            notes["prompt_lengths"] = batch.prompts.tolist()
-        return self.save([self.trained.forward(batch.inputs)], [batch.lengths], step, notes)
+        notes = {} if batch.prompts is None else {"prompt_lengths": batch.prompts.tolist()}
+        return self.trained.forward(batch.inputs, batch.lengths), notes
 
     def save(
         self,
@@ -86,25 +94,36 @@ class Capturing:
     ) -> list[Path]:
         """Write the rows of forward passes; answers the files, none where there are no rows.
 
+        Args:
+            lengths: of each forward pass what :meth:`Forward.rows` takes.
+            metadata: to keep with them; :func:`mlx_hooks.options.plain_json` of it.
+
         Raises:
-            HookError: they cannot be written, or the capturing was closed.
+            HookError: they cannot be written, the metadata are no plain JSON, or the capturing was closed.
         """
         if self.writer is None:
             raise HookError("Capturing has ended: what was captured is in its folder.")
-        parts = [forward.rows(n) for forward, n in zip(forwards, lengths, strict=True)]
-        parts = [part for part in parts if len(part)]
+        notes = plain_json({} if metadata is None else metadata, "metadata")
+        if not isinstance(notes, dict):
+            raise HookError(f"metadata is a mapping, got {type(metadata).__name__}.", field="metadata")
+        parts, starts, start = [], [], 0
+        for forward, n in zip(forwards, lengths, strict=True):
+            if len(part := forward.rows(n)):
+                parts.append(part)
+                starts.append(start)
+            # Sequences that are all padding count: a row tells which sequence of the batches is its own.
+            start += forward.tokens.shape[0]
         if not parts:
             return []
         values = {name: _joined([part.values[name] for part in parts]) for name in parts[0].values}
         mx.eval(values)
-        starts = np.cumsum([0, *(int(part.sequence.max()) + 1 for part in parts[:-1])])
         paths = self.writer.write(
             values,
             tokens=np.concatenate([part.tokens for part in parts]),
             sequence=np.concatenate([part.sequence + start for part, start in zip(parts, starts, strict=True)]),
             position=np.concatenate([part.position for part in parts]),
             step=step,
-            metadata=dict(metadata or {}),
+            metadata=notes,
         )
         self.shards += paths
         n_rows = sum(len(part) for part in parts)
