@@ -1,6 +1,7 @@
 """One start of capturing: a model in training, and the folder to which its rows go."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
 from ..options import plain_json
-from ..storage.shard_writer import ShardWriter
+from ..storage.files import writing
+from ..storage.manifest import MANIFEST
+from ..storage.remote import RemoteFolder
+from ..storage.shard_writer import ShardWriter, hold
 from .batches import Batch
 from .config import MechIntConfig
 from .trained import Forward, TrainedModel
@@ -194,6 +198,25 @@ def ranks() -> tuple[int, int]:
 def writes_here(config: MechIntConfig) -> bool:
     """Whether this process is one that captures."""
     return ranks()[0] == 0 or config.writing_ranks == "all"
+
+
+def check_storage(config: MechIntConfig) -> None:
+    """See to the folder and the bucket of a configuration before a model is loaded; the folder is made.
+
+    Raises:
+        HookError: the folder cannot be written or is being written, or S3 cannot be used.
+    """
+    if not writes_here(config):
+        return
+    folder = Path(config.storage_path)
+    with writing(folder / MANIFEST):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise HookError(f"cannot write {folder}: it may not be changed.", field="storage_path")
+    hold(folder).release()
+    if config.storage_backend != "local":
+        assert config.s3_bucket is not None, "MechIntConfig asks for it"
+        RemoteFolder(config.s3_bucket, config.s3_prefix).read(MANIFEST)
 
 
 def _joined(values: list[mx.array]) -> mx.array:
