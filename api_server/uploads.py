@@ -141,7 +141,8 @@ def _in_npz(file: IO[bytes], max_bytes: int) -> dict[str, Read]:
     _check_directory(file)
     arrays: dict[str, np.ndarray] = {}
     try:
-        with zipfile.ZipFile(file) as archive:
+        # Before Python 3.11 a spooled file lacks a method that zipfile calls, and the file behind it has it.
+        with zipfile.ZipFile(getattr(file, "_file", file) if not hasattr(file, "seekable") else file) as archive:
             members = archive.infolist()
             if any(member.filename.endswith(".pkl") for member in members):
                 raise _other_kind("a pickle, as torch.save writes it, which could run code")

@@ -150,3 +150,17 @@ def test_rows_in_memory_have_one_width() -> None:
     assert part.values.dtype == np.float32
     np.testing.assert_array_equal(part.values, values.reshape(4, 6)[[3, 0]])
     assert (part.tokens.tolist(), part.sequences) == ([8, 5], None)
+
+
+def test_a_text_that_is_read_again_is_the_same_text() -> None:
+    columns = {
+        "tokens": [5, 6, 7, 5, 6, 7, 5, 6, 7, 8, 5, 6, 7],
+        "position": [0, 1, 2, 0, 1, 2, 2, 1, 0, 3, 1, 2, 3],
+        "sequence": [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1],
+        "step": [0, 0, 0, 0, 0, 0, 9, 9, 9, 9, 9, 9, 9],
+    }
+    zeros = {"rank": [0] * 13, "session": [0] * 13}
+    part = ArrayRows(np.zeros((13, 1)), **columns, **zeros).sample(13)
+    assert part.texts is not None
+    assert part.texts.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert ArrayRows(np.zeros((2, 1)), tokens=[1, 2]).sample(2).texts is None

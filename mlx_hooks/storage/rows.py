@@ -57,6 +57,25 @@ class RowPart:
             return None
         return np.asarray(np.unique(np.stack(keys), axis=1, return_inverse=True)[1]).reshape(-1)
 
+    @property
+    def texts(self) -> np.ndarray | None:
+        """A number for each row that is the same for all sequences that read the same tokens, [row].
+
+        A text is captured again in another epoch, and as another sequence: what is held out must not have been seen
+        under that name. The part has to hold whole sequences, or the same positions of each.
+        """
+        sequences = self.sequences
+        if sequences is None or self.tokens is None or self.position is None or not len(self):
+            return None
+        order = np.lexsort((self.position, sequences))
+        starts = np.flatnonzero(np.diff(sequences[order], prepend=-1))
+        known: dict[bytes, int] = {}
+        found = np.empty(len(self), np.int64)
+        for rows in np.split(order, starts[1:]):
+            read = np.stack([self.position[rows], self.tokens[rows]]).tobytes()
+            found[rows] = known.setdefault(read, len(known))
+        return found
+
     def at(self, chosen: Any) -> "RowPart":
         """The rows at indices, or where a mask is true."""
         kept = {f.name: value[chosen] for f in fields(self) if (value := getattr(self, f.name)) is not None}
