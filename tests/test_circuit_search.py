@@ -183,6 +183,7 @@ def test_the_pictures_are_drawn(model: HookedModel) -> None:
         ({"components": ["heads", "attn_out"]}, "components do not overlap"),
         ({"components": ["blocks", "mlp_out"]}, "components do not overlap"),
         ({"components": []}, "components names at least one"),
+        ({"components": 5}, "components must be a list, got 5"),
     ],
 )
 def test_options_are_checked(model: HookedModel, options: dict[str, Any], message: str) -> None:
