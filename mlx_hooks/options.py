@@ -111,6 +111,8 @@ def _wanted(fault: Any) -> str:
     """What pydantic says that the value should be, as the end of a sentence."""
     if fault["type"] in ("sequence_str", "list_type", "tuple_type"):
         return "a list"
+    if fault["type"] == "is_instance_of" and fault["ctx"]["class"] == "Sequence":
+        return "a list"
     return str(fault["msg"]).removeprefix("Input should be ")
 
 

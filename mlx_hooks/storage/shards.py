@@ -200,7 +200,7 @@ class ShardReader:
         """
         name = self.layer_name(layer)
         if steps is not None and (unknown := sorted(set(steps) - set(self.steps))):
-            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.")
+            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.", field="steps")
         entries = [entry for entry in self.entries if steps is None or entry["step"] in steps]
         if not entries:
             raise HookError(f"There are no captured rows in {self._where}.")
