@@ -197,7 +197,7 @@ class ShardReader:
         """
         name = self.layer_name(layer)
         if steps is not None and (unknown := sorted(set(steps) - set(self.steps))):
-            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.")
+            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.", field="steps")
         entries = [entry for entry in self.entries if steps is None or entry["step"] in steps]
         if not entries:
             raise HookError(f"There are no captured rows in {self._where}.")
@@ -212,6 +212,8 @@ class ShardReader:
         name = entry["file"]
         # Taken out and put back, the newest last: other threads may read too.
         shard = self._opened.pop(name, None) or Shard(self._file(entry), entry)
+        if not shard.file.is_whole:
+            raise HookError(f"cannot read {shard.path}: it has changed since it was opened")
         self._opened[name] = shard
         if len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)
