@@ -230,7 +230,9 @@ class Interpretability:
             # Options, and what stands besides them, are fields of ``config``.
             outside = of_rows if error.field == "rows" else error.field if error.field in _FIELDS else None
             param = outside or (f"config.{error.field}" if error.field else "config")
-            raise ApiError(400, self._captured.told(error), code="invalid_value", param=param) from error
+            # What a program may give as any sequence.
+            message = self._captured.told(error).replace("an instance of Sequence", "a list")
+            raise ApiError(400, message, code="invalid_value", param=param) from error
 
     def close(self, timeout: float = 5.0) -> bool:
         """Leave what still computes; answers whether it ended within ``timeout`` s."""

@@ -749,7 +749,7 @@ class LMStudioNeuroScopeClient(Connection):
     # -- jobs ------------------------------------------------------------------------------------
 
     def list_jobs(self) -> list[Reply]:
-        """What the server works on, what waits, and what ended a while ago, the newest first."""
+        """What the server works on, what waits, and what ended a while ago, the newest first. `job` shows a result."""
         return cast("list[Reply]", self._field("GET", "/v1/jobs", "data", list))
 
     def job(self, job_id: str) -> Reply:

@@ -35,6 +35,7 @@ from mlx_hooks.training.config import ANALYSES, MechIntConfig
 from mlx_hooks.training.layers import sampled_layers
 
 RESID, PATTERN = "blocks.2.hook_resid_post", "blocks.1.attn.hook_pattern"
+CAUSAL = {"analysis_type": "causal"}
 PROBE = {"analysis_type": "probe", "layer_name": RESID}
 NEURON = {"analysis_type": "neuron", "layer_name": RESID, "config": {}}
 
@@ -252,6 +253,8 @@ def test_too_little_memory_is_said(client: FlaskClient, monkeypatch: pytest.Monk
         ({"analysis_type": "causal", "config": {"eval_data": [[1, -2]]}}, 400, "config.eval_data", "token -2"),
         ({"analysis_type": "causal", "config": {"steps": [0]}}, 400, "config.steps", "causal"),
         (NEURON | {"config": {"steps": [7]}}, 400, "config.steps", "0, 200"),
+        (CAUSAL | {"config": {"eval_data": [1]}}, 400, "config.eval_data", "or objects with clean"),
+        (CAUSAL | {"config": {"eval_data": ["a"], "components": 5}}, 400, "config.components", "must be a list"),
         (PROBE | {"config": {"labels": "x"}}, 400, "config.labels", "a list, one per row, or an object"),
         (PROBE | {"config": {"labels": [[1]]}}, 400, "config.labels", "null as labels"),
         (PROBE | {"config": {"labels": {"1": [1]}}}, 400, "config.labels", "null as labels"),

@@ -34,6 +34,14 @@ def _labels(given: Any) -> Any:
     return given
 
 
+def _eval_data(given: Any) -> Any:
+    """As it came, if its items can be data; the engine knows kinds that JSON has not."""
+    if isinstance(given, list) and not all(isinstance(item, str | list | dict) for item in given):
+        kinds = "texts, lists of token ids, or objects with clean and answer"
+        raise PydanticCustomError("unfit", "Input should be a list of {kinds}", {"kinds": kinds})
+    return given
+
+
 def _without_default(schema: dict[str, Any]) -> None:
     """A form has texts, and a default may be none."""
     schema.pop("default", None)
@@ -44,7 +52,7 @@ class InterpretConfig(Request):
 
     model_config = ConfigDict(extra="allow")
 
-    eval_data: Annotated[list[Any], Field(min_length=1)] | None = Field(
+    eval_data: Annotated[Annotated[list[Any], Field(min_length=1)] | None, BeforeValidator(_eval_data)] = Field(
         None,
         description="What the model is run on by `circuit` and `causal`, and by `sae` to measure what it does to the "
         "model: texts, rows of token ids, or prompts with `clean` and `answer`, and if wished `corrupted` and `wrong`.",
