@@ -129,8 +129,9 @@ def test_the_parts_of_a_reconstruction_sum_to_it() -> None:
     ("fields", "message"),
     [
         ({"architecture": "gated"}, "architecture is relu or topk or jumprelu, got 'gated'."),
-        ({"architecture": "topk", "k": 11}, "k is 1 to 10, the number of latents; got 11."),
-        ({"architecture": "topk", "k": 0}, "k is 1 to 10"),
+        ({"architecture": "topk", "k": 11}, "k is a whole number from 1 to 10, the number of latents; got 11."),
+        ({"architecture": "topk", "k": 0}, "k is a whole number from 1 to 10"),
+        ({"architecture": "topk", "k": 2.5}, "k is a whole number from 1 to 10, the number of latents; got 2.5."),
         ({"k": 2}, "k belongs to topk, and to it alone."),
         ({"threshold": mx.ones(10)}, "A threshold belongs to jumprelu, and to it alone."),
         ({"architecture": "jumprelu", "threshold": mx.ones(3)}, "threshold is (10,) where W_enc is (6, 10), got (3,)."),
@@ -243,6 +244,9 @@ V3 = {
     "activation_fn_str": "relu", "normalize_activations": False, "context_size": 128, "sae_lens_version": "3.5.0",
 }  # fmt: skip
 
+TOPK = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}}
+JUMP = {"threshold": np.ones(D_SAE, np.float32)}
+
 
 def test_the_flat_configuration_of_older_versions_is_read(tmp_path: Path) -> None:
     sae = SparseAutoencoder.load(write(tmp_path, V3))
@@ -255,6 +259,10 @@ def test_the_flat_configuration_of_older_versions_is_read(tmp_path: Path) -> Non
     assert not SparseAutoencoder.load(write(tmp_path, V3 | {"apply_b_dec_to_input": False})).apply_b_dec_to_input
     topk = SparseAutoencoder.load(write(tmp_path, V3 | {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}}))
     assert (topk.architecture, topk.k, topk.rescale_acts_by_decoder_norm) == ("topk", 2, False)
+    # Of a topk k stands there whether its function is named or not.
+    unnamed = {name: value for name, value in V3.items() if name != "activation_fn_str"}
+    topk = SparseAutoencoder.load(write(tmp_path, unnamed | {"architecture": "topk", "activation_fn_kwargs": {"k": 2}}))
+    assert (topk.architecture, topk.k) == ("topk", 2)
     heads = SparseAutoencoder.load(write(tmp_path, V3 | {"hook_point": "blocks.2.attn.hook_z"}))
     assert heads.reshape_activations == "hook_z"
     # A logarithm of the threshold is what some were saved with.
@@ -302,6 +310,30 @@ def test_a_scale_of_the_input_is_folded_into_the_weights(tmp_path: Path) -> None
         (V6, {"scaling_factor": np.full(D_SAE, 2.0, np.float32)}, "scaling_factor is not honoured"),
         (V3 | {"activation_fn_str": "tanh-relu"}, {}, "its activation_fn is 'tanh-relu'"),
         (V3 | {"finetuning_scaling_factor": True}, {}, "finetuning_scaling_factor is not honoured"),
+        (V3 | {"architecture": "gated", **TOPK}, {}, "its architecture is 'gated' with activation_fn 'topk'"),
+        (V3 | {"architecture": "jumprelu", **TOPK}, JUMP, "its architecture is 'jumprelu' with activation_fn 'topk'"),
+        (V3 | {"architecture": "topk"}, {}, "its k is None, and a whole number is expected"),
+        (V6 | {"architecture": "topk", "k": 2.5}, {}, "its k is 2.5, and a whole number is expected"),
+        (V6 | {"architecture": "topk", "k": "3"}, {}, "its k is '3', and a whole number is expected"),
+        (V6 | {"d_in": 6.5}, {}, "its d_in is 6.5, and a whole number is expected"),
+        (V6 | {"apply_b_dec_to_input": "false"}, {}, "its apply_b_dec_to_input is 'false', and true or false is exp"),
+        (V6 | {"apply_b_dec_to_input": None}, {}, "its apply_b_dec_to_input is None, and true or false is expected"),
+        (
+            V6 | {"architecture": "topk", "k": 3, "rescale_acts_by_decoder_norm": "false"},
+            {},
+            "its rescale_acts_by_decoder_norm is 'false', and true or false is expected",
+        ),
+        (
+            V3 | {"hook_name_out": "blocks.2.hook_mlp_out"},
+            {},
+            "its hook_name_out is 'blocks.2.hook_mlp_out' and its hook",
+        ),
+        (
+            V6 | {"metadata": {**V6["metadata"], "hook_name": "a", "hook_name_out": "b"}},
+            {},
+            "its hook_name_out is 'b' and its hook_name 'a': what reads one place and writes another is not honoured",
+        ),
+        (V6 | {"d_out": 9}, {}, "its d_out is 9 and its d_in 6"),
         ([1], {}, "holds no mapping"),
     ],
 )
@@ -388,6 +420,37 @@ def test_steering_of_heads_side_by_side(llama: HookedModel) -> None:
     _, steered = llama.run_with_cache(TOKENS, point, interventions=[sae.steering(2, 1.5, shape=(heads, d_head))])
     added = np.array(steered[point]) - np.array(plain[point])
     np.testing.assert_allclose(added[0, 3].reshape(-1), 1.5 * np.array(sae.W_dec)[2], rtol=1e-4, atol=1e-4)
+
+
+def test_edits_of_an_autoencoder_of_one_head_leave_the_others(llama: HookedModel) -> None:
+    point, head = "blocks.1.attn.hook_z", 2
+    weights = {name: mx.array(array) for name, array in arrays(3, llama.cfg.d_head, 20).items()}
+    sae = SparseAutoencoder("relu", **weights, metadata={"hook_name": point, "hook_head_index": head})
+    _, plain = llama.run_with_cache(TOKENS, point)
+    z = np.array(plain[point], np.float64)
+    features, read = saelens(sae, z[:, :, head])
+    feature = int(features.sum(axis=(0, 1)).argmax())
+    direction = np.array(sae.W_dec, np.float64)[feature]
+    without = z[:, :, head] - features[..., [feature]] * direction
+    edits = {
+        "steering": (z[:, :, head] + 1.5 * direction, {"interventions": [sae.steering(feature, 1.5)]}),
+        "ablate": (without, sae.ablate_feature(feature)),
+        "set": (without + 3 * direction, sae.set_feature(feature, 3.0)),
+        "replace": (read, sae.replace_value()),
+    }
+    for name, (expected, edit) in edits.items():
+        if isinstance(edit, dict):
+            _, edited = llama.run_with_cache(TOKENS, point, **edit)
+        else:
+            with llama.hooks([(point, edit)]):
+                _, edited = llama.run_with_cache(TOKENS, point)
+        found = np.array(edited[point])
+        np.testing.assert_allclose(found[:, :, head], expected, rtol=1e-4, atol=1e-4, err_msg=name)
+        others = [i for i in range(llama.cfg.n_heads) if i != head]
+        np.testing.assert_array_equal(found[:, :, others], np.array(plain[point])[:, :, others], err_msg=name)
+    beyond = SparseAutoencoder("relu", **weights, metadata={"hook_name": point, "hook_head_index": 9})
+    with pytest.raises(HookError, match="belongs to head 9, and a row is \\(4, 8\\)"):
+        llama.run_with_hooks(TOKENS, [(point, beyond.ablate_feature(0))])
 
 
 def test_steering_that_cannot_be_is_refused(llama: HookedModel) -> None:

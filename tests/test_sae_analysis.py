@@ -63,7 +63,7 @@ def test_its_numbers_are_of_the_rows_that_were_held_out(told: dict[str, Any], ro
     )
     held, parts = trained.held_out, rows.take(np.arange(len(rows)))
     x = parts.values[held].astype(np.float64)
-    assert (told["n_held_out"], told["n_train"], told["held_out_by"]) == (len(held), len(rows) - len(held), "sequence")
+    assert (told["n_held_out"], told["n_train"], told["held_out_by"]) == (len(held), len(rows) - len(held), "text")
     features = np.array(sae.encode(mx.array(x.astype(np.float32))), np.float64)
     read = features @ np.array(sae.W_dec, np.float64) + np.array(sae.b_dec, np.float64)
     np.testing.assert_allclose(told["fvu"], ((x - read) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rtol=1e-4)
@@ -207,6 +207,45 @@ def test_rows_without_tokens_have_no_tokens_to_tell(rows: ArrayRows) -> None:
     assert analyse_sae(values[:2], OPTIONS)["fvu"] is None
 
 
+def test_notes_say_what_the_numbers_do_not(rows: ArrayRows, llama: HookedModel) -> None:
+    part = rows.take(np.arange(len(rows)))
+    labels = {name: getattr(part, name) for name in ("tokens", "sequence", "position", "rank", "session")}
+    asked = {**OPTIONS, "max_steps": 2}
+
+    def notes(values: Any = part.values, eval_data: Any = None, **changed: Any) -> str:
+        given = ArrayRows(values, POINT, **{**labels, "step": part.step, **changed})
+        return " ".join(analyse_sae(given, asked, model=llama, eval_data=eval_data)["notes"])
+
+    assert notes() == (
+        "Only 36 rows were held out: what is measured on so few, such as which features never fire, says little."
+    )
+    steps = np.repeat([0, 100, 250], 120)
+    assert "weights" not in notes(step=steps)
+    assert "The rows are of 3 steps, 0 to 250, and what is told of the model" in notes(step=steps, eval_data=TEXTS[:2])
+    assert "steps" not in notes(eval_data=TEXTS[:2])
+    assert "the rows have no tokens" in notes(step=steps, tokens=None)
+    assert "no tokens" not in notes(tokens=None)
+    many = analyse_sae(np.random.default_rng(0).standard_normal((1000, 4)), asked)["notes"]
+    assert [note[:30] for note in many] == ["Single rows were held out, sin"]
+
+
+def test_rows_that_are_none_of_the_models_are_not_trained_on(rows: ArrayRows, llama: HookedModel) -> None:
+    values = rows.take(np.arange(100)).values
+
+    def never(*at: int) -> None:
+        raise AssertionError("training has begun")
+
+    for name, wide, message in (
+        ("layer1", values, "The autoencoder has no place in the model: Unknown hook point 'layer1'"),
+        (POINT, values[:, :7], "has rows of 32 numbers in the model, and those to learn from have 7."),
+        ("", values, "The rows do not say where in the model they belong"),
+    ):
+        with pytest.raises(HookError) as error:
+            analyse_sae(ArrayRows(wide, name), OPTIONS, never, llama, eval_data=TEXTS[:2])
+        assert message in str(error.value)
+        assert error.value.field == "layer_name"
+
+
 def test_options_are_checked(rows: ArrayRows) -> None:
     with pytest.raises(HookError, match="SAEOptions has no field 'archi'. There are: architecture, d_sae"):
         analyse_sae(rows, {"archi": "relu"})
@@ -222,6 +261,12 @@ def test_it_is_drawn(told: dict[str, Any], tmp_path: Path) -> None:
     np.testing.assert_allclose(losses.lines[0].get_ydata(), told["training_stats"][f"{POINT}/loss"])
     drawn = np.array(told["training_stats"][f"{POINT}/l0_sparsity"]) * told["d_sae"]
     np.testing.assert_allclose(sparsity.lines[0].get_ydata(), drawn)
+    assert [line.get_label() for line in losses.lines][2:] == ["sparsity penalty"]
+    # Of topk it is another loss, which is 0 while no latent is dead.
+    stats = told["training_stats"] | {f"{POINT}/sparsity_loss": [0.0, 0.5, *[0.0] * (len(drawn) - 2)]}
+    auxiliary = draw_sae(told | {"architecture": "batchtopk", "training_stats": stats})[0][1].axes[0].lines[2]
+    assert auxiliary.get_label() == "auxiliary loss of dead latents"
+    np.testing.assert_array_equal(auxiliary.get_ydata(), [np.nan, 0.5, *[np.nan] * (len(drawn) - 2)])
     bars = sum(bar.get_height() for bar in figures[1][1].axes[0].patches)
     assert bars == told["d_sae"] - told["n_dead"]
     for title, figure in figures:

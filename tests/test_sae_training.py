@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from superposition import angles_between_neighbours, features, train_toys
 
-from mlx_hooks import HookError
+from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.sae import training
 from mlx_hooks.analysis.sae.autoencoder import SparseAutoencoder, keep_largest
 from mlx_hooks.analysis.sae.measures import measure_sae
 from mlx_hooks.analysis.sae.objective import Objective, pre_activations
 from mlx_hooks.analysis.sae.training import ChosenRows, TrainedSAE, train_sae
-from mlx_hooks.storage.rows import ArrayRows
+from mlx_hooks.storage.rows import LABELS, ArrayRows
 from mlx_hooks.storage.shards import ShardReader, ShardWriter
 
 WIDTH, N_FEATURES, ACTIVE, LATENTS = 24, 40, 2, 56
@@ -209,6 +209,7 @@ def test_held_out_rows_are_whole_sequences() -> None:
     assert len(found.held_out) == 100
     for held in np.unique(sequence[found.held_out]):
         assert set(np.flatnonzero(sequence == held)) <= set(found.held_out)
+    assert found.steps == (0, 200)
     # Of few sequences too much would be missing.
     few = ArrayRows(ROWS[:1000], sequence=sequence // 20, **labels)
     assert train_sae(few, {"max_steps": 2}).held_out_by == "row"
@@ -243,14 +244,111 @@ def test_rows_are_streamed_from_shards(tmp_path: Path) -> None:
     rows = ShardReader(tmp_path).rows("blocks.0.hook_resid_post")
     found = train_sae(rows, {"max_steps": 20, "d_sae": 8})
     assert found.sae.hook_name == "blocks.0.hook_resid_post"
-    assert found.held_out_by == "sequence"
-    same = train_sae(
-        ArrayRows(
-            ROWS[:1000], **{n: getattr(rows.take(np.arange(1000)), n) for n in ("sequence", "step", "rank", "session")}
-        ),
-        {"max_steps": 20, "d_sae": 8},
-    )
+    assert (found.held_out_by, found.steps) == ("text", (0, 1, 2, 3))
+    whole = rows.take(np.arange(1000))
+    labels = {name: getattr(whole, name) for name in LABELS}
+    same = train_sae(ArrayRows(ROWS[:1000], **labels), {"max_steps": 20, "d_sae": 8})
     assert mx.array_equal(found.sae.W_enc, same.sae.W_enc)
+
+
+@pytest.mark.parametrize("n_texts", [40, 4])
+def test_a_text_is_held_out_at_all_steps(n_texts: int) -> None:
+    length, n_steps = 1000 // (n_texts * 5), 5
+    text = np.tile(np.repeat(np.arange(n_texts), length), n_steps)
+    position = np.tile(np.arange(length), n_texts * n_steps)
+    labels = {"tokens": 100 * text + position, "position": position, "sequence": text, "rank": 0 * text}
+    step = np.repeat(np.arange(n_steps), n_texts * length)
+    found = train_sae(ArrayRows(ROWS[:1000], step=step, session=0 * text, **labels), {"max_steps": 2})
+    held = np.zeros(1000, bool)
+    held[found.held_out] = True
+    assert (found.held_out_by, held.sum()) == ("text" if n_texts == 40 else "row", 100)
+    # Of few texts single tokens are held out, and these are the same at all steps.
+    at_steps = held.reshape(n_steps, n_texts, length)
+    assert np.array_equal(at_steps, np.broadcast_to(at_steps[:1], at_steps.shape))
+    assert n_texts == 4 or set(at_steps[0].sum(axis=1)) == {0, length}
+    # One token that was captured again and again cannot be held out whole.
+    again = {name: np.zeros(50) for name in ("tokens", "position", "sequence", "rank", "session")}
+    assert len(train_sae(ArrayRows(ROWS[:50], step=np.arange(50), **again), {"max_steps": 2}).held_out) == 5
+
+
+def test_noise_that_is_captured_again_is_still_noise() -> None:
+    random = np.random.default_rng(0)
+    once = np.repeat(random.standard_normal((1, 200, 16)), 6, axis=0)
+    rows = (once + 0.02 * random.standard_normal(once.shape)).reshape(-1, 16)
+    text = np.tile(np.repeat(np.arange(40), 5), 6)
+    labels = {"tokens": text, "position": np.tile(np.arange(5), 240), "sequence": text, "rank": 0 * text}
+    labels |= {"step": np.repeat(np.arange(6), 200), "session": 0 * text}
+    asked = {"architecture": "topk", "k": 2, "d_sae": 100, "epochs": 400, "max_steps": 400}
+    found = train_sae(ArrayRows(rows, **labels), asked)
+    assert found.stats["recon_loss"][-1] < 0.35
+    assert fvu_of(found, rows.astype(np.float32)) > 0.5
+
+
+def test_rows_by_head_are_read_as_they_are_at_their_hook_point(llama: HookedModel, tmp_path: Path) -> None:
+    for point, reshape in (("blocks.1.attn.hook_z", "hook_z"), ("blocks.1.attn.hook_q", "none")):
+        _, cache = llama.run_with_cache([[5, 17, 3, 40], [22, 9, 1, 2]], point)
+        values = np.array(cache[point])
+        by_head = ArrayRows(values.reshape(8, *values.shape[2:]), point, axes=["head", "d_head"])
+        sae = train_sae(by_head, {"max_steps": 2, "d_sae": 16}).sae
+        assert sae.reshape_activations == reshape
+        again = SparseAutoencoder.load(sae.save(tmp_path / reshape))
+        flat = mx.array(values.reshape(2, 4, -1))
+        assert mx.array_equal(again.encode(cache[point]), sae.encode(flat))
+        assert mx.array_equal(again(cache[point]).reshape(2, 4, -1), sae(flat))
+
+
+def test_what_would_not_fit_is_refused_before_it_is_made() -> None:
+    rows = np.random.default_rng(0).standard_normal((40, 200)).astype(np.float32)
+    for options, field in (({"expansion": 50}, "expansion"), ({"d_sae": 10_000}, "d_sae")):
+        with pytest.raises(HookError) as error:
+            train_sae(rows, {**options, "max_steps": 1, "max_bytes": 2**27})
+        assert error.value.field == field
+        assert str(error.value) == (
+            "10,000 latents for rows of 200 numbers take about 0.2 GiB to train, and max_bytes allows 0.1: ask for "
+            "fewer latents or smaller batches."
+        )
+    # Many latents of narrow rows are dear too: their activations on a batch are.
+    with pytest.raises(HookError, match=r"100,000 latents for rows of 3 numbers take about 10.2 GiB"):
+        train_sae(np.zeros((5000, 3)), {"d_sae": 100_000})
+    assert train_sae(rows, {"d_sae": 8, "max_steps": 1, "max_bytes": 2**18}).n_steps == 1
+    with pytest.raises(HookError, match="max_bytes allows 0.0"):
+        train_sae(rows, {"d_sae": 8, "max_steps": 1, "max_bytes": 2**17})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memory_is_what_was_reckoned_with(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, d_sae, batch in ((16, 4000, 256), (256, 1024, 32)):
+        rows = np.random.default_rng(0).standard_normal((2000, width)).astype(np.float32)
+        reckoned = 4 * d_sae * (18 * width + 20 * max(batch, 1365))
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        train_sae(rows, {"architecture": architecture, "d_sae": d_sae, "batch_size": batch, "max_steps": 4})
+        assert mx.get_peak_memory() - before < 1.1 * reckoned
+
+
+def test_what_lies_along_a_direction_is_taken_off_its_gradient() -> None:
+    class Still:
+        """An optimizer that stays where it is and keeps what it was given."""
+
+        def apply_gradients(self, gradients: Any, weights: Any) -> Any:
+            self.gradients = gradients
+            return dict(weights)
+
+    run = training._Training(ArrayRows(ROWS[:200]), training.SAETraining(d_sae=9, dead_features="leave"), {})
+    x, alive = run._scaled(ROWS[:100]), mx.zeros(9, mx.bool_)
+    directions = np.array(run.weights["W_dec"], np.float64)
+    found = mx.grad(lambda w: run.objective(w, x, alive, mx.array(1.0))[0])(run.weights)
+    full = {name: np.array(value, np.float64) for name, value in found.items()}
+    along = (full["W_dec"] * directions).sum(axis=1, keepdims=True)
+    assert np.abs(along).max() > 0.01
+    full["W_dec"] = full["W_dec"] - along * directions
+    length = np.sqrt(sum((value**2).sum() for value in full.values()))
+    run.optimizer = still = Still()
+    run._step(run.weights, x, run.idle, mx.array(1.0))
+    for name, value in full.items():
+        np.testing.assert_allclose(np.array(still.gradients[name]), value * min(1.0, 1 / length), atol=1e-5)
+    np.testing.assert_allclose((np.array(still.gradients["W_dec"]) * directions).sum(axis=1), 0.0, atol=1e-6)
 
 
 # Dead latents

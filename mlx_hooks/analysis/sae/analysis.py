@@ -13,9 +13,12 @@ from ...options import options, options_of
 from ...storage.rows import Rows
 from ..eval_data import eval_data_of
 from ..top_rows import check_vectors
-from .effects import Spell, loss_recovered, steering_effects
+from .effects import Spell, check_place, loss_recovered, steering_effects
 from .measures import Measures, measure_sae
-from .training import ChosenRows, Progress, SAETraining, TrainedSAE, Whole, as_rows, train_sae
+from .training import FEW_TEXTS, ChosenRows, Progress, SAETraining, TrainedSAE, Whole, as_rows, train_sae
+
+FEW_HELD_OUT = 100
+"""With fewer rows held out, what is measured on them says little."""
 
 
 @options
@@ -58,6 +61,8 @@ def analyse_sae(
     - ``l0``: the mean number of latents that fire on a row; ``l0_fraction`` and ``final_l0`` are that over ``d_sae``;
     - ``dead_fraction``: the fraction of latents that fire on none of these rows; ``n_held_out`` says how many they are;
     - ``final_loss``: the objective, without an auxiliary loss;
+    - ``held_out_by``: "text" (a text that was captured at several steps is held out at all of them), "sequence" or
+      "row", see :class:`TrainedSAE`; ``notes`` says what that, or too few rows, means for the numbers;
     - ``firing_rates`` [d_sae]; ``features``: the strongest latents, each with firing rate, mean and largest activation
       and ``top_tokens``: what the model read at the rows where it fires most, with activation, position and step.
 
@@ -77,10 +82,14 @@ def analyse_sae(
         plain JSON values.
 
     Raises:
-        HookError: as :func:`train_sae`, and as the two above.
+        HookError: as :func:`train_sae`, and as the two above; for rows that are none of the model's, before training.
     """
     asked, rows = options_of(SAEOptions, options), as_rows(rows)
     check_vectors(rows)
+    data = None
+    if model is not None and eval_data is not None:
+        data = eval_data_of(model, eval_data, max_examples=asked.eval_sequences, max_tokens=asked.eval_tokens)
+        check_place(model, rows, data)
     trained = train_sae(
         rows, asked, progress=progress, metadata={} if model is None else {"model_name": model.model_name}
     )
@@ -89,6 +98,7 @@ def analyse_sae(
     sae = trained.sae.with_log_sparsity(measured.firing_rate)
     strongest = [int(i) for i in np.argsort(-measured.mean_activation, kind="stable") if not measured.dead[i]]
     result = _told(rows, trained, measured)
+    result["notes"] = _notes(trained, in_model=data is not None)
     shown = strongest[: asked.top_features]
     tops = measured.top.told(unseen, spell, shown) if asked.top_tokens and shown else [[] for _ in shown]
     result["features"] = [
@@ -104,8 +114,7 @@ def analyse_sae(
     ]
     if asked.save_to is not None:
         result["saved_to"] = sae.save(asked.save_to).as_posix()
-    if model is not None and eval_data is not None:
-        data = eval_data_of(model, eval_data, max_examples=asked.eval_sequences, max_tokens=asked.eval_tokens)
+    if model is not None and data is not None:
         result["loss_recovered"] = loss_recovered(model, sae, data)
         if asked.steering:
             pushes = {i: asked.steering_strength * float(measured.max_activation[i]) for i in strongest}
@@ -142,3 +151,29 @@ def _told(rows: Rows, trained: TrainedSAE, measured: Measures) -> dict[str, Any]
         "dead_fraction": float(measured.dead.mean()),
         "firing_rates": measured.firing_rate.tolist(),
     }
+
+
+def _notes(trained: TrainedSAE, in_model: bool) -> list[str]:
+    """What the numbers do not say of themselves, as sentences."""
+    said, steps, n_held_out = [], trained.steps, len(trained.held_out)
+    if n_held_out < FEW_HELD_OUT:
+        rows = "1 row was" if n_held_out == 1 else f"{n_held_out} rows were"
+        said.append(
+            f"Only {rows} held out: what is measured on so few, such as which features never fire, says little."
+        )
+    if trained.held_out_by == "row":
+        said.append(
+            f"Single rows were held out, since fewer than {FEW_TEXTS} texts are known: rows of one text are alike, "
+            "which flatters what is measured."
+        )
+    if trained.held_out_by == "sequence" and len(steps) > 1:
+        said.append(
+            "Whether a text was captured at several steps is not known, since the rows have no tokens: what was held "
+            "out may have been trained on at another step, which flatters what is measured."
+        )
+    if in_model and len(steps) > 1:
+        said.append(
+            f"The rows are of {len(steps)} steps, {steps[0]} to {steps[-1]}, and what is told of the model is of its "
+            "weights now: an autoencoder of the last step alone would fit them better."
+        )
+    return said

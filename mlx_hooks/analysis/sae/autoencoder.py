@@ -60,8 +60,9 @@ class SparseAutoencoder:
             plus 1e-5) or "constant_norm_rescale" (length sqrt(d_in)), row by row, undone on the way out. A row that is
             0 everywhere has no length to bring anywhere and stays 0.
         reshape_activations: "hook_z" for x of [..., head, d_head], which is read as [..., head * d_head].
+            Rows of several axes at other points, which SAELens reads flat, are told by ``row_shape`` of the metadata.
         rescale_acts_by_decoder_norm: of topk: the latents are chosen, and told, in units of what they add.
-        metadata: plain JSON values; ``hook_name`` says where it belongs.
+        metadata: plain JSON values; ``hook_name`` says where it belongs, and ``hook_head_index`` to which head there.
         log_sparsity: [d_sae], log10 of the fraction of rows on which a latent fires plus 1e-10, where it was measured.
 
     Raises:
@@ -95,8 +96,10 @@ class SparseAutoencoder:
             raise HookError("A threshold belongs to jumprelu, and to it alone.", field="threshold")
         if (self.k is not None) != (self.architecture == "topk"):
             raise HookError("k belongs to topk, and to it alone.", field="k")
-        if self.k is not None and (isinstance(self.k, bool) or not 1 <= self.k <= self.d_sae):
-            raise HookError(f"k is 1 to {self.d_sae}, the number of latents; got {self.k!r}.", field="k")
+        if self.k is not None and (type(self.k) is not int or not 1 <= self.k <= self.d_sae):
+            raise HookError(
+                f"k is a whole number from 1 to {self.d_sae}, the number of latents; got {self.k!r}.", field="k"
+            )
         if self.rescale_acts_by_decoder_norm and self.architecture != "topk":
             raise HookError("rescale_acts_by_decoder_norm belongs to topk.", field="rescale_acts_by_decoder_norm")
         if self.normalize_activations == "layer_norm" and self.d_in < 2:
@@ -139,10 +142,21 @@ class SparseAutoencoder:
         """The hook point whose rows it was made for, where it is known."""
         return self.metadata.get("hook_name")
 
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of one row at its hook point, ``(head, d_head)``; ``(d_in,)`` where nothing else is known."""
+        told = self.metadata.get("row_shape")
+        if not isinstance(told, list | tuple) or any(type(size) is not int for size in told):
+            return (self.d_in,)
+        return tuple(told) if int(np.prod(told)) == self.d_in else (self.d_in,)
+
     # What it computes
 
     def encode(self, x: mx.array) -> mx.array:
-        """The activations [..., d_sae] of the latents on x [..., d_in], from 0 up, in float32."""
+        """The activations [..., d_sae] of the latents on x [..., d_in], from 0 up, in float32.
+
+        Rows may have the axes that they have at the hook point: [..., head, d_head].
+        """
         rows, _ = self._normalized(self._rows(x))
         return self._activations(self._pre(rows))
 
@@ -192,7 +206,10 @@ class SparseAutoencoder:
 
     def _rows(self, x: mx.array) -> mx.array:
         """x as [..., d_in] in float32."""
-        if self.reshape_activations == "hook_z" and x.ndim > 1 and x.shape[-1] * x.shape[-2] == self.d_in:
+        shape = self.row_shape
+        if len(shape) > 1 and x.shape[-len(shape) :] == shape:
+            x = x.reshape(*x.shape[: -len(shape)], self.d_in)
+        elif self.reshape_activations == "hook_z" and x.ndim > 1 and x.shape[-1] * x.shape[-2] == self.d_in:
             x = x.reshape(*x.shape[:-2], self.d_in)
         if x.shape[-1:] != (self.d_in,):
             raise HookError(f"{self!r} encodes [..., {self.d_in}], got {x.shape}.")
@@ -290,12 +307,10 @@ class SparseAutoencoder:
         if isinstance(activation, bool) or not np.isfinite(activation):
             raise HookError(f"activation is a finite number, got {activation!r}.", field="activation")
 
-        def setting_a_feature(value: mx.array, point: HookPoint) -> mx.array:
-            rows = self._flat(value)
-            change = self._part(rows, activation - self.encode(rows)[..., feature], feature)
-            return (value.astype(mx.float32) + change.reshape(value.shape)).astype(value.dtype)
+        def set_to(rows: mx.array) -> mx.array:
+            return rows + self._part(rows, activation - self.encode(rows)[..., feature], feature)
 
-        return setting_a_feature
+        return self.changing(set_to)
 
     def ablate_feature(self, feature: int) -> Callable[[mx.array, HookPoint], mx.array]:
         """A hook function that takes off what a latent contributes; the error stays."""
@@ -304,17 +319,38 @@ class SparseAutoencoder:
     def replace_value(self) -> Callable[[mx.array, HookPoint], mx.array]:
         """A hook function that puts what is read back in the value's place."""
 
-        def reading_back(value: mx.array, point: HookPoint) -> mx.array:
-            return self(self._flat(value)).reshape(value.shape).astype(value.dtype)
+        return self.changing(self)
 
-        return reading_back
+    def changing(self, change: Callable[[mx.array], mx.array]) -> Callable[[mx.array, HookPoint], mx.array]:
+        """A hook function that puts what ``change`` makes of its rows in their place: of [batch, pos, d_in] in float32
+        as many. Where it belongs to one head, the others stay."""
+
+        def changing_rows(value: mx.array, point: HookPoint) -> mx.array:
+            head = self._head(value)
+            own = value if head is None else value[:, :, head]
+            made = change(self._flat(own)).reshape(own.shape).astype(value.dtype)
+            if head is None:
+                return made
+            is_it = (mx.arange(value.shape[2]) == head)[:, None]
+            return mx.where(is_it, made[:, :, None], value)
+
+        return changing_rows
+
+    def _head(self, value: mx.array) -> int | None:
+        """Which head of a value [batch, pos, head, d_head] it belongs to; None for all."""
+        head = self.metadata.get("hook_head_index")
+        if head is None:
+            return None
+        if value.ndim != 4 or type(head) is not int or not 0 <= head < value.shape[2]:
+            raise HookError(f"{self!r} belongs to head {head!r}, and a row is {value.shape[2:]}.")
+        return head
 
     def _flat(self, value: mx.array) -> mx.array:
-        """A hook point's value [batch, pos, ...] with rows [d_in]."""
+        """A hook point's value [batch, pos, ...] with rows [d_in] in float32."""
         wide = value.reshape(*value.shape[:2], -1)
         if wide.shape[-1] != self.d_in:
             raise HookError(f"{self!r} reads rows of {self.d_in} numbers, got {value.shape[2:]}.")
-        return wide
+        return wide.astype(mx.float32)
 
     def where(self, hook_point: str | None = None) -> str:
         """The hook point that was given, or else its own.
@@ -328,8 +364,7 @@ class SparseAutoencoder:
         return found
 
     def _row_shape(self, shape: "Sequence[int] | None") -> tuple[int, ...]:
-        given = self.metadata.get("row_shape", [self.d_in]) if shape is None else shape
-        found = tuple(int(size) for size in given)
+        found = self.row_shape if shape is None else tuple(int(size) for size in shape)
         if int(np.prod(found)) != self.d_in:
             raise HookError(f"shape is that of a row of {self.d_in} numbers, got {list(found)}.", field="shape")
         if self.reshape_activations == "hook_z" and len(found) == 1 and shape is None:

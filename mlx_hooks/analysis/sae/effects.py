@@ -9,16 +9,37 @@ import mlx.core as mx
 import numpy as np
 
 from ...activations import scalar, to_numpy
-from ...hook_points import HookPoint
+from ...errors import HookError, UnknownHookError
 from ...interventions import Intervention
 from ...model import HookedModel
-from ..eval_data import NOTHING, eval_data_of
+from ...storage.rows import Rows
+from ..eval_data import NOTHING, EvalData, eval_data_of
 from .autoencoder import SparseAutoencoder
 
 Spell = Callable[[int], str | None]
 Progress = Callable[[int, int], None]
 _BATCH = 4
 """Sequences that run at once."""
+
+
+def check_place(model: HookedModel, rows: Rows, data: EvalData) -> None:
+    """Refuse rows that are none of the model's: an autoencoder of them has no place in it.
+
+    Raises:
+        HookError: for a name that is no hook point of the model, and for rows of another size than it has there.
+    """
+    if not rows.name:
+        raise HookError("The rows do not say where in the model they belong: name their layer.", field="layer_name")
+    try:
+        _, cache = model.run_with_cache([list(data.examples[0].tokens)], rows.name)
+    except UnknownHookError as error:
+        raise HookError(f"The autoencoder has no place in the model: {error}", field="layer_name") from error
+    size = int(np.prod(cache[rows.name].shape[2:]))
+    if size != rows.width:
+        raise HookError(
+            f"{rows.name} has rows of {size} numbers in the model, and those to learn from have {rows.width}.",
+            field="layer_name",
+        )
 
 
 def loss_recovered(
@@ -43,7 +64,7 @@ def loss_recovered(
     edits: dict[str, list[tuple[str, Any]]] = {
         "loss": [],
         "loss_with_sae": [(where, sae.replace_value())],
-        "loss_zero_ablated": [(where, _zeros)],
+        "loss_zero_ablated": [(where, sae.changing(mx.zeros_like))],
     }
     sums = dict.fromkeys(edits, 0.0)
     for batch in data.batches(_BATCH):
@@ -168,10 +189,6 @@ def _cross_entropy(logits: mx.array, targets: np.ndarray) -> float:
     ids = mx.array(targets.reshape(-1)[asked])
     chosen = mx.take_along_axis(_log_probabilities(logits)[mx.array(asked)], ids[:, None], axis=-1)
     return -scalar(chosen.sum())
-
-
-def _zeros(value: mx.array, point: HookPoint) -> mx.array:
-    return mx.zeros_like(value)
 
 
 def _tokens(change: np.ndarray, chosen: np.ndarray, spell: Spell | None) -> list[dict[str, Any]]:

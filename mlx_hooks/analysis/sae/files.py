@@ -146,26 +146,29 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     old = dict(config)
     old.setdefault("hook_name", old.pop("hook_point", None))
     old.setdefault("hook_head_index", old.pop("hook_point_head_index", None))
+    architecture = old.setdefault("architecture", "standard")
     function = old.get("activation_fn") or old.get("activation_fn_str") or "relu"
-    if function == "topk":
-        old["architecture"] = "topk"
-        old["k"] = (old.get("activation_fn_kwargs") or {}).get("k", old.get("k"))
-    elif function != "relu":
+    if function not in ("relu", "topk"):
         raise ValueError(f"its activation_fn is {function!r}, and relu and topk are what is honoured")
+    if function == "topk" and architecture not in ("standard", "topk"):
+        raise ValueError(f"its architecture is {architecture!r} with activation_fn 'topk', which is not honoured")
+    if "topk" in (function, architecture):
+        old["architecture"] = "topk"
+        old.setdefault("k", None)
+        old["k"] = (old.get("activation_fn_kwargs") or {}).get("k", old["k"])
     if old.get("finetuning_scaling_factor"):
         raise ValueError("finetuning_scaling_factor is not honoured")
     normalize = old.get("normalize_activations")
     old["normalize_activations"] = {True: "expected_average_only_in", False: "none", None: "none"}.get(
         normalize, normalize
     )
-    old.setdefault("architecture", "standard")
     old.setdefault("reshape_activations", "hook_z" if "hook_z" in (old["hook_name"] or "") else "none")
     # Its directions are chosen by pre-activations: the norms of the decoder came with version 6.
     old["rescale_acts_by_decoder_norm"] = False
     return old | {"metadata": {name: old[name] for name in _FLAT_METADATA if old.get(name) is not None}}
 
 
-def _told(config: Mapping[str, Any]) -> dict[str, Any]:
+def _told(config: dict[str, Any]) -> dict[str, Any]:
     """What a configuration of version 6 says, as the autoencoder and its weights take it."""
     architecture = config["architecture"]
     if architecture not in OURS:
@@ -180,17 +183,44 @@ def _told(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"its {name} is {config[name]!r}, and {', '.join(allowed)} are what is honoured")
     told: dict[str, Any] = {
         "architecture": OURS[architecture],
-        "d_in": int(config["d_in"]),
-        "d_sae": int(config["d_sae"]),
+        "d_in": _typed(config, "d_in", int),
+        "d_sae": _typed(config, "d_sae", int),
         "dtype": _TYPES[dtype],
-        "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True)),
+        "apply_b_dec_to_input": _typed({"apply_b_dec_to_input": True} | config, "apply_b_dec_to_input", bool),
         "normalize_activations": config.get("normalize_activations", "none"),
         "reshape_activations": config.get("reshape_activations", "none"),
         "metadata": dict(config.get("metadata") or {}),
     }
     if architecture == "topk":
-        told |= {"k": config["k"], "rescale_acts_by_decoder_norm": bool(config.get("rescale_acts_by_decoder_norm"))}
+        rescale = "rescale_acts_by_decoder_norm"
+        told |= {"k": _typed(config, "k", int), rescale: _typed({rescale: False} | config, rescale, bool)}
+    _check_one_place(told["metadata"], told["d_in"], config.get("d_out"))
     return told
+
+
+def _typed(config: dict[str, Any], name: str, kind: type) -> Any:
+    """A field that has to be a truth value or a whole number."""
+    value = config[name]
+    if type(value) is not kind:
+        raise ValueError(
+            f"its {name} is {value!r}, and {'true or false' if kind is bool else 'a whole number'} is expected"
+        )
+    return value
+
+
+def _check_one_place(metadata: Mapping[str, Any], d_in: int, d_out: Any) -> None:
+    """Refuse what reads one place and writes another."""
+    for name in ("hook_name", "hook_head_index"):
+        there = metadata.get(f"{name}_out")
+        if there is not None and there != metadata.get(name):
+            raise ValueError(
+                f"its {name}_out is {there!r} and its {name} {metadata.get(name)!r}: what reads one place and writes "
+                "another is not honoured"
+            )
+    if d_out is not None and d_out != d_in:
+        raise ValueError(
+            f"its d_out is {d_out!r} and its d_in {d_in}: what writes other rows than it reads is not honoured"
+        )
 
 
 def _scale(folder: Path, config: Mapping[str, Any]) -> float:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 _SHOWN = {"loss": "loss", "recon_loss": "variance unexplained", "sparsity_loss": "sparsity penalty"}
+_AUXILIARY = "auxiliary loss of dead latents"
+"""What ``sparsity_loss`` is of topk and batchtopk."""
 
 
 def draw_sae(result: dict[str, Any]) -> "list[tuple[str, Figure]]":
@@ -28,9 +30,12 @@ def _training(result: dict[str, Any]) -> "Figure":
     marker = "." if len(passes) < 20 else None
     unexplained = "" if result["fvu"] is None else f", {result['fvu']:.1%} of the variance unexplained on held-out rows"
     made, (losses, sparsity) = figure(f"{result['layer']}: {result['architecture']} autoencoder{unexplained}", 2)
-    for colour, (name, label) in zip(COLOURS, _SHOWN.items(), strict=False):
+    labels = _SHOWN | ({"sparsity_loss": _AUXILIARY} if "topk" in result["architecture"] else {})
+    for colour, (name, label) in zip(COLOURS, labels.items(), strict=False):
         if any(value > 0 for value in stats[name]):
-            losses.plot(passes, stats[name], label=label, marker=marker, color=colour)
+            # A logarithm has no 0: a gap.
+            drawn = [value if value > 0 else np.nan for value in stats[name]]
+            losses.plot(passes, drawn, label=label, marker=marker, color=colour)
     losses.set_yscale("log")
     losses.set_ylabel("loss (variance of the rows = 1)", fontsize=9)
     fire = np.multiply(stats["l0_sparsity"], result["d_sae"])

@@ -3,7 +3,8 @@
 1. One pass over all rows finds their mean and their mean squared distance from it. Rows are centred and scaled by
    these while training, so that the same options work at every layer of every model; both are folded into the
    weights at the end, and activations are then in units of the rows themselves.
-2. Some sequences (some rows, where these are few or not known) are held out: what is measured is measured on them.
+2. Some texts (some sequences, where tokens are not known; some rows, where these are few or not known either) are held
+   out: what is measured is measured on them. A text that was captured at several steps is held out at all of them.
 3. Adam moves down the gradient of the objective (``objective.py``), clipped to length 1. Each decoder row has length 1:
    the part of its gradient along itself is taken off before a step, and it is brought back to 1 after it.
 4. Latents that have not fired for a while start anew, in the direction of a row that is badly read back
@@ -21,7 +22,7 @@ from pydantic import Field
 
 from ...errors import HookError
 from ...options import options, options_of
-from ...storage.rows import ArrayRows, RowPart, Rows
+from ...storage.rows import LABELS, ArrayRows, RowPart, Rows
 from ..top_rows import finite
 from .autoencoder import SparseAutoencoder
 from .objective import Objective, Parameters, decoded, pre_activations
@@ -31,8 +32,11 @@ Progress = Callable[[int, int], None]
 Whole = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-FEW_SEQUENCES = 10
-"""With fewer, rows are held out rather than sequences."""
+FEW_TEXTS = 10
+"""With fewer, rows are held out rather than texts."""
+_ARRAYS_OF_WEIGHTS, _ARRAYS_OF_ROWS = 9, 20
+"""What a step holds at once at its peak, measured: so many times the encoder and the decoder (themselves, gradients,
+Adam's moments), and so many times the activations of a batch."""
 _LOSSES = ("loss", "recon_loss", "sparsity_loss", "l0_sparsity")
 _POOL = 4096
 """Rows among which a latent that starts anew finds its direction."""
@@ -64,8 +68,9 @@ class SAETraining:
         dead_features: "resample" (relu, jumprelu), "auxiliary" (topk, batchtopk) or "leave"; None is what stands
             beside.
         auxiliary_coefficient: the weight of the auxiliary loss.
-        held_out: the fraction of sequences that is not trained on.
+        held_out: the fraction of rows that is not trained on, in whole texts.
         max_held_out: no more rows than this are held out.
+        max_bytes: what would take more memory than about this is refused; by default 8 GiB.
         seed: of the weights and of the order of rows; the same seed gives the same autoencoder.
     """
 
@@ -87,6 +92,7 @@ class SAETraining:
     auxiliary_coefficient: Annotated[float, Field(ge=0)] = 1.0
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     max_held_out: Whole = 8192
+    max_bytes: Whole = 8 * 2**30
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
@@ -100,7 +106,9 @@ class TrainedSAE:
             "sparsity_loss"; "recon_loss", the fraction of variance unexplained; "sparsity_loss", what the objective
             adds; "l0_sparsity", the fraction of latents that fire on a row.
         held_out: indices of the rows that were not trained on, ascending.
-        held_out_by: "sequence" or "row".
+        held_out_by: "text" (all sequences that read the same tokens, at whatever step), "sequence" where tokens are not
+            known, or "row" where there are few of these.
+        steps: the training steps that the rows are of, ascending; empty where they are not known.
         n_train: rows that were trained on.
         n_steps: steps that were made.
         n_resampled: how often a dead latent started anew.
@@ -113,6 +121,7 @@ class TrainedSAE:
     stats: dict[str, list[float]]
     held_out: np.ndarray
     held_out_by: str
+    steps: tuple[int, ...]
     n_train: int
     n_steps: int
     n_resampled: int
@@ -141,8 +150,8 @@ def train_sae(
         metadata: what the autoencoder is to say of itself besides, such as ``model_name``.
 
     Raises:
-        HookError: for options that are not allowed, fewer than two rows, rows that are not finite or all equal, and
-            more latents per row than there are latents.
+        HookError: for options that are not allowed, fewer than two rows, rows that are not finite or all equal, more
+            latents per row than there are latents, and what takes more memory than ``max_bytes``.
     """
     return _Training(as_rows(rows), options_of(SAETraining, options), dict(metadata or {})).run(progress)
 
@@ -179,12 +188,14 @@ class _Training:
         if len(rows) < 2:
             raise HookError(f"A sparse autoencoder needs at least 2 rows, got {len(rows)}.", field="rows")
         self.asked, self.metadata, self.rows = asked, metadata, rows
-        self.mean, self.scale, sequences = _scan(rows)
-        self.held_out, self.by = _held_out(len(rows), sequences, asked)
+        self.d_in, self.d_sae = rows.width, asked.d_sae or asked.expansion * rows.width
+        self._check_memory()
+        self.mean, self.scale, labels = _scan(rows)
+        self.held_out, self.by = _held_out(labels, asked)
+        self.trained_at = () if labels.step is None else tuple(np.unique(labels.step).tolist())
         kept = np.ones(len(rows), bool)
         kept[self.held_out] = False
         self.train = ChosenRows(rows, np.flatnonzero(kept))
-        self.d_in, self.d_sae = rows.width, asked.d_sae or asked.expansion * rows.width
         # Of a number in a direction of length 1, and of the product of a direction with a row.
         self.typical = self.d_in**-0.5
         self.learning_rate = asked.learning_rate or 0.02 * self.typical
@@ -219,8 +230,20 @@ class _Training:
         """A latent is dead when it has not fired for as many steps."""
         self.n_resampled = 0
 
+    def _check_memory(self) -> None:
+        """Refuse what would not fit, before any of it is made."""
+        rows = min(len(self.rows), max(self.asked.batch_size, _POOL // 3))
+        numbers = self.d_sae * (2 * _ARRAYS_OF_WEIGHTS * self.d_in + _ARRAYS_OF_ROWS * rows)
+        needed, allowed = 4 * numbers, self.asked.max_bytes
+        if needed > allowed:
+            raise HookError(
+                f"{self.d_sae:,} latents for rows of {self.d_in:,} numbers take about {needed / 2**30:,.1f} GiB to "
+                f"train, and max_bytes allows {allowed / 2**30:,.1f}: ask for fewer latents or smaller batches.",
+                field="expansion" if self.asked.d_sae is None else "d_sae",
+            )
+
     def _begin(self) -> Parameters:
-        directions = self.random.standard_normal((self.d_sae, self.d_in)).astype(np.float32)
+        directions = self.random.standard_normal((self.d_sae, self.d_in), dtype=np.float32)
         directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
         weights = {
             "W_enc": mx.array(directions.T.copy()),
@@ -265,6 +288,7 @@ class _Training:
             stats=stats,
             held_out=self.held_out,
             held_out_by=self.by,
+            steps=self.trained_at,
             n_train=len(self.train),
             n_steps=done,
             n_resampled=self.n_resampled,
@@ -351,6 +375,7 @@ class _Training:
             "training_architecture": "standard" if architecture == "relu" else architecture,
             "training_architecture_details": details,
         }
+        by_head = len(self.rows.shape) == 2 and (self.rows.name or "").endswith("hook_z")
         return SparseAutoencoder(
             architecture="jumprelu" if architecture == "batchtopk" else architecture,
             W_enc=weights["W_enc"],
@@ -359,6 +384,7 @@ class _Training:
             b_dec=mx.array((np.array(weights["b_dec"], np.float64) * per_unit + self.mean).astype(np.float32)),
             threshold=None if threshold is None else threshold * per_unit,
             k=self.k if architecture == "topk" else None,
+            reshape_activations="hook_z" if by_head else "none",
             metadata={**about, **self.metadata},
         )
 
@@ -375,14 +401,14 @@ class _Training:
         return float(np.mean(found)) if found else 0.0
 
 
-def _scan(rows: Rows) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """The mean of all rows, what they are multiplied with to have a mean squared length of 1 around it, and a number
-    for each row's sequence (None where it is not known)."""
+def _scan(rows: Rows) -> tuple[np.ndarray, float, RowPart]:
+    """The mean of all rows, what they are multiplied with to have a mean squared length of 1 around it, and what is
+    known of each row besides its values."""
     total, squares = np.zeros(rows.width), 0.0
-    labels: dict[str, list[np.ndarray]] = {"session": [], "rank": [], "step": [], "sequence": []}
+    known: dict[str, list[np.ndarray]] = {name: [] for name in LABELS}
     for part in rows.parts():
         total += finite(part, rows).sum(axis=0, dtype=np.float64)
-        for name, found in labels.items():
+        for name, found in known.items():
             label = getattr(part, name)
             if label is not None:
                 found.append(label)
@@ -392,24 +418,36 @@ def _scan(rows: Rows) -> tuple[np.ndarray, float, np.ndarray | None]:
     # What is left of equal rows is rounding.
     if not squares > 1e-12 * len(rows) * max(float((mean**2).sum()), 1e-300):
         raise HookError("The rows are all equal: there is nothing to learn from them.", field="rows")
-    known = all(found and sum(map(len, found)) == len(rows) for found in labels.values())
-    sequences = None
-    if known:
-        joined = {name: np.concatenate(found) for name, found in labels.items()}
-        sequences = RowPart(np.empty((len(rows), 0), np.float32), **joined).sequences
-    return mean, float(np.sqrt(len(rows) / squares)), sequences
+    whole = {name: np.concatenate(found) for name, found in known.items() if sum(map(len, found)) == len(rows)}
+    return mean, float(np.sqrt(len(rows) / squares)), RowPart(np.empty((len(rows), 0), np.float32), **whole)
 
 
-def _held_out(n_rows: int, sequences: np.ndarray | None, asked: SAETraining) -> tuple[np.ndarray, str]:
-    """Indices of the rows that are held out, ascending, and what was drawn: sequences or rows."""
+def _held_out(labels: RowPart, asked: SAETraining) -> tuple[np.ndarray, str]:
+    """Indices of the rows that are held out, ascending, and what was drawn: texts, sequences or rows."""
     random = np.random.default_rng(asked.seed)
+    kin, by = _kin(labels)
+    n_rows, n_kin = len(labels), int(kin.max()) + 1
     most = max(1, min(round(asked.held_out * n_rows), asked.max_held_out, n_rows - 1))
-    if sequences is None or (n_sequences := int(sequences.max()) + 1) < FEW_SEQUENCES:
-        return np.sort(random.choice(n_rows, most, replace=False)), "row"
-    order = random.permutation(n_sequences)
-    sizes = np.bincount(sequences, minlength=n_sequences)[order].cumsum()
-    chosen = order[: max(1, int(np.searchsorted(sizes, most, side="right")))]
-    return np.flatnonzero(np.isin(sequences, chosen)), "sequence"
+    order = random.permutation(n_kin)
+    sizes = np.bincount(kin, minlength=n_kin)[order].cumsum()
+    chosen = np.zeros(n_kin, bool)
+    chosen[order[: max(1, int(np.searchsorted(sizes, most, side="right")))]] = True
+    return np.flatnonzero(chosen[kin]), by
+
+
+def _kin(labels: RowPart) -> tuple[np.ndarray, str]:
+    """Which rows are held out together or not at all, [row], the same number for each of them, and what they are."""
+    texts = labels.texts
+    wholes = labels.sequences if texts is None else texts
+    if wholes is not None and int(wholes.max()) + 1 >= FEW_TEXTS:
+        return wholes, "sequence" if texts is None else "text"
+    if texts is not None and labels.position is not None:
+        # Single tokens; but one that was captured at several steps is one.
+        places = np.stack([texts, labels.position])
+        tokens = np.unique(places, axis=1, return_inverse=True)[1].reshape(-1)
+        if tokens.max() > 0:
+            return np.asarray(tokens), "row"
+    return np.arange(len(labels)), "row"
 
 
 def _few(width: int, d_sae: int) -> int:
