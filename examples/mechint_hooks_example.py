@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -136,34 +137,49 @@ def came_before(rows: Rows) -> list[bool]:
     return labels
 
 
-def show(results: dict, curves: dict) -> None:
-    """A few of the numbers."""
-    for name, by_layer in results["analyses"].items():
-        if "error" in by_layer:
-            print(f"   {name}: {by_layer['error']}")
-    for layer, found in results["analyses"]["sae"].items():
-        print(f"   {layer:24} L0 {found['l0']:5.1f} of {found['d_sae']}, variance unexplained {found['fvu']:.3f}")
-    for layer, found in results["analyses"]["probe"].items():
+def show(results: dict[str, Any], curves: Any) -> None:
+    """A few of the numbers; what failed is in the report."""
+    analyses = results["analyses"]
+    for layer, found in made(analyses["sae"]):
+        print(f"   {layer:24} L0 {found['l0']:5.1f} of {found['d_sae']}, variance unexplained {told(found['fvu'])}")
+    for layer, found in made(analyses["probe"]):
         print(
             f"   {layer:24} did this word come before? {found['accuracy']['mean']:.1%} of held-out tokens right, "
             f"with shuffled labels {found['control']['accuracy']:.1%}"
         )
-    circuit = results["analyses"]["circuit"]
-    print(f"   circuit: {', '.join(circuit['circuit'])}, faithfulness {circuit['faithfulness']['mean']:.2f}")
-    scores = {layer: found["induction"] for layer, found in curves["analyses"]["heads"].items()}
+    for _, circuit in made({"circuit": analyses["circuit"]}):
+        print(f"   circuit: {', '.join(circuit['circuit'])}, faithfulness {told(circuit['faithfulness']['mean'])}")
     print("   Best induction score of each layer, step by step")
     print(f"   {'step':24} {' '.join(f'{step:>5}' for step in curves['steps'])}")
-    for layer, course in scores.items():
-        print(f"   {layer:24} {' '.join('     ' if score is None else f'{score:5.2f}' for score in course)}")
+    for layer, found in made(curves["analyses"]["heads"]):
+        scores = ("     " if score is None else f"{score:5.2f}" for score in found["induction"])
+        print(f"   {layer:24} {' '.join(scores)}")
+
+
+def made(results: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Results by layer without those that failed."""
+    found = {} if isinstance(results.get("error"), str) else results
+    return [(layer, result) for layer, result in found.items() if "error" not in result]
+
+
+def told(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:.3f}"
+
+
+def count(text: str) -> int:
+    """A whole number from 1 up, of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 up is needed, got {text!r}")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("mechint_example"), help="folder for all that is written")
-    parser.add_argument("--layers", type=int, default=2, help="of the model that is trained")
-    parser.add_argument("--steps", type=int, default=250, help="of training")
-    parser.add_argument("--every", type=int, default=25, help="training steps from one capture to the next")
-    parser.add_argument("--sae-steps", type=int, default=400, help="training steps of each sparse autoencoder")
+    parser.add_argument("--layers", type=count, default=2, help="of the model that is trained")
+    parser.add_argument("--steps", type=count, default=250, help="of training")
+    parser.add_argument("--every", type=count, default=25, help="training steps from one capture to the next")
+    parser.add_argument("--sae-steps", type=count, default=400, help="training steps of each sparse autoencoder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:
@@ -177,13 +193,19 @@ def main(argv: list[str] | None = None) -> int:
 def workflow(output: Path, layers: int, steps: int, every: int, sae_steps: int, seed: int) -> None:
     """Train, analyse, and write a report to ``output``."""
     captured, weights = output / "captured", output / "weights"
+    if every > steps:
+        raise HookError(f"--every is at most --steps, {steps}, got {every}: no weights would be saved.")
+    if captured.exists():
+        raise HookError(f"{captured} is of an earlier run, and two do not mix: name another --output.")
     weights.mkdir(parents=True, exist_ok=True)
     config = MechIntConfig(
         sample_layers=["blocks.*.hook_resid_post", "blocks.*.mlp.hook_post", "blocks.*.attn.hook_pattern"],
         save_hidden_every_n_steps=every,
         storage_path=captured,
         analyses_to_run=["sae", "neuron", "feature", "probe", "heads", "causal", "circuit"],
-        analysis_options={"sae": {"architecture": "topk", "k": 4, "d_sae": 128, "max_steps": sae_steps}},
+        analysis_options={
+            "sae": {"architecture": "topk", "k": 4, "d_sae": 128, "held_out": 0.2, "max_steps": sae_steps}
+        },
         enable_feature_steering=True,
     )
     model = make_model(layers, seed)
@@ -192,16 +214,17 @@ def workflow(output: Path, layers: int, steps: int, every: int, sae_steps: int, 
 
     print("\n2. Analysing what was captured")
     reader = ShardReader(captured)
-    # The weights hardly change any more.
-    last = reader.steps[-3:]
+    # Autoencoders are put into the model, so they are of rows with the weights that it has now, but for one small step.
+    last = reader.steps[-1:]
     labels = came_before(reader.rows("blocks.0.hook_resid_post", last))
     pairs = make_pairs(32)
     runner = EvalMechIntRunner(model, config, tokenizer=Words(), labels=labels)
     results = runner.run_mechint_eval(hidden_shards_path=captured, eval_data=pairs, steps=last)
     print("\n3. Head scores and ablations at every captured step")
     curves = runner.run_over_steps(captured, ["heads", "causal"], checkpoints=weights, eval_data=pairs)
+    report = runner.export_results(output / "report")
     show(results, curves)
-    print(f"\nThe report is {runner.export_results(output / 'report')}")
+    print(f"\nThe report is {report}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ model = HookedModel.from_pretrained("neuroscope-tiny")
 logits, cache = model.run_with_cache("The capital of France is")
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .activations import ActivationCache, CapturedActivation
 from .analysis.attribution import Attribution, attribution_points, direct_logit_attribution
 from .analysis.logit_lens import LogitLens
@@ -61,11 +64,13 @@ from .selftest import Check, SelfTest
 from .storage.query import QueryResult, SavedRun
 from .storage.runs import ActivationLoader, ActivationSaver
 from .storage.shards import ShardReader
-from .training.callback import MechIntCallback
 from .training.config import MechIntConfig
-from .training.evaluation import EvalMechIntRunner
 from .training.hooks import MechIntHooks
 from .training.sampler import ActivationSampler
+
+if TYPE_CHECKING:
+    from .training.callback import MechIntCallback
+    from .training.evaluation import EvalMechIntRunner
 
 __version__ = "0.1.0"
 
@@ -140,3 +145,19 @@ __all__ = [
     "verify_format",
     "watch_traits",
 ]
+
+_WHEN_USED = {"EvalMechIntRunner": "training.evaluation", "MechIntCallback": "training.callback"}
+"""Where what is imported when it is first used lives: mlx-lm's trainer and all analyses come with it."""
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHEN_USED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(import_module(f".{_WHEN_USED[name]}", __name__), name)
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

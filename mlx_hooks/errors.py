@@ -64,7 +64,7 @@ class UnreadableShardWarning(UserWarning):
 
 
 class CaptureWarning(UserWarning):
-    """A training step that was not captured; training goes on."""
+    """A training step that was not captured, or that an earlier training has captured too; training goes on."""
 
 
 class UntrustedHookWarning(UserWarning):

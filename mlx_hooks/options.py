@@ -1,7 +1,9 @@
 """Options: frozen dataclasses whose values are checked by pydantic, each fault told in one sentence."""
 
+import math
 from collections.abc import Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError
@@ -61,6 +63,32 @@ def options_of(cls: type[T], given: Any) -> T:
     return cls(**{str(name): value for name, value in given.items()})
 
 
+def plain_json(value: Any, name: str) -> Any:
+    """A value as JSON has it: arrays and numbers of MLX and NumPy become lists and Python's numbers, paths texts, and a
+    number that is infinite or none (a loss that diverged) becomes None.
+
+    Raises:
+        HookError: for anything else; ``name`` says where the value stands.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(inner, f"{name}[{key!r}]") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, bool | int | str | None):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain_json(value.tolist(), name)
+    raise HookError(
+        f"{name} is plain JSON: texts, numbers, true, false, null, lists and mappings of these; got "
+        f"{type(value).__name__}.",
+        field=name.partition("[")[0],
+    )
+
+
 def _told(error: ValidationError, cls: type) -> HookError:
     faults = error.errors(include_url=False)
     fault = faults[0]
@@ -82,6 +110,8 @@ def _told(error: ValidationError, cls: type) -> HookError:
 def _wanted(fault: Any) -> str:
     """What pydantic says that the value should be, as the end of a sentence."""
     if fault["type"] in ("sequence_str", "list_type", "tuple_type"):
+        return "a list"
+    if fault["type"] == "is_instance_of" and fault["ctx"]["class"] == "Sequence":
         return "a list"
     return str(fault["msg"]).removeprefix("Input should be ")
 

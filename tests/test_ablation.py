@@ -13,7 +13,7 @@ from tiny_models import make_model
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.ablation import analyse_causal, draw_causal
 from mlx_hooks.analysis.components import components_of
-from mlx_hooks.analysis.intervals import means, ratios
+from mlx_hooks.analysis.intervals import few, means, ratios
 from mlx_hooks.analysis.pictures import png
 from mlx_hooks.coverage.models import tiny_model
 
@@ -195,7 +195,7 @@ def test_resampling_leaves_out_who_has_no_partner(llama: HookedModel) -> None:
     found = analyse_causal(llama, [ROWS[0], ROWS[1][:4]], {"ablations": ["resample", "zero"]})
     ablations = found["components"][0]["ablations"]
     assert (ablations["resample"]["kl"]["n"], ablations["zero"]["kl"]["n"]) == (1, 2)
-    assert "leaves out 1 of 2 examples" in found["notes"][0]
+    assert "leaves out 1 of 2 examples" in found["notes"][1]
     nobody = analyse_causal(llama, [ROWS[0]], {"ablations": ["resample"]})
     assert nobody["components"][0]["ablations"]["resample"]["kl"] == {"mean": None, "low": None, "high": None, "n": 0}
 
@@ -205,7 +205,7 @@ def test_one_example_has_no_interval_and_says_so(llama: HookedModel) -> None:
     got = found["components"][0]["ablations"]["zero"]["loss_change"]
     assert got["mean"] is not None
     assert (got["low"], got["high"], got["n"]) == (None, None, 1)
-    assert found["notes"] == ["One example has no confidence interval."]
+    assert found["notes"] == ["Confidence intervals need at least 5 examples, got 1."]
 
 
 def test_nothing_stays_behind_and_a_seed_tells_it_again(llama: HookedModel) -> None:
@@ -262,8 +262,27 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def test_intervals_of_few_or_equal_numbers() -> None:
     alone, equal, none = means(np.array([[1.0, 2.0, np.nan], [np.nan, 2.0, np.nan]]))
     assert (alone.mean, alone.low, alone.n) == (1.0, None, 1)
-    assert (equal.mean, equal.low, equal.high) == (2.0, 2.0, 2.0)
+    assert (equal.mean, equal.low, equal.high) == (2.0, None, None)
     assert (none.mean, none.n) == (None, 0)
+    five = means(np.full((5, 1), 2.0))[0]
+    assert (five.mean, five.low, five.high) == (2.0, 2.0, 2.0)
+    assert ratios(np.ones((4, 1)), np.ones(4))[0].low is None
+    assert ratios(np.ones((5, 1)), np.ones(5))[0].low == 1
+    assert few(20) == few(5, are_ratios=False) == []
+    assert "need at least 5 examples, got 4" in few(4)[0]
+    assert "fewer than 20 held-out texts, here 19" in few(19, "held-out texts")[0]
+
+
+@pytest.mark.parametrize("n", [5, 10, 19])
+def test_intervals_of_few_numbers_cover_the_truth_too(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=(n, 2000))
+    assert 0.935 < np.mean([e.low <= 0 <= e.high for e in means(values)]) < 0.965
+
+
+def test_a_model_that_cannot_read_several_tokens_is_told_of() -> None:
+    # mlx-lm's olmo adds its mask, which may be a text, to the scores.
+    with pytest.raises(HookError, match=r"olmo cannot read tokens of shape \[1, 4\]: Cannot perform"):
+        analyse_causal(HookedModel(tiny_model("olmo")), [[1, 2, 3, 4]])
 
 
 def test_intervals_of_ratios() -> None:

@@ -1,5 +1,8 @@
 """Circuits: on a model whose circuit is known by construction it is found, whole and alone."""
 
+import math
+from collections.abc import Callable, Collection
+from itertools import combinations
 from typing import Any
 
 import mlx.core as mx
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 from known_models import KnownInduction
+from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.ablation import Bench
@@ -128,24 +132,89 @@ def test_a_difference_that_may_be_none_has_no_shares(llama: HookedModel) -> None
     assert any("may be no better" in note for note in found["notes"])
 
 
-class Table:
-    """A search whose metrics stand in a table; what is not in it is 0."""
-
-    def __init__(self, metrics: dict[str, float]) -> None:
-        self.metrics = metrics
-
-    def of(self, circuit: list[str]) -> np.ndarray:
-        return np.array([self.metrics.get("".join(sorted(circuit)), 0.0)])
+def listed(shares: dict[str, float]) -> Callable[[Collection[str]], float]:
+    """The faithfulness of sets that are listed; of others it is 0."""
+    return lambda circuit: shares.get("".join(sorted(circuit)), 0.0)
 
 
 def test_what_could_not_go_at_first_may_go_later() -> None:
     # b cannot go while c is there.
-    table: Any = Table({"abc": 1.0, "ab": 1.0, "ac": 0.5, "a": 1.0, "b": 0.5, "bc": 0.5})
-    assert smallest(table, {"a": 3.0, "b": 1.0, "c": 2.0}, 0.9) == ["a"]
+    shares = {"abc": 1.0, "ab": 1.0, "ac": 0.5, "a": 1.0, "b": 0.5, "bc": 0.5}
+    assert smallest(listed(shares), {"a": 3.0, "b": 1.0, "c": 2.0}, 0.9) == (["a"], True)
     # Too much is not faithful either.
-    table = Table({"ab": 1.0, "a": 1.3, "b": 0.2})
-    assert smallest(table, {"a": 1.0, "b": 1.0}, 0.9) == ["a", "b"]
-    assert smallest(table, {"a": 1.0, "b": 1.0}, 0.6) == ["a"]
+    shares = {"ab": 1.0, "a": 1.3, "b": 0.2}
+    assert smallest(listed(shares), {"a": 1.0, "b": 1.0}, 0.9) == (["a", "b"], True)
+    assert smallest(listed(shares), {"a": 1.0, "b": 1.0}, 0.6) == (["a"], True)
+
+
+def test_where_nothing_can_go_at_first_a_circuit_is_grown() -> None:
+    # Twelve, of which no single one can be left out: there are too many smaller sets to try them all.
+    names = "abcdefghijkl"
+    importance = {name: float(i) for i, name in enumerate(names)}
+    assert smallest(listed({names: 1.0, "hijkl": 1.0, "hjl": 0.95}), importance, 0.9) == (list("hijkl"), False)
+    assert smallest(listed({names: 1.0, "hijkl": 1.0, "hjkl": 0.95}), importance, 0.9) == (list("hjkl"), False)
+    assert smallest(listed({names: 1.0}), importance, 0.9) == (list(names), False)
+
+
+def test_all_smaller_sets_are_tried_where_they_are_few() -> None:
+    importance = {name: float(i) for i, name in enumerate("abcdef")}
+    assert smallest(listed({"abcdef": 1.0, "ace": 0.95}), importance, 0.9) == (["a", "c", "e"], True)
+    assert smallest(listed({"abcdef": 1.0}), importance, 0.9) == (list("abcdef"), True)
+
+
+def test_no_smaller_circuit_is_faithful_and_the_controls_are_others() -> None:
+    # A model whose circuit no single removal leads to.
+    model = HookedModel(make_model("llama", seed=3))
+    random = np.random.default_rng(0)
+    prompts = []
+    for _ in range(6):
+        clean = random.integers(1, 50, 6).tolist()
+        corrupted = [*clean[:2], (clean[2] + 7) % 50, *clean[3:]]
+        answers = {"answer": int(random.integers(1, 25)), "wrong": int(random.integers(26, 50))}
+        prompts.append({"clean": clean, "corrupted": corrupted} | answers)
+    options = {"components": ["attn_out", "mlp_out"], "random_sets": 30, "resamples": 100}
+    found = analyse_circuit(model, prompts, options)
+    search = Search(Bench(model, eval_data_of(model, prompts), components_of(model)), "resample")
+    names = [c["component"] for c in found["components"]]
+    whole, nothing = search.of(names).mean(), search.of([]).mean()
+
+    def is_faithful(some: Collection[str]) -> bool:
+        return abs((search.of(some).mean() - nothing) / (whole - nothing) - 1) <= 0.1
+
+    sizes = [size for size in range(1, 7) if any(map(is_faithful, combinations(names, size)))]
+    assert found["is_smallest"]
+    assert found["size"] == sizes[0] < 6
+    # All sets of this size but the circuit.
+    assert found["random"]["sets"] == min(30, math.comb(6, found["size"]) - 1)
+
+
+def test_a_circuit_is_judged_by_examples_that_it_was_not_chosen_with(llama: HookedModel) -> None:
+    rows = np.random.default_rng(5).integers(0, 60, size=(12, 6)).tolist()
+    prompts = [
+        {"clean": row, "corrupted": [*row[:2], (row[2] + 7) % 60, *row[3:]], "answer": 5, "wrong": 6} for row in rows
+    ]
+    options = {"components": ["attn_out", "mlp_out"], "faithfulness": 0.7, "resamples": 100}
+    # The same prompt once more is on the same side.
+    found = analyse_circuit(llama, [*prompts, prompts[0]], options)
+    held_out = found["held_out"]
+    assert (found["chosen_with"] + found["judged_by"], len(held_out)) == (13, found["judged_by"])
+    assert (0 in held_out) == (12 in held_out)
+    assert found["faithfulness"]["n"] == found["judged_by"]
+    # Other questions there change what is told of the circuit, and not the circuit.
+    asked = [p | {"answer": 8, "wrong": 9} if i in held_out else p for i, p in enumerate([*prompts, prompts[0]])]
+    again = analyse_circuit(llama, asked, options)
+    assert again["circuit"] == found["circuit"]
+    assert again["size"] < 6
+    assert again["faithfulness"] != found["faithfulness"]
+    names = [c["component"] for c in again["components"]]
+    search = Search(Bench(llama, eval_data_of(llama, asked), components_of(llama)), "resample")
+    whole, nothing, own = (search.of(c)[held_out].mean() for c in (names, [], again["circuit"]))
+    assert again["faithfulness"]["mean"] == pytest.approx((own - nothing) / (whole - nothing))
+    missed = abs(again["faithfulness"]["mean"] - 1) > 0.3
+    assert any("held out the circuit does not reach" in note for note in again["notes"]) == missed
+    few = analyse_circuit(llama, prompts[:9], options)
+    assert (few["chosen_with"], few["judged_by"], few["held_out"]) == (9, 9, [])
+    assert any("which flatters it" in note for note in few["notes"])
 
 
 def test_one_prompt_has_no_interval(model: HookedModel) -> None:
@@ -153,7 +222,7 @@ def test_one_prompt_has_no_interval(model: HookedModel) -> None:
     assert found["circuit"] == CIRCUIT
     assert found["faithfulness"]["low"] is None
     assert found["random"] == {"sets": 0, "faithfulness": [], "mean": None}
-    assert "One example has no confidence interval." in found["notes"]
+    assert "Confidence intervals need at least 5 examples, got 1." in found["notes"]
 
 
 def test_what_has_no_circuit_is_refused(model: HookedModel) -> None:
@@ -183,6 +252,7 @@ def test_the_pictures_are_drawn(model: HookedModel) -> None:
         ({"components": ["heads", "attn_out"]}, "components do not overlap"),
         ({"components": ["blocks", "mlp_out"]}, "components do not overlap"),
         ({"components": []}, "components names at least one"),
+        ({"components": 5}, "components must be a list, got 5"),
     ],
 )
 def test_options_are_checked(model: HookedModel, options: dict[str, Any], message: str) -> None:

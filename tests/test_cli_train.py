@@ -1,6 +1,8 @@
 """``neuroscope train``: mlx-lm's command with capture."""
 
 import json
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from training_runs import folder_of, same, write_lora_folder
 
 from mlx_hooks.cli import main
+from mlx_hooks.storage.files import HeldFolder
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,11 @@ def test_training_with_capture(
     rows = sum(entry["rows"] for entry in found.reader.entries)
     names = "blocks.1.hook_resid_post, blocks.2.attn.hook_z"
     files = len(found.reader.entries)
-    assert capsys.readouterr().out.splitlines()[-1] == f"Captured {rows} tokens in {files} files of {storage}: {names}"
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == f"Captured {rows} tokens in {files} files of {storage}: {names}"
+    told = [line for line in said.err.splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in told] == ["step 10", "step 12", "step 14"]
+    assert " rows of 2 layers, activations_shard_" in told[0]
     assert max(entry["rows"] for entry in found.reader.entries) <= 30
 
 
@@ -74,6 +81,58 @@ def test_what_is_wrong_is_one_line(
     assert main(["train", *mine, "--", *lora_options(lora_folder, tmp_path / "adapters")]) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"neuroscope: {message.replace('{tmp}', str(tmp_path))}")
+    assert said.count("\n") == 1
+
+
+def test_the_bundled_model_in_a_file_of_options(
+    lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = tmp_path / "lora.yaml"
+    options.write_text(f"model: neuroscope-tiny\ndata: {lora_folder / 'data'}\nnum_layers: 2\nval_batches: 1\n")
+    quiet = tmp_path / "quiet.json"
+    quiet.write_text('{"verbose": false}')
+    more = ["--config", str(options), "--iters", "1", "--batch-size", "2", "--adapter-path", str(tmp_path / "adapters")]
+    mine = ["--mechint", str(quiet), "--storage", str(tmp_path / "shards")]
+    assert main(["train", *mine, "--", *more]) == 0
+    assert folder_of(tmp_path / "shards").steps == [0]
+    assert "step 0" not in capsys.readouterr().err
+
+
+def file(folder: Path) -> dict[str, Any]:
+    (folder / "file").write_text("")
+    return {"storage_path": str(folder / "file")}
+
+
+def held(folder: Path) -> dict[str, Any]:
+    (folder / "shards").mkdir()
+    return {"storage_path": str(folder / "shards")}
+
+
+def s3(folder: Path) -> dict[str, Any]:
+    return {"storage_path": str(folder / "shards"), "storage_backend": "s3", "s3_bucket": "captures"}
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"), [(file, "cannot write"), (held, "is being written by another run"), (s3, "credentials")]
+)
+def test_storage_is_seen_to_before_anything_is_loaded(
+    storage: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded() -> None:
+        raise AssertionError("mlx_lm.lora was begun")
+
+    monkeypatch.setattr("mlx_lm.lora.main", loaded)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    settings = tmp_path / "capture.json"
+    settings.write_text(json.dumps(storage(tmp_path)))
+    with HeldFolder(tmp_path / "shards") if storage is held else nullcontext():
+        assert main(["train", "--mechint", str(settings), "--", "--model", "nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert message in said
     assert said.count("\n") == 1
 
 

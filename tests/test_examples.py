@@ -2,11 +2,18 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import networkx
+import pytest
+
+from mlx_hooks import HookError
+from mlx_hooks.errors import FailedAnalysisWarning
+from mlx_hooks.training import registry
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,6 +144,61 @@ def test_the_example_of_capturing_goes_from_training_to_a_report(tmp_path: Path)
     assert all((report.parent / path).stat().st_size > 3_000 for path in pictures)
     weights = sorted(path.name for path in (tmp_path / "out" / "weights").iterdir())
     assert weights == ["0000010_adapters.safetensors", "0000020_adapters.safetensors", "adapters.safetensors"]
+
+
+def test_the_example_of_capturing_tells_what_failed_and_does_not_mix_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(rows: Any, *_: Any) -> dict[str, Any]:
+        if rows.name == "blocks.0.hook_resid_post":
+            raise ZeroDivisionError("by zero")
+        return plain(rows, *_)
+
+    def refuses(*_: Any) -> dict[str, Any]:
+        raise HookError("not today")
+
+    plain = registry.analyse_sae
+    monkeypatch.setattr(registry, "analyse_sae", fails)
+    for name in ("analyse_circuit", "analyse_causal", "analyse_probe"):
+        monkeypatch.setattr(registry, name, refuses)
+    # Pictures take their time.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    example = runpy.run_path(str(ROOT / "examples/mechint_hooks_example.py"))
+    options = ["--output", str(tmp_path / "out"), "--steps", "2", "--every", "1", "--sae-steps", "2"]
+    with pytest.warns(FailedAnalysisWarning):
+        assert example["main"](options) == 0
+    shown = capsys.readouterr().out
+    assert "blocks.1.hook_resid_post" in shown
+    report = (tmp_path / "out" / "report" / "mechint_report.md").read_text()
+    assert "- `sae` of `blocks.0.hook_resid_post`: ZeroDivisionError: by zero" in report
+    assert "- `circuit`: not today" in report
+    results = json.loads((tmp_path / "out" / "report" / "mechint_results.json").read_text())
+    assert results["captured"]["analysed_steps"] == [2]
+    # A second run would be mixed with the first.
+    assert example["main"](options) == 1
+    assert "is of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "argument --steps: a whole number from 1 up is needed, got '0'"),
+        (["--layers", "-1"], "a whole number from 1 up is needed, got '-1'"),
+        (["--sae-steps", "many"], "got 'many'"),
+        (["--steps", "3", "--every", "10"], "--every is at most --steps, 3, got 10"),
+    ],
+)
+def test_the_example_of_capturing_refuses_what_cannot_be(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples/mechint_hooks_example.py"))
+    try:
+        code = example["main"](["--output", str(tmp_path / "out"), *arguments])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:

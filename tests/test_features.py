@@ -1,6 +1,8 @@
 """Principal components and clusters: those that were put there are found, and NumPy's decomposition agrees."""
 
 import json
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,43 @@ def test_the_groups_that_were_put_there_are_found(options: dict[str, Any]) -> No
         assert max(told["silhouettes"], key=told["silhouettes"].get) == "3"
 
 
+@pytest.mark.parametrize("n", [10, 16, 17])
+def test_components_of_few_rows_are_those_of_a_singular_value_decomposition_too(n: int) -> None:
+    # Some rows are there twice: the last directions have no variance, and are across all others still.
+    values = np.concatenate([VALUES[: n - 4], VALUES[:4]])
+    found = fit_features(ArrayRows(values), {"clustering": "none"})
+    centred = values.astype(np.float64) - values.astype(np.float64).mean(axis=0)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    count = min(n - 1, 16)
+    np.testing.assert_allclose(found.explained_variance, (singular**2 / (singular**2).sum())[:count], atol=1e-12)
+    np.testing.assert_allclose(found.components @ found.components.T, np.eye(count), atol=1e-10)
+    np.testing.assert_allclose(np.abs((found.components @ axes[:count].T).diagonal())[:5], 1, atol=1e-8)
+
+
+def test_other_threads_go_on_meanwhile() -> None:
+    # A decomposition that held the interpreter would keep a server from answering.
+    rows = ArrayRows(np.random.default_rng(0).normal(size=(900, 1000)))
+    fit_features(rows, {"max_rows": 20})
+    gaps: list[float] = []
+    is_done = threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not is_done.wait(0.002):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    fit_features(rows, {"clustering": "none"})
+    taken = time.perf_counter() - start
+    is_done.set()
+    ticker.join()
+    assert max(gaps) < taken / 2
+
+
 def test_there_are_no_more_components_than_rows_allow() -> None:
     assert analyse_features(ArrayRows(VALUES[:4]))["n_components"] == 3
     assert analyse_features(ArrayRows(VALUES))["n_components"] == 16
@@ -114,7 +153,7 @@ def test_the_first_token_is_named_where_it_is_what_varies() -> None:
     [
         (ArrayRows(np.ones((1, 3))), {}, "at least 2 rows, got 1"),
         (ArrayRows(np.ones((4, 2, 3)), "p", ["head", "key"]), {}, "holds attention over keys"),
-        (ArrayRows(np.array([[1.0], [np.inf]]), "x"), {}, "x are not finite"),
+        (ArrayRows(np.array([[1.0], [np.inf]]), "x"), {}, "x are not finite in 1 of 2 rows, the first at row 1."),
         (ROWS, {"clustering": "dbscan"}, "clustering must be 'kmeans', 'hdbscan' or 'none', got 'dbscan'"),
         (ROWS, {"n_clusters": 1}, "n_clusters must be greater than or equal to 2"),
     ],
@@ -122,6 +161,20 @@ def test_the_first_token_is_named_where_it_is_what_varies() -> None:
 def test_what_cannot_be_analysed_is_refused(rows: ArrayRows, options: dict[str, Any], message: str) -> None:
     with pytest.raises(HookError, match=message):
         analyse_features(rows, options)
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    values, step = VALUES.copy(), np.repeat([0, 200, 400], 200)
+    values[450:453, 3] = np.nan
+    rows = ArrayRows(values, "x", position=np.arange(600) % 6, step=step)
+    message = (
+        r"x are not finite in 3 of 600 rows, the first at step 400, position 0, row 450; other steps than 400 can be"
+    )
+    with pytest.raises(HookError, match=message):
+        analyse_features(rows, {"max_rows": 590})
+    values[::200] = np.inf
+    with pytest.raises(HookError, match=r"in 6 of 600 rows, the first at step 0, position 0, row 0\.$"):
+        analyse_features(ArrayRows(values, "x", position=np.arange(600) % 6, step=step))
 
 
 @pytest.mark.parametrize("options", [{}, {"clustering": "none"}, {"n_components": 1}])

@@ -107,6 +107,22 @@ def test_importing_the_bridge_loads_no_mlx() -> None:
     assert shown.stdout.strip() == "[]"
 
 
+def test_importing_the_engine_loads_no_trainer() -> None:
+    import subprocess
+    import sys
+
+    code = """if True:
+        import sys, mlx_hooks
+        heavy = ("mlx_lm.tuner", "mlx_hooks.training.evaluation", "sklearn", "matplotlib", "boto3")
+        print([name for name in heavy if name in sys.modules])
+        assert {*mlx_hooks.__all__} <= {*dir(mlx_hooks)}
+        print(all(getattr(mlx_hooks, name).__name__ == name for name in ("MechIntCallback", "EvalMechIntRunner")))
+        try: mlx_hooks.Nothing
+        except AttributeError as error: print(error)"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.splitlines() == ["[]", "True", "module 'mlx_hooks' has no attribute 'Nothing'"]
+
+
 def test_a_wrong_arrow_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package, line in [("mlx_hooks", "def f():\n    from flask import Flask\n"), ("api_server", "import requests\n"),
                           ("neuroscope_bridge", "from mlx import core\n")]:  # fmt: skip

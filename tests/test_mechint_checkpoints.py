@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -101,6 +102,45 @@ def test_after_the_block_the_model_is_as_it_was(adapters: SimpleNamespace, tmp_p
         assert not same(model, untouched)
     assert same(model, untouched)
     assert [name for name, _ in model.named_modules()] == names
+
+
+def test_weights_are_put_back_to_the_bit_every_time(adapters: SimpleNamespace) -> None:
+    model = make_model("llama")
+    before = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+    logits = np.array(model(TOKENS))
+    for _ in range(10):
+        with weights_kept(model):
+            for path in checkpoints_by_step(adapters.folder).values():
+                load_checkpoint(model, path)
+                assert not np.array_equal(np.array(model(TOKENS)), logits)
+        after = {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+        assert list(after) == list(before)
+        assert all(np.array_equal(after[name], before[name]) for name in before)
+        np.testing.assert_array_equal(np.array(model(TOKENS)), logits)
+
+
+def test_parameters_keep_their_types(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.set_dtype(mx.bfloat16)
+    trained = make_model("llama", seed=1)
+    load_checkpoint(model, save(trained, tmp_path / "model.safetensors"))
+    parameters, expected = (dict(tree_flatten(each.parameters())) for each in (model, trained))
+    assert {weight.dtype for weight in parameters.values()} == {mx.bfloat16}
+    assert all(mx.array_equal(parameters[name], expected[name].astype(mx.bfloat16)).item() for name in parameters)
+
+
+def test_packed_weights_stay_whole_numbers(tmp_path: Path) -> None:
+    model, trained = make_model("llama"), make_model("llama", seed=1)
+    for each in (model, trained):
+        nn.quantize(
+            each,
+            group_size=32,
+            bits=4,
+            class_predicate=lambda path, module: hasattr(module, "to_quantized") and "down_proj" not in path,
+        )
+    load_checkpoint(model, save(trained, tmp_path / "model.safetensors"))
+    assert model.layers[0].mlp.up_proj.weight.dtype == mx.uint32
+    assert same(model, trained)
 
 
 def refused(folder: Path) -> list[tuple[str, str]]:

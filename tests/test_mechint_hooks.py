@@ -1,6 +1,7 @@
 """Capture in training loops of one's own, and by a sampler."""
 
 import copy
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.tuner.trainer import evaluate, grad_checkpoint
 from tiny_models import make_model
-from training_runs import adapt, classes_restored, folder_of, own_loop, prepared, same, streams
+from training_runs import (
+    VALIDATION,
+    adapt,
+    classes_restored,
+    folder_of,
+    own_loop,
+    prepared,
+    same,
+    sequences,
+    streams,
+)
 
 from mlx_hooks import ActivationSampler, CaptureWarning, HookedModel, HookError, MechIntConfig, MechIntHooks
 
@@ -191,6 +202,149 @@ def test_hooks_are_registered_once_and_first(tmp_path: Path) -> None:
         hooks.on_training_step(batch=tokens(1, 4))
 
 
+@pytest.mark.parametrize("how", ["by hand", "compiled", "mlx-lm's evaluate"])
+def test_validation_is_not_captured(how: str, tmp_path: Path) -> None:
+    model = make_model("llama")
+    run = mx.compile(model) if how == "compiled" else model
+
+    def validate(step: int) -> None:
+        model.eval()
+        if how == "mlx-lm's evaluate":
+            evaluate(model, sequences(VALIDATION, 4), 2, 1, 33)
+        else:
+            mx.eval(run(mx.full((1, 5), VALIDATION.start)))
+        model.train()
+        hooks.on_training_step(global_step=step)
+
+    with MechIntHooks(config(tmp_path, save_hidden_every_n_steps=1)) as hooks:
+        hooks.register_hooks(model)
+        own_loop(model, 3, compiled=False, after=validate)
+    found = folder_of(tmp_path)
+    assert found.steps == [0, 1, 2]
+    assert all(shard.tokens.max() < VALIDATION.start for (shard,) in found.shards.values())
+
+
+def test_a_loop_that_trains_in_evaluation_mode(tmp_path: Path) -> None:
+    """As mlx-lm loads models; nothing tells what is validation there."""
+    model = make_model("llama")
+    model.eval()
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+        model(tokens(1, 4))
+        assert hooks.on_training_step(global_step=0) is not None
+
+
+def test_what_cannot_be_kept_does_not_end_the_training(tmp_path: Path) -> None:
+    model = make_model("llama")
+    logits = make_model("llama")(tokens(2, 5))
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+        assert hooks.sampler is not None
+        hooks.sampler.max_cache_bytes = 100
+        assert same({"": model(tokens(2, 5))}, {"": logits})
+        # A batch that is given needs nothing kept.
+        assert hooks.on_training_step(batch=tokens(1, 4), global_step=0) is not None
+        model(tokens(2, 5))
+        why = r"kB of 1 forward pass are more than max_cache_bytes, 100 B: raise it, or capture fewer layers."
+        with pytest.warns(CaptureWarning, match=rf"The latest forward pass was not captured: .*{why}"):
+            hooks.on_training_step(global_step=3)
+        hooks.sampler.max_cache_bytes = 10**6
+        embeddings = model.model.embed_tokens(tokens(2, 5))
+        assert same({"": model(None, input_embeddings=embeddings)}, {"": logits})
+        with pytest.raises(HookError, match="The latest forward pass was not captured: A batch is token ids"):
+            hooks.sampler.save_activations(3)
+        model(tokens(2, 5))
+        assert hooks.sampler.save_activations(6) is not None
+
+
+def test_the_model_s_own_errors_are_its_own(tmp_path: Path) -> None:
+    model, calls = make_model("llama"), []
+
+    def fail(value: mx.array, point: Any) -> None:
+        calls.append(point.name)
+        raise HookError("made to fail")
+
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+        with HookedModel(model).hooks([("hook_embed", fail)]), pytest.raises(HookError, match="made to fail"):
+            model(tokens(1, 4))
+    assert len(calls) == 1
+
+
+class Normalising(ActivationSampler):
+    """As in the guide."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.n_saved = 0
+
+    def save_activations(self, global_step: int, metadata: Any = None) -> Path | None:  # type: ignore[override]
+        for layer_name, acts in self.activations.items():
+            self.activations[layer_name] = [(a - a.mean()) / (mx.sqrt(a.var()) + 1e-8) for a in acts]
+        self.n_saved += 1
+        return super().save_activations(global_step, metadata)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["batches", "own passes"])
+def test_a_sampler_of_one_s_own_in_hooks(given: bool, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with MechIntHooks(config(tmp_path, sample_layers=[STREAM]), sampler=Normalising) as hooks:
+        hooks.register_hooks(model)
+        if not given:
+            model(tokens(2, 5))
+        batch = (mx.pad(tokens(2, 5), [(0, 0), (0, 1)]), mx.array([5, 3])) if given else None
+        assert hooks.on_training_step(batch=batch, global_step=0) is not None
+        assert isinstance(hooks.sampler, Normalising)
+        assert hooks.sampler.n_saved == 1
+        assert hooks.sampler.get_statistics()["current_cache_samples"] == (0 if given else 10)
+    shard = folder_of(tmp_path).shards[0][0]
+    stream = np.array(streams(make_model("llama"), tokens(2, 5))[1]).reshape(-1, 32)
+    expected = ((stream - stream.mean()) / stream.std())[[*range(8)] if given else [*range(10)]]
+    np.testing.assert_allclose(np.array(shard.activations[STREAM]), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(HookError, match="sampler is ActivationSampler or a subclass of it, got 'mine'"):
+        MechIntHooks(sampler="mine")  # type: ignore[arg-type]
+
+
+def test_a_step_is_written_once(tmp_path: Path) -> None:
+    """Whoever gives the batch and saves by hand besides, before or after."""
+    model = make_model("llama")
+    with MechIntHooks(config(tmp_path, save_hidden_every_n_steps=1)) as hooks:
+        hooks.register_hooks(model)
+        assert hooks.sampler is not None
+        given = hooks.on_training_step(batch=tokens(1, 4), global_step=0)
+        model(tokens(1, 4))
+        assert hooks.sampler.save_activations(0) == given
+        model(tokens(1, 3))
+        saved = hooks.sampler.save_activations(1)
+        assert hooks.on_training_step(batch=tokens(1, 3), global_step=1) is None
+        assert hooks.saved_shards == [given, saved]
+    assert [(entry["step"], entry["rows"]) for entry in folder_of(tmp_path).reader.entries] == [(0, 4), (1, 3)]
+
+
+def test_hooks_that_are_registered_again_capture_the_first_step(tmp_path: Path) -> None:
+    hooks = MechIntHooks(config(tmp_path / "one"))
+    for _ in range(2):
+        hooks.register_hooks(make_model("llama"))
+        assert hooks.on_training_step(batch=tokens(1, 4), global_step=0) is not None
+        hooks.on_train_end()
+
+
+def test_who_is_forgotten_keeps_nothing(tmp_path: Path) -> None:
+    model, plain = make_model("llama"), type(make_model("llama"))
+    forgotten, kept = (ActivationSampler([STREAM], tmp_path / name) for name in ("one", "two"))
+    forgotten.register_hooks(model)
+    kept.register_hooks(model)
+    del forgotten
+    gc.collect()
+    model(tokens(1, 4))
+    assert len(kept.activations[STREAM]) == 1
+    del kept
+    gc.collect()
+    assert same({"": model(tokens(1, 4))}, {"": make_model("llama")(tokens(1, 4))})
+    assert type(model) is plain
+    assert "_neuroscope_followed" not in model.__dict__
+
+
 # The sampler
 
 
@@ -260,6 +414,32 @@ def test_a_sampler_s_lengths(tmp_path: Path) -> None:
     assert found.shards[1][0].position.tolist() == [0, 0, 1, 0, 1, 2]
 
 
+def test_sequences_that_are_all_padding_count(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with sampler_of(tmp_path) as sampler:
+        sampler.register_hooks(model)
+        for shape in ((3, 4), (2, 4), (1, 4)):
+            model(tokens(*shape))
+        sampler.save_activations(0, lengths=[[2, 1, 0], [0, 0], [2]])
+    assert folder_of(tmp_path).shards[0][0].sequence.tolist() == [0, 0, 1, 5, 5]
+
+
+def test_metadata_is_plain_json(tmp_path: Path) -> None:
+    model = make_model("llama")
+    notes = {"loss": np.float32(0.5), "norm": mx.array(2), "seen": np.arange(2), "from": Path("texts"), 1: float("nan")}
+    with sampler_of(tmp_path) as sampler:
+        sampler.register_hooks(model)
+        model(tokens(1, 4))
+        with pytest.raises(HookError, match=r"^metadata\['a'\]\[0\] is plain JSON: .* got object.$") as raised:
+            sampler.save_activations(0, {"a": [object()]})
+        assert raised.value.field == "metadata"
+        with pytest.raises(HookError, match="metadata is a mapping, got list."):
+            sampler.save_activations(0, [1])  # type: ignore[arg-type]
+        sampler.save_activations(0, notes)
+    metadata = folder_of(tmp_path).shards[0][0].metadata
+    assert metadata == {"loss": 0.5, "norm": 2, "seen": [0, 1], "from": "texts", "1": None}
+
+
 def test_as_many_tokens_as_heads(tmp_path: Path) -> None:
     model, name = make_model("llama"), "blocks.2.attn.hook_pattern"
     with sampler_of(tmp_path) as sampler:
@@ -273,12 +453,6 @@ def test_as_many_tokens_as_heads(tmp_path: Path) -> None:
 
 
 def test_a_subclass_that_changes_what_is_saved(tmp_path: Path) -> None:
-    class Normalising(ActivationSampler):
-        def save_activations(self, global_step: int, metadata: Any = None, **options: Any) -> Path | None:
-            for layer_name, acts in self.activations.items():
-                self.activations[layer_name] = [(a - a.mean()) / (mx.sqrt(a.var()) + 1e-8) for a in acts]
-            return super().save_activations(global_step, metadata)
-
     model = make_model("llama")
     with Normalising([STREAM], tmp_path) as sampler:
         sampler.register_hooks(model)

@@ -12,13 +12,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import make_model
 
-from mlx_hooks import EvalMechIntRunner, HookedModel, HookError, MechIntConfig, ShardReader, SparseAutoencoder
+from mlx_hooks import (
+    EvalMechIntRunner,
+    HookedModel,
+    HookError,
+    MechIntCallback,
+    MechIntConfig,
+    MechIntHooks,
+    ShardReader,
+    SparseAutoencoder,
+)
 from mlx_hooks.analysis.sae.training import train_sae
 from mlx_hooks.errors import FailedAnalysisWarning, ModelLoadError
 from mlx_hooks.storage.rows import ArrayRows
@@ -26,6 +37,7 @@ from mlx_hooks.storage.shard_writer import ShardWriter
 from mlx_hooks.training import registry
 from mlx_hooks.training.analyses import EvalContext, layers_for, run_analysis
 from mlx_hooks.training.config import ANALYSES
+from mlx_hooks.training.findings import findings
 
 STEPS = (0, 10, 20)
 RESID, MLP, PATTERN = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_post", "blocks.2.attn.hook_pattern"
@@ -163,8 +175,9 @@ def test_rows_in_memory_and_tokens_as_text(captured: SimpleNamespace) -> None:
     found = runner.run_mechint_eval(hidden_shards_path=rows)["analyses"]["neuron"]["mine"]
     assert [entry["tokens"][0]["token"] for entry in found["top_tokens"]] == [f"|{letter}*\n" for letter in "abcde"]
     assert runner.run_analysis("neuron", rows, layer="mine") == found
-    with pytest.raises(HookError, match="read from a folder"):
+    with pytest.raises(HookError, match="came without steps") as caught:
         EvalContext(rows=rows).at([0]).rows_of("mine")
+    assert caught.value.field == "steps"
 
 
 def test_one_analysis_by_itself_raises_what_goes_wrong(captured: SimpleNamespace) -> None:
@@ -206,6 +219,14 @@ def test_a_seed_is_that_of_options_which_name_none(captured: SimpleNamespace) ->
 # What goes wrong
 
 
+def start(capture: MechIntHooks | MechIntCallback) -> None:
+    model = make_model("llama")
+    if isinstance(capture, MechIntHooks):
+        capture.register_hooks(model)
+    else:
+        capture.train(model, optim.SGD(0.1), [([1, 2, 3, 4], 0)] * 4, args=TrainingArgs(batch_size=2, iters=1))
+
+
 def test_what_fails_is_told_and_the_others_go_on(captured: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def divide(rows: Any, *_: Any) -> dict[str, Any]:
         if rows.name == RESID:
@@ -220,9 +241,7 @@ def test_what_fails_is_told_and_the_others_go_on(captured: SimpleNamespace, monk
     assert analyses["feature"][RESID] == {"error": "ZeroDivisionError: by zero"}
     assert "not JSON compliant" in analyses["feature"][MLP]["error"]
     assert analyses["causal"] == {"error": "The analysis 'causal' runs the model: give one."}
-    assert analyses["probe"][MLP] == {
-        "error": "A probe needs labels: one per row, a mapping from tokens, or a function."
-    }
+    assert analyses["probe"][MLP] == {"error": "A probe needs labels: one per row in stored order, or labels by token."}
     assert set(analyses["neuron"]) == {RESID, MLP}
     assert {warning.category for warning in caught} == {FailedAnalysisWarning}
     told = [str(warning.message) for warning in caught]
@@ -243,6 +262,13 @@ def test_a_wrong_configuration_is_refused_before_anything_runs(captured: SimpleN
     ]:
         with pytest.raises(HookError, match=message):
             EvalMechIntRunner(config=config)
+    # Those who capture are told before they train, not when the training is over.
+    config = {"sample_layers": [1], "storage_path": captured.folder.parent / "none"}
+    for capture in (MechIntHooks, MechIntCallback):
+        with pytest.raises(HookError, match="analysis_options of sae: max_steps must be") as caught:
+            start(capture(config | {"analysis_options": {"sae": {"max_steps": 0}}}))
+        assert caught.value.field == "analysis_options"
+    assert not (captured.folder.parent / "none").exists()
     for device, message in [("tpu", "device is None"), ("cuda", "cannot compute on 'cuda'"), ("mps", "on 'mps'")]:
         if device == "tpu" or not mx.is_available(mx.gpu):
             with pytest.raises(HookError, match=message):
@@ -368,6 +394,21 @@ def test_only_the_rows_of_some_steps_are_analysed_if_asked(captured: SimpleNames
     assert "of the rows of steps 0, 20 together" in text
     with pytest.warns(FailedAnalysisWarning, match="Step 7 was not captured. Steps: 0, 10, 20"):
         runner.run_mechint_eval(steps=[7])
+    with pytest.raises(HookError, match="Step 7 was not captured") as caught:
+        EvalContext(reader=ShardReader(captured.folder), steps=(7,)).rows_of(1)
+    assert caught.value.field == "steps"
+
+
+def test_sentences_say_what_the_numbers_are_of(captured: SimpleNamespace) -> None:
+    runner = runner_of(captured, "sae", "causal", model=weights_at(20), sample_layers=[1])
+    analyses = runner.run_mechint_eval(eval_data=TEXTS, steps=[20])["analyses"]
+    assert "per predicted token (15 of them)" in findings("sae", analyses["sae"][RESID])[1]
+    assert "per predicted token, on 3 examples" in findings("causal", analyses["causal"])[0]
+    told = findings("sae", analyses["sae"][RESID] | {"fvu": None, "notes": ["few rows"]})
+    assert re.fullmatch(
+        r"the \d+ held-out rows do not vary, so how much is read back cannot be told; .* per token\.", told[0]
+    )
+    assert told[-1] == "few rows"
 
 
 # Over steps
@@ -407,6 +448,65 @@ def test_the_model_runs_with_the_weights_of_each_checkpoint_and_keeps_its_own(ca
     assert other["steps"] == [0, 5, 10, 20]
     assert [loss is None for loss in other["analyses"]["causal"]["model"]["loss"]] == [True, False, True, True]
     assert other["analyses"]["neuron"][MLP]["mean_activation"][1] is None
+
+
+def test_autoencoders_of_steps_are_not_put_into_the_model_of_now(
+    captured: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def seen(rows: Any, options: Any, progress: Any, model: Any, spell: Any, eval_data: Any) -> dict[str, Any]:
+        given.append((model is not None, eval_data is not None))
+        return plain(rows, options, progress, model, spell, eval_data)
+
+    plain = registry.analyse_sae
+    monkeypatch.setattr(registry, "analyse_sae", seen)
+    runner = runner_of(captured, "sae", "causal", model=weights_at(20), sample_layers=[1])
+    assert "loss_recovered" in runner.run_mechint_eval(eval_data=TEXTS)["analyses"]["sae"][RESID]
+    curves = runner.run_over_steps(analyses=["sae"], eval_data=TEXTS)
+    assert "fvu" in curves["analyses"]["sae"][RESID]
+    assert "loss_recovered" not in curves["analyses"]["sae"][RESID]
+    assert given == [(True, True), *[(False, False)] * len(STEPS)]
+
+
+def test_a_broken_checkpoint_leaves_a_gap(captured: SimpleNamespace, tmp_path: Path) -> None:
+    module = make_model("llama", seed=99)
+    plain = module(mx.array(TEXTS))
+    runner = runner_of(captured, "causal", "neuron", model=module)
+    whole = runner.run_over_steps(checkpoints=captured.checkpoints, eval_data=TEXTS)
+    cut_off = tmp_path / "0000010_adapters.safetensors"
+    cut_off.write_bytes(captured.checkpoints[10].read_bytes()[:1000])
+    with pytest.warns(FailedAnalysisWarning, match="checkpoint of step 10 is left out: cannot read .*0000010_adapters"):
+        found = runner.run_over_steps(checkpoints=captured.checkpoints | {10: cut_off}, eval_data=TEXTS)
+    losses = whole["analyses"]["causal"]["model"]["loss"]
+    assert found["analyses"]["causal"]["model"]["loss"] == [losses[0], None, losses[2]]
+    assert found["analyses"]["neuron"] == whole["analyses"]["neuron"]
+    assert mx.array_equal(module(mx.array(TEXTS)), plain).item()
+    with pytest.warns(FailedAnalysisWarning, match="step 10 is left out"):
+        found = runner.run_over_steps(analyses=["causal"], checkpoints={10: cut_off}, eval_data=TEXTS)
+    assert "cannot read" in found["analyses"]["causal"]["model"]["error"]
+
+
+def test_labels_of_all_rows_are_those_of_each_step(captured: SimpleNamespace) -> None:
+    lengths = [len(captured.arrays[step][RESID]) for step in STEPS]
+    labels = np.concatenate([captured.arrays[step][RESID][:, 0] > 0 for step in STEPS]).tolist()
+    options = {"probe": {"controls": 1, "resamples": 100}}
+    runner = runner_of(captured, "probe", sample_layers=[1], analysis_options=options)
+    with pytest.raises(HookError, match="'probe' over training steps needs labels"):
+        runner.run_over_steps(analyses=["probe"])
+    with pytest.raises(HookError, match="None of probe can be made"):
+        runner.run_over_steps()
+    runner.labels = labels
+    accuracies = runner.run_over_steps()["analyses"]["probe"][RESID]["accuracy"]
+    for step, start, length, accuracy in zip(STEPS, np.cumsum([0, *lengths]), lengths, accuracies, strict=False):
+        runner.labels = labels[start : start + length]
+        single = runner.run_mechint_eval(steps=[step])["analyses"]["probe"][RESID]
+        assert single["accuracy"]["mean"] == accuracy
+    assert min(accuracies) > 0.7
+    # Those of one step are not labels of every step: this is told before anything runs.
+    with pytest.raises(HookError, match=f"one per captured row: {sum(lengths)}, got {lengths[-1]}") as caught:
+        runner.run_over_steps()
+    assert caught.value.field == "labels"
 
 
 def test_what_fails_at_a_step_leaves_a_gap(captured: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,6 +625,16 @@ def test_curves_leave_the_autoencoders_of_the_results(captured: SimpleNamespace)
     curves = runner.run_over_steps()
     assert all(0 <= rate <= 1 for rate in curves["analyses"]["sae"][RESID]["final_l0"])
     assert weights.read_bytes() == before
+
+
+def test_autoencoders_of_an_earlier_run_are_not_exported(captured: SimpleNamespace, tmp_path: Path) -> None:
+    runner = runner_of(captured, "sae")
+    runner.run_mechint_eval()
+    assert {path.name for path in (runner._made / "sae").iterdir()} == {RESID, MLP}
+    runner.config = MechIntConfig.of(runner.config.to_dict() | {"sample_layers": [1]})
+    runner.run_mechint_eval()
+    runner.export_results(tmp_path)
+    assert {path.name for path in (tmp_path / "sae").iterdir()} == {RESID}
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(evaluated: EvalMechIntRunner, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """Options: faults told in one sentence, with what is allowed."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from pydantic import Field
 
@@ -86,6 +89,17 @@ def test_the_guides_configuration_is_taken() -> None:
     assert (default.s3_bucket, default.enable_feature_steering, default.verbose) == (None, False, True)
 
 
+def test_a_folder_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert MechIntConfig(storage_path="~/captures").storage_path == tmp_path / "captures"
+    assert MechIntConfig(storage_path="a~b").storage_path == "a~b"
+
+
+def test_options_of_analyses_are_kept_as_json() -> None:
+    config = MechIntConfig(analysis_options={"sae": {"k": np.int64(3), "layers": (1, 2)}})
+    assert json.loads(json.dumps(config.to_dict()))["analysis_options"] == {"sae": {"k": 3, "layers": [1, 2]}}
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -97,6 +111,9 @@ def test_the_guides_configuration_is_taken() -> None:
         ({"sample_layer": ["x"]}, "MechIntConfig has no field 'sample_layer'. There are: sample_layers, "),
         ({"storage_path": ""}, "names a folder"),
         ({"analysis_options": {"magic": {}}}, "analysis_options must be"),
+        ({"analysis_options": {"sae": {"k": object()}}}, "analysis_options['sae']['k'] is plain JSON: "),
+        ({"storage_backend": "s3", "s3_bucket": "  "}, "s3_bucket has letters, digits, dots and hyphens, got '  '."),
+        ({"storage_path": "~no-such-person/captures"}, "storage_path names a folder, got '~no-such-person/captures'"),
     ],
 )
 def test_a_wrong_configuration_is_refused(given: dict[str, Any], said: str) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from planted_trait import PlantedTrait
@@ -11,8 +12,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from mlx_hooks import HookError
 from mlx_hooks.analysis.pictures import png
-from mlx_hooks.analysis.probes import analyse_probe, draw_probe
+from mlx_hooks.analysis.probes import _Data, analyse_probe, draw_probe
 from mlx_hooks.analysis.traits.methods import usual_distance
+from mlx_hooks.storage.rows import LABELS as LABELS_OF_ROWS
 from mlx_hooks.storage.rows import ArrayRows, RowPart
 
 PLANTED = PlantedTrait(layer=2, n_layers=4)
@@ -110,6 +112,65 @@ def test_what_belongs_to_a_sequence_does_not_leak() -> None:
     assert by_sequence["control"]["accuracy"] == pytest.approx(0.5, abs=0.2)
 
 
+def again_and_again(values: np.ndarray, tokens: np.ndarray, steps: int = 5) -> ArrayRows:
+    """Rows [text, position, width] as they are captured at several steps, with weights that hardly change."""
+    random = np.random.default_rng(9)
+    n, length, width = values.shape
+    captured = np.concatenate([values + 0.1 * random.normal(size=values.shape) for _ in range(steps)])
+    nothing = np.zeros(steps * n * length)
+    return ArrayRows(
+        captured.reshape(-1, width),
+        "x",
+        ["d_model"],
+        tokens=np.tile(tokens.ravel(), steps),
+        # Another epoch has another order of texts.
+        sequence=np.concatenate([np.repeat(np.roll(np.arange(n), at), length) for at in range(steps)]),
+        position=np.tile(np.arange(length), steps * n),
+        step=np.repeat(np.arange(steps), n * length),
+        rank=nothing,
+        session=nothing,
+    )
+
+
+def test_a_text_that_is_captured_again_does_not_leak() -> None:
+    # Labels are drawn: whoever reads them has seen the text at another step.
+    random = np.random.default_rng(0)
+    rows = again_and_again(random.normal(size=(40, 8, 300)), random.integers(0, 500, size=(40, 8)))
+    of_texts = random.permutation(np.arange(40) % 2)
+    labels = np.tile(np.repeat(of_texts, 8), 5)
+    found = analyse_probe(rows, labels)
+    assert (found["split_by"], found["train_groups"], found["test_groups"]) == ("text", 28, 12)
+    assert found["accuracy"]["n"] == 12
+    assert found["accuracy"]["mean"] < 0.75
+    assert found["accuracy"]["high"] - found["accuracy"]["low"] > 0.1
+    assert found["notes"] == ["Confidence intervals of fewer than 20 held-out texts, here 12, are too narrow."]
+    # Of few rows with labels too: which text they are of all its tokens say.
+    part = np.where(random.random(len(labels)) < 0.5, labels, np.nan)
+    assert analyse_probe(rows, part)["train_groups"] == 28
+    unknown = ArrayRows(rows.take(np.arange(len(rows))).values, "x", **known_of(rows, "tokens"))
+    assert analyse_probe(unknown, labels)["split_by"] == "sequence"
+    assert "more than once may be on both sides" in analyse_probe(unknown, labels)["notes"][0]
+
+
+def known_of(rows: ArrayRows, *left_out: str) -> dict[str, Any]:
+    """What is known of rows besides their values."""
+    part = rows.take(np.arange(len(rows)))
+    return {name: getattr(part, name) for name in LABELS_OF_ROWS if name not in left_out}
+
+
+def test_shuffled_labels_are_the_same_wherever_a_place_of_a_text_is_captured() -> None:
+    # Labels of single rows, which nothing tells: a shuffle that broke copies apart would be easier to learn by heart.
+    random = np.random.default_rng(3)
+    own = random.integers(0, 2, size=(12, 6))
+    labels = np.tile(own.ravel(), 4)
+    places = np.tile(np.arange(72), 4)
+    data = _Data(np.zeros((288, 2)), labels, places // 6, places, "text", [0, 1])
+    mixed = data.shuffled(random).labels
+    assert (mixed != labels).any()
+    assert all(len(set(mixed[places == place])) == 1 for place in range(72))
+    assert mixed[:72].sum() == own.sum()
+
+
 def test_several_classes_and_a_baseline_that_is_not_even() -> None:
     random = np.random.default_rng(1)
     names = np.array(["blue", "green", "red"])[np.repeat([0, 1, 2], [300, 60, 40])]
@@ -178,13 +239,23 @@ def test_labels_by_token_leave_other_tokens_out(labels: Any) -> None:
         return " 1" if token == 1 else f"<{token}>"
 
     values, _, _ = separable()
-    rows = rows_of(values, np.arange(400) // 8, tokens=TOKENS)
+    # Each text with a word of its own, and the place of each row in it.
+    tokens = np.where(TOKENS == 7, 8 + np.arange(400) // 8, TOKENS)
+    rows = rows_of(values, np.arange(400) // 8, tokens=tokens, position=TOKENS)
     found = analyse_probe(rows, labels, spell=spell)
     assert (found["rows"], found["rows_labelled"]) == (400, 200)
     assert [one["label"] for one in found["classes"]] == ["a", "b"]
     assert found["accuracy"]["mean"] > 0.9
     listed = [{0: "a", 1: "b", 2: "a", 3: "b"}.get(int(token)) for token in TOKENS]
     assert analyse_probe(rows, listed) == found
+    assert found["split_by"] == "text"
+
+
+def test_labels_may_be_an_array_of_mlx() -> None:
+    values, labels, _ = separable()
+    rows = rows_of(values, np.arange(400))
+    assert analyse_probe(rows, mx.array(labels)) == analyse_probe(rows, labels)
+    assert analyse_probe(rows, lambda part: mx.array(labels)) == analyse_probe(rows, labels)
 
 
 def test_many_rows_are_sampled() -> None:
@@ -209,7 +280,9 @@ VALUES, LABELS, _ = separable(40)
         (["a"] * 3 + [None] * 37, {}, "at least 4 labelled rows, got 3"),
         (["a"] * 39 + ["b"], {}, "'b' is not"),
         ("aaaa", {}, "labels are one per row, .*got str"),
-        ([[1]] * 40, {}, r"A label is a text, a truth value or a number, got \[1\]"),
+        ([[1]] * 40, {}, r"A label is a text, a truth value or a finite number, got \[1\]"),
+        ([float("inf"), 1.5] * 20, {}, "a finite number, got inf"),
+        (np.ones((40, 2)), {}, r"labels has one per row, \[40\], got shape \[40, 2\]"),
         ({"a": 1}, {}, "came without tokens"),
         (answering(3), {}, "A function of labels answered 3 for 40 rows"),
         ([f"x{i}" for i in range(40)], {"task": "numbers"}, "Labels of the task 'numbers' are finite numbers"),

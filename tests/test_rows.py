@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_hooks.errors import HookError, UnknownHookError
-from mlx_hooks.storage.rows import ArrayRows
+from mlx_hooks.storage import rows as rows_module
+from mlx_hooks.storage import shards
+from mlx_hooks.storage.rows import ArrayRows, RowPart
 from mlx_hooks.storage.shards import ShardReader, ShardWriter
 
 LAYERS = {
@@ -66,6 +68,38 @@ def test_each_epoch_shows_every_row_once_in_another_order(tmp_path: Path) -> Non
     first, second = np.concatenate(batches[:3]), np.concatenate(batches[3:])
     assert sorted(map(tuple, first)) == sorted(map(tuple, second)) == sorted(map(tuple, values))
     assert not np.array_equal(first, second)
+
+
+def test_random_order_is_the_permutation_s_whatever_is_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, reader = written(tmp_path)
+    generator = np.random.default_rng(3)
+    expected = np.concatenate([values[generator.permutation(9)] for _ in range(2)])
+    for ahead_rows, ahead_bytes in ((8192, 2**20), (4, 2**20), (8192, 4 * 3 * 7), (1, 1)):
+        monkeypatch.setattr(rows_module, "_AHEAD_ROWS", ahead_rows)
+        monkeypatch.setattr(rows_module, "_AHEAD_BYTES", ahead_bytes)
+        batches = list(reader.rows(0).shuffled(2, seed=3, epochs=2))
+        assert [len(batch) for batch in batches] == [2, 2, 2, 2, 1] * 2
+        np.testing.assert_array_equal(np.concatenate(batches), expected)
+
+
+def test_random_order_opens_each_file_once_for_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    shard = shards.Shard
+    monkeypatch.setattr(shards, "_MOST_OPEN", 1)
+    monkeypatch.setattr(shards, "Shard", lambda path, entry: (opened.append(path), shard(path, entry))[1])
+    assert len(list(written(tmp_path, max_rows=1)[1].rows(0).shuffled(2))) == 5
+    assert len(opened) == 9
+
+
+@pytest.mark.parametrize("label", ["session", "rank", "step", "sequence"])
+def test_sequences_differ_in_any_of_what_tells_them_apart(label: str) -> None:
+    labels = {name: np.zeros(3, np.int32) for name in ("session", "rank", "step", "sequence")}
+    labels[label] = np.array([0, 1, 1])
+    sequences = RowPart(np.zeros((3, 1)), **labels).sequences
+    assert sequences is not None
+    assert sequences.tolist() == [0, 1, 1]
 
 
 def test_sequences_are_told_apart_across_steps(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ from s3_server import BUCKET, S3Server, s3_server
 from shard_making import LAYER, LAYERS, columns, killer, values, write_step
 from tiny_models import make_model
 
-from mlx_hooks import HookedModel, HookError, MechIntConfig, MechIntHooks, UploadWarning
+from mlx_hooks import CaptureWarning, HookedModel, HookError, MechIntConfig, MechIntHooks, UploadWarning
 from mlx_hooks.storage import remote
 from mlx_hooks.storage.remote import Backlog, RemoteFolder, cache_folder
-from mlx_hooks.storage.shards import ShardReader, ShardWriter, fetch
+from mlx_hooks.storage.shards import ShardReader, ShardWriter, fetch, upload
 from mlx_hooks.training.writer import open_writer
 
 
@@ -362,7 +362,7 @@ def test_uploads_that_fail_are_told_once_and_made_later(s3_only: Captured, s3: S
         assert s3_only.local == [*SHARDS[:3], "manifest.json"]
         s3.start()
     assert str(caught[0].message) == (
-        f"1 of the shards in {s3_only.folder} could not be uploaded ({s3_only.remote.url} cannot take {SHARDS[0]}: "
+        f"1 of the shards in {s3_only.folder} could not be uploaded ({s3_only.remote.url} cannot give manifest.json: "
         f"127.0.0.1:{s3.port} does not answer). Nothing is lost: they stay there, and are tried again with the next "
         "rows, and at the end."
     )
@@ -370,11 +370,27 @@ def test_uploads_that_fail_are_told_once_and_made_later(s3_only: Captured, s3: S
     assert s3_only.there["total_shards"] == 3
 
 
+def test_what_failed_is_tried_again_with_the_next_rows(s3_only: Captured, s3: S3Server) -> None:
+    with s3_only.open() as writer:
+        assert writer._backlog is not None
+        for step in (0, 2):
+            s3.fails = lambda method, path: method == "PUT" and "shard" in path
+            write_step(writer, step)
+            assert writer._backlog.wait(20)
+            s3.fails = lambda method, path: False
+            with pytest.warns(UploadWarning):  # the second time too, since it worked in between
+                write_step(writer, step + 1)
+            assert writer._backlog.wait(20)
+            assert s3_only.local == ["manifest.json"]
+            assert s3_only.there["total_shards"] == step + 2
+        write_step(writer, 4)
+
+
 def test_what_could_not_be_uploaded_at_all_is_uploaded_when_capturing_goes_on(s3_only: Captured, s3: S3Server) -> None:
     writer = s3_only.open(upload_seconds=20)
     s3.stop()
     write_step(writer, 0)
-    with pytest.warns(UploadWarning, match=r"1 of the shards .* when capturing to this folder goes on\."):
+    with pytest.warns(UploadWarning, match=r"1 of the shards .* when capturing to this folder goes on, or by"):
         writer.close()
     writer.close()
     assert s3_only.local == [SHARDS[0], "manifest.json"]
@@ -451,6 +467,189 @@ def test_reports_are_uploaded_at_the_end(both: Captured) -> None:
         writer.report({"step": 10, "train_loss": 2.5})
     assert both.there["training"] == [{"step": 10, "train_loss": 2.5}]
     assert both.there["sessions"][0]["ended"]
+
+
+# --- Two runs and one place. ---
+
+
+@pytest.fixture
+def two(folder: RemoteFolder, tmp_path: Path) -> tuple[Captured, Captured]:
+    one, other = (Captured(tmp_path / name, folder, keep_local=False) for name in ("one", "other"))
+    return one, other
+
+
+def settled(writer: ShardWriter) -> None:
+    assert writer._backlog is not None
+    assert writer._backlog.wait(20)
+
+
+def test_two_runs_do_not_overwrite_each_other(two: tuple[Captured, Captured]) -> None:
+    one, other = two
+    first = one.open()
+    write_step(first, 0)
+    settled(first)
+    with other.open() as second:
+        with pytest.warns(CaptureWarning):
+            write_step(second, 0, n=4)
+        write_step(first, 1)
+        settled(first)
+        with pytest.warns(UploadWarning, match=f"another run writes to {one.remote.url}: give each its own s3_prefix"):
+            write_step(first, 2)
+        write_step(second, 1, n=4)
+    with pytest.warns(UploadWarning, match=r"2 of the shards"):
+        first.close()
+    assert one.local == [*SHARDS[1:3], "manifest.json"]
+    assert other.local == ["manifest.json"]
+    # All that each captured can be read.
+    rows = ShardReader(one.folder).rows(0).sample(99)
+    np.testing.assert_array_equal(rows.values, np.concatenate([values(step, 6) for step in range(3)]))
+    assert [(entry["step"], entry["rows"]) for entry in ShardReader(one.remote.url).entries] == [(0, 4), (1, 4)]
+    assert one.there["total_shards"] == 3
+
+
+def test_a_run_whose_place_was_taken_asks_no_more(two: tuple[Captured, Captured], s3: S3Server) -> None:
+    one, other = two
+    first = one.open()
+    other.open().close()
+    write_step(first, 0)
+    settled(first)
+    del s3.requests[:]
+    with pytest.warns(UploadWarning):
+        write_step(first, 1)
+    settled(first)
+    with pytest.warns(UploadWarning):
+        first.close()
+    assert s3.requests == []
+
+
+def test_two_runs_that_both_went_on_are_not_joined(two: tuple[Captured, Captured]) -> None:
+    one, other = two
+    with one.open() as writer:
+        write_step(writer, 0)
+    fetch(one.remote.url, other.folder)
+    ShardWriter(one.folder, layers=LAYERS).close()
+    other.open().close()
+    assert f"{one.remote.url} was continued by another run than {one.folder}" in refusal(one.open)
+
+
+def test_shards_of_the_same_name_are_not_joined(two: tuple[Captured, Captured]) -> None:
+    one, other = two
+    first = one.open()
+    with other.open() as second:
+        write_step(second, 0)
+        write_step(first, 0)
+        with pytest.warns(UploadWarning):
+            first.close()
+    assert "was continued by another run" in refusal(one.open)
+    assert "was continued by another run" in refusal(lambda: upload(one.folder, one.remote.url))
+
+
+def test_only_one_of_two_that_begin_at_once_has_the_place(
+    two: tuple[Captured, Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    write = RemoteFolder.write
+
+    def late(remote: RemoteFolder, *args: Any, **options: Any) -> str:
+        monkeypatch.undo()
+        other.open().close()
+        return write(remote, *args, **options)
+
+    monkeypatch.setattr(RemoteFolder, "write", late)
+    # It has looked and found nobody there.
+    assert "another run writes to" in refusal(one.open)
+    ShardWriter(one.folder, layers=LAYERS).close()
+
+
+def test_an_object_of_somebody_else_is_not_replaced(folder: RemoteFolder, tmp_path: Path) -> None:
+    folder.write("a", b"other")
+    assert "it has another object of this name" in refusal(lambda: folder.put(file_of(tmp_path / "a", 9), "a"))
+    assert folder.read("a") == b"other"
+    version = folder.version("a")
+    (tmp_path / "a").write_bytes(b"other")
+    assert folder.put(tmp_path / "a", "a") == hashlib.sha256(b"other").hexdigest()
+    assert folder.version("a") == version
+    for wrong in (None, '"0"'):
+        assert "somebody else has written it" in refusal(lambda wrong=wrong: folder.write("a", b"", replaces=wrong))
+    assert folder.write("a", b"new", replaces=version) == folder.version("a") != version
+    assert folder.version("b") is None
+    assert "somebody else" in refusal(lambda: folder.write("b", b"", replaces=version))
+
+
+def test_a_service_without_conditions(folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import ClientError
+
+    put = folder._client.put_object
+
+    def old(**given: Any) -> Any:
+        if "IfNoneMatch" in given:
+            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, "PutObject")
+        return put(**given)
+
+    monkeypatch.setattr(folder._client, "put_object", old)
+    folder.write("a", b"x", replaces=None)
+    assert folder.read("a") == b"x"
+
+
+def test_an_answer_that_was_lost_is_no_other_run(both: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = RemoteFolder.write
+
+    def lost(remote: RemoteFolder, *args: Any, **options: Any) -> str:
+        write(remote, *args, **options)
+        monkeypatch.undo()
+        raise HookError("no answer")
+
+    with both.open() as writer:
+        monkeypatch.setattr(RemoteFolder, "write", lost)
+        write_step(writer, 0)
+        settled(writer)
+        with pytest.warns(UploadWarning, match="no answer"):
+            write_step(writer, 1)
+    assert both.there["total_shards"] == 2
+
+
+def test_numbers_go_on_after_shards_that_no_manifest_names(both: Captured, tmp_path: Path) -> None:
+    both.remote.put(file_of(tmp_path / "a", 9), SHARDS[2])
+    with both.open() as writer:
+        assert write_step(writer, 0)[0].name == "activations_shard_000003_step_0.safetensors"
+
+
+# --- Later. ---
+
+
+@pytest.mark.parametrize("keep_local", [False, True])
+def test_what_was_not_uploaded_can_be_uploaded_later(
+    keep_local: bool, both: Captured, s3: S3Server, tmp_path: Path
+) -> None:
+    with both.open() as writer:
+        write_step(writer, 0)
+        settled(writer)
+        s3.fails = lambda method, path: method == "PUT"
+        write_step(writer, 1)
+        settled(writer)
+        with pytest.warns(UploadWarning):
+            writer.close()
+    assert both.there["total_shards"] == 1
+    assert "cannot take" in refusal(lambda: upload(both.folder, both.remote.url))
+    s3.fails = lambda method, path: False
+    told: list[tuple[int, int]] = []
+    upload(both.folder, both.remote.url, lambda *n: told.append(n), keep_local=keep_local)
+    assert told == ([(1, 1)] if keep_local else [(1, 2), (2, 2)])
+    assert both.there["total_shards"] == 2
+    assert both.there["sessions"] == both.here["sessions"]
+    assert both.local == ([*SHARDS[:2], "manifest.json"] if keep_local else ["manifest.json"])
+    assert len(ShardReader(both.remote.url).rows(0)) == 12
+    with both.open(), pytest.raises(HookError, match="being written"):
+        upload(both.folder, both.remote.url)
+
+
+def test_a_folder_of_ranks_is_uploaded(folder: RemoteFolder, tmp_path: Path) -> None:
+    assert "There are no captured activations in" in refusal(lambda: upload(tmp_path, folder.url))
+    for rank in (0, 1):
+        with ShardWriter(tmp_path, layers=LAYERS, rank=rank, world_size=2, each_rank=True) as writer:
+            write_step(writer, 0, n=rank + 1)
+    upload(tmp_path, folder.url)
+    assert len(ShardReader(folder.url).rows(0)) == 3
 
 
 # --- Before training. ---
@@ -619,11 +818,13 @@ def test_what_is_there_is_read_when_it_is_needed(
 
 
 def test_another_capture_at_the_same_place_is_not_mistaken(folder: RemoteFolder, tmp_path: Path) -> None:
+    """Where the first one was removed."""
     for n in (0, 1):
         with ShardWriter(tmp_path / f"cache{n}", layers=LAYERS, remote=folder) as writer:
             writer.write({LAYER: values(n, 6)}, step=0, **columns(n, 6))
         np.testing.assert_array_equal(ShardReader(folder.url).rows(0).sample(6).values, values(n, 6))
-        folder._client.delete_object(Bucket=BUCKET, Key=f"{folder.prefix}/manifest.json")
+        for name in folder.names():
+            folder._client.delete_object(Bucket=BUCKET, Key=f"{folder.prefix}/{name}")
 
 
 def test_the_folders_of_ranks_are_read_from_there(folder: RemoteFolder, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import shard_making
 from safetensors.numpy import load_file
 from shard_making import LAYER, LAYERS, child_environment, killer, values, write_step
 
-from mlx_hooks import HookError, MechIntConfig, UnreadableShardWarning
+from mlx_hooks import CaptureWarning, HookError, MechIntConfig, UnreadableShardWarning
 from mlx_hooks.storage import manifest as manifests
 from mlx_hooks.storage import shards
 from mlx_hooks.storage.shards import ShardReader, ShardWriter, record_analysis
@@ -127,8 +127,15 @@ def test_reports_are_in_the_manifest_with_the_next_shard(tmp_path: Path) -> None
         ({"activations": {LAYER: np.zeros((5, 4))}}, "the same number of rows"),
         ({"activations": {LAYER: np.zeros(6)}}, r"got \[\]"),
         ({"tokens": [1, 2]}, "the same number of rows"),
-        ({"step": -1}, "Steps count from 0"),
-        ({"metadata": {"loss": float("nan")}}, "not JSON compliant"),
+        ({"step": -1}, "step is a whole number from 0 up, got -1"),
+        ({"step": 5.0}, "step is a whole number from 0 up, got 5.0"),
+        ({"step": True}, "step is a whole number from 0 up, got True"),
+        ({"step": "5"}, "step is a whole number from 0 up, got '5'"),
+        ({"step": None}, "step is a whole number from 0 up, got None"),
+        (
+            {"metadata": {"run": {"at": Path("x")}}},
+            r"metadata\['run'\]\['at'\] is a PosixPath; what is kept are numbers",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_not_written(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -160,6 +167,47 @@ def test_a_disk_that_is_full_loses_only_what_is_written_then(tmp_path: Path, mon
     assert ShardReader(tmp_path).steps == [0, 2]
 
 
+def test_numbers_of_other_libraries_are_kept_as_python_s(tmp_path: Path) -> None:
+    metadata = {"loss": np.float32(0.5), "rate": mx.array(0.25), "counts": np.arange(2), "epoch": (1, float("nan"))}
+    with ShardWriter(tmp_path, layers=LAYERS, description={"config": {"k": np.int64(4)}}) as writer:
+        for step in (np.int64(5), mx.array(6)):
+            write_step(writer, step, metadata=metadata)  # type: ignore[arg-type]
+        writer.report({"step": np.int64(5), "train_loss": mx.array(2.5)})
+    reader = ShardReader(tmp_path)
+    assert reader.steps == [5, 6]
+    shard = reader.read_shard(reader.entries[0])
+    assert shard.metadata == {"loss": 0.5, "rate": 0.25, "counts": [0, 1], "epoch": [1, None]}
+    told = manifest_of(tmp_path)
+    assert (told["config"], told["training"]) == ({"k": 4}, [{"step": 5, "train_loss": 2.5}])
+
+
+def test_what_is_no_json_is_refused_before_the_folder_is_made(tmp_path: Path) -> None:
+    error = refusal(lambda: ShardWriter(tmp_path / "x", layers=LAYERS, description={"config": {"k": object()}}))
+    assert str(error).startswith("description['config']['k'] is a object; what is kept are numbers, texts")
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_is_written_that_the_reader_would_refuse(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, layers=LAYERS, rank="0") as writer:  # type: ignore[arg-type]
+        assert "the reader would not accept its entry" in str(refusal(lambda: write_step(writer, 0)))
+    assert names(tmp_path) == ["manifest.json"]
+    assert ShardReader(tmp_path).entries == []
+
+
+def test_reports_are_not_made_json_again_with_each_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    dumps = json.dumps
+    monkeypatch.setattr(
+        manifests.json, "dumps", lambda value, **options: (made.append(value), dumps(value, **options))[1]
+    )
+    with ShardWriter(tmp_path, layers=LAYERS) as writer:
+        for step in range(4):
+            writer.report({"step": step})
+            write_step(writer, step)
+    assert [made.count({"step": step}) for step in range(4)] == [1, 1, 1, 1]
+    assert [told["step"] for told in manifest_of(tmp_path)["training"]] == [0, 1, 2, 3]
+
+
 # --- Going on. ---
 
 
@@ -179,12 +227,66 @@ def test_numbering_goes_on_in_a_new_session(tmp_path: Path) -> None:
 
 def test_of_a_step_that_was_captured_again_the_later_rows_count(tmp_path: Path) -> None:
     steps_written(tmp_path, 0, 200, 400)
-    steps_written(tmp_path, 200, n=2)
+    with pytest.warns(CaptureWarning) as caught:
+        steps_written(tmp_path, 200, 400, n=2)
+    assert [str(warning.message) for warning in caught] == [
+        f"Step 200 is written to {tmp_path}, where earlier sessions captured steps up to 400: of a step that is "
+        "captured again the later rows count, and losses are added to the earlier ones. To go on with that training "
+        "after it, give first_step, here above 400; for another training, another storage_path (and s3_prefix)."
+    ]
     reader = ShardReader(tmp_path)
-    assert [(entry["step"], entry["rows"]) for entry in reader.entries] == [(0, 6), (400, 6), (200, 2)]
+    assert [(entry["step"], entry["rows"]) for entry in reader.entries] == [(0, 6), (200, 2), (400, 2)]
     assert (reader.steps, len(reader.rows(0, steps=[200]))) == ([0, 200, 400], 2)
-    assert reader.description["total_rows"] == 14
-    assert manifest_of(tmp_path)["total_rows"] == 20
+    assert reader.description["total_rows"] == 10
+    assert manifest_of(tmp_path)["total_rows"] == 22
+
+
+def test_a_step_that_comes_before_earlier_ones_is_told_too(tmp_path: Path) -> None:
+    steps_written(tmp_path, 0, 200)
+    with pytest.warns(CaptureWarning, match=r"Step 1 is written to .* captured steps up to 200"):
+        steps_written(tmp_path, 1)
+    steps_written(tmp_path, 201)  # warnings are errors: it says nothing
+
+
+def test_a_step_counts_that_was_captured_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps_written(tmp_path, 0, 1, n=5, max_rows=2)
+    write = shard_making.shard_writer.write_arrays
+
+    def full(path: Path, *rest: Any) -> None:
+        if "_000008_" in path.name:
+            raise OSError(28, "No space left on device")
+        write(path, *rest)
+
+    monkeypatch.setattr(shard_making.shard_writer, "write_arrays", full)
+    with ShardWriter(tmp_path, layers=LAYERS, max_rows=2) as writer:
+        with pytest.warns(CaptureWarning):
+            refusal(lambda: write_step(writer, 0, n=6))
+        monkeypatch.undo()
+    reader = ShardReader(tmp_path)
+    assert [len(reader.rows(0, steps=[step])) for step in (0, 1)] == [5, 5]
+    with ShardWriter(tmp_path, layers=LAYERS, max_rows=2) as writer:
+        assert [entry["part"] for entry in writer.manifest["shards"]] == [[0, 3], [1, 3], [2, 3]] * 2 + [[0, 3], [1, 3]]
+        with pytest.warns(CaptureWarning):
+            write_step(writer, 0, n=3)
+        write_step(writer, 0, n=1)
+    assert len(ShardReader(tmp_path).rows(0, steps=[0])) == 4
+
+
+def test_of_a_step_that_nobody_captured_whole_the_later_rows_count(tmp_path: Path) -> None:
+    for n in (5, 6):
+        steps_written(tmp_path, n, n=n, max_rows=2)
+    entries = ShardReader(tmp_path).entries
+    same = [entry | {"step": 0} for entry in entries if entry["part"][0]]
+    assert [entry["session"] for entry in manifests.current(same, [])] == [1, 1]
+
+
+def test_a_damaged_part_of_a_step_lets_the_earlier_rows_count(tmp_path: Path) -> None:
+    steps_written(tmp_path, 0, n=5, max_rows=2)
+    with pytest.warns(CaptureWarning):
+        steps_written(tmp_path, 0, n=6, max_rows=2)
+    (tmp_path / "activations_shard_000003_step_0.safetensors").unlink()
+    with pytest.warns(UnreadableShardWarning):
+        assert len(ShardReader(tmp_path, unreadable="skip").rows(0)) == 5
 
 
 def test_two_captures_of_a_step_in_one_session_both_count(tmp_path: Path) -> None:
@@ -280,6 +382,8 @@ def test_a_damaged_manifest_is_left_as_it_is(text: str, tmp_path: Path) -> None:
         {"step": "0"},
         {"remote": 5},
         {"remote": "s3://a/b"},
+        {"part": [1, 1]},
+        {"part": "0"},
     ],
 )
 def test_an_entry_that_names_a_file_elsewhere_or_too_little_is_damaged(change: dict[str, Any], tmp_path: Path) -> None:
@@ -406,7 +510,8 @@ def test_the_folders_of_ranks_read_as_one(tmp_path: Path) -> None:
 
 def test_a_step_that_fewer_ranks_captured_again_is_theirs(tmp_path: Path) -> None:
     ranks_written(tmp_path, 3, 0, 200)
-    ranks_written(tmp_path, 2, 200)
+    with pytest.warns(CaptureWarning):
+        ranks_written(tmp_path, 2, 200)
     part = ShardReader(tmp_path).rows(0, steps=[200]).sample(99)
     assert part.rank is not None
     assert part.session is not None
@@ -487,3 +592,20 @@ def test_the_manifest_tells_the_sessions_of_both_copies(tmp_path: Path) -> None:
     told = manifest_of(tmp_path)
     assert (here.data["sessions"], here.data["shards"]) == (told["sessions"], told["shards"])
     assert here.data["total_rows"] == 12
+
+
+def test_a_shard_that_was_cut_in_place_is_not_read_further(tmp_path: Path) -> None:
+    """Who reads mapped memory beyond its file's end is ended by the system."""
+    rows = ShardReader(steps_written(tmp_path, 0)).rows(LAYER)
+    expected = rows.take([0, 1]).values
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(100)
+    assert "changed since it was opened" in str(refusal(lambda: rows.take([0])))
+    refusal(lambda: rows.take([0]))
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(rows.take([0, 1]).values, expected)
+    # What was opened can be read on when its name is another file's, or nobody's.
+    path.unlink()
+    np.testing.assert_array_equal(rows.take([0, 1]).values, expected)

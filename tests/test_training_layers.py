@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tiny_models import make_model
 
-from mlx_hooks import HookedModel, HookError, UnknownHookError
+from mlx_hooks import HookedModel, HookError, UnknownHookError, UntrustedHookWarning
 from mlx_hooks.activations import to_numpy
 from mlx_hooks.coverage.models import tiny_model
+from mlx_hooks.hook_points import block_point
+from mlx_hooks.selftest import Check, SelfTest
 from mlx_hooks.training.layers import detected_layers, sampled_layers
 from mlx_hooks.training.trained import TrainedModel
 
@@ -50,7 +53,8 @@ def test_detected_layers(n_layers: int, layers: list[int]) -> None:
     from typing import Any
 
     model: Any = SimpleNamespace(
-        cfg=SimpleNamespace(n_layers=n_layers), hook_points={stream(i): None for i in range(n_layers)}
+        cfg=SimpleNamespace(n_layers=n_layers),
+        hook_points={stream(i): block_point("resid_post", i) for i in range(n_layers)},
     )
     assert detected_layers(model) == [stream(i) for i in layers]
     model.hook_points, model.cfg.model_type = {}, "other"
@@ -117,8 +121,64 @@ def test_rows_of_other_architectures(name: str) -> None:
 
 
 def test_streams_of_several_are_refused() -> None:
+    model = tiny_model("gemma3n")
     with pytest.raises(HookError, match=r"its value is \[stream, batch, pos, d_model\]"):
-        TrainedModel(tiny_model("gemma3n"), None)
+        TrainedModel(model, [0])
+    with pytest.raises(
+        HookError,
+        match=r"^No layers can be detected: hook_resid_post of gemma3n is \[stream, batch, pos, d_model\]. Name some "
+        r"in sample_layers, such as blocks.\*.hook_mlp_out.$",
+    ):
+        TrainedModel(model, None)
+    assert list(TrainedModel(model, ["blocks.*.hook_mlp_out"]).layers)
+
+
+def test_experts_are_told_through_adapters() -> None:
+    """The router is a projection, which adapters wrap."""
+    model = tiny_model("qwen3_moe")
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 4, "dropout": 0.0, "scale": 5.0})
+    assert HookedModel(model).untrusted == []
+    trained = TrainedModel(model, ["blocks.*.mlp.hook_expert_indices"])
+    rows = trained.forward(mx.array([[1, 2, 3]])).rows()
+    assert {(values.shape, values.dtype) for values in rows.values.values()} == {((3, 2), mx.uint32)}
+
+
+def test_what_is_not_to_be_trusted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = f"{stream(1)}, {stream(2)}".split(", ")
+
+    def broken(model: HookedModel) -> tuple[SelfTest, dict]:
+        check = Check("resid_post = resid_mid + mlp_out", 0.0, "made to fail")
+        check.note(1.0, wrong)
+        return SelfTest("llama", [check]), {}
+
+    monkeypatch.setattr("mlx_hooks.model.quick_selftest", broken)
+    monkeypatch.setattr("mlx_hooks.training.layers.quick_selftest", broken)
+    with pytest.warns(UntrustedHookWarning):
+        HookedModel(make_model("llama"))
+    # Whoever captures something else is not warned.
+    assert list(TrainedModel(make_model("llama"), [0]).layers) == [stream(0)]
+    with pytest.raises(
+        HookError,
+        match=r"blocks.1.hook_resid_post cannot be captured, nor can 1 more of what is asked for: resid_post = "
+        r"resid_mid \+ mlp_out does not hold on llama.",
+    ) as raised:
+        TrainedModel(make_model("llama"), ["blocks.*"])
+    assert raised.value.field == "sample_layers"
+
+
+def test_hooks_of_an_outer_block_are_not_met() -> None:
+    """What is captured is what the model computes, not what somebody edits meanwhile."""
+    model = make_model("llama")
+    hooked = HookedModel(model)
+    trained = TrainedModel(hooked, [1])
+    tokens = mx.array([[1, 2, 3]])
+    plain = trained.forward(tokens).values[stream(1)]
+    seen = []
+    with hooked.hooks([(stream(0), lambda value, point: seen.append(point) or value * 2)]):
+        held = trained.forward(tokens).values[stream(1)]
+    assert mx.array_equal(held, plain)
+    assert not seen
 
 
 def test_values_that_are_not_one_per_token() -> None:

@@ -4,7 +4,7 @@
     2. One component's output is replaced at all positions: by zeros, by its mean over the data, or by what it is on
        another input (resampled). Everything after it is computed anew.
     3. The change of the loss, of the logit difference, and the divergence KL(as it is || ablated), each in nats or
-       logits, are means over examples, with bootstrap confidence intervals.
+       logits, are means over examples, with confidence intervals.
 
 Which replacement is right depends on the question: zero leaves no trace of the component and takes the model where it
 has never been; the mean keeps what does not depend on the input; resampling keeps the component's distribution, and
@@ -26,7 +26,7 @@ from ..model import HookedModel
 from ..options import options, options_of
 from .components import Component, Numbers, Part, Replacement, captured, components_of, edits, logits_of
 from .eval_data import MOST, NOTHING, EvalBatch, EvalData, eval_data_of
-from .intervals import CONFIDENCE, RESAMPLES, means
+from .intervals import CONFIDENCE, RESAMPLES, few, means
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -253,7 +253,7 @@ def analyse_causal(
     Returns:
         plain JSON values: ``plain`` has the measures without ablation; each of ``components`` its ``ablations``, in
         which ``loss_change`` and ``logit_difference_change`` are ablated less plain, and ``kl`` is KL(plain ||
-        ablated). Every example counts the same. An interval is None for a single example.
+        ablated). Every example counts the same. An interval is None for fewer than 5 examples.
 
     Raises:
         HookError: for no eval data, and for components that the model does not have.
@@ -322,9 +322,7 @@ def _called(measure: str) -> str:
 
 
 def _notes(data: EvalData, left_out: int) -> list[str]:
-    notes = []
-    if len(data) == 1:
-        notes.append("One example has no confidence interval.")
+    notes = few(len(data), are_ratios=False)
     if left_out:
         notes.append(
             f"Resampling leaves out {left_out} of {len(data)} examples: there is no other as long as they are to take "

@@ -1,12 +1,14 @@
-"""A smallest circuit of components: found by patching and ablation, checked by ablating all the rest, and all of it.
+"""A small circuit of components: found by patching and ablation, checked by ablating all the rest, and all of it.
 
     1. Activation patching: in the run of the corrupted prompt each component gets what it was in the clean run. Its
        recovery is (patched - corrupted) / (clean - corrupted) of the metric. Without corrupted prompts there is none.
     2. Damage: each component is ablated on its own; it is a share of what ablating all of them costs.
     3. From all components, one after the other is left out, the least important first. It stays out if the circuit
-       that is left, with everything else ablated, is still faithful enough. That is repeated until nothing more can go:
-       so of the circuit found no single component can be left out.
-    4. The circuit is held against the same number of components drawn at random, and the model is run with the circuit
+       that is left, with everything else ablated, is still faithful enough. That is repeated until nothing more can go.
+       The same is done with the most important components that together are faithful, and the smaller circuit is kept:
+       no single component of it can be left out. Where all smaller sets are few they are tried too.
+    4. That is done with one half of the examples, and the circuit is judged by the other.
+    5. The circuit is held against the same number of components drawn at random, and the model is run with the circuit
        alone ablated: a complete circuit leaves nothing behind.
 
 Faithfulness of a set of components is (metric with all others ablated - metric with all ablated) / (metric of the model
@@ -14,7 +16,9 @@ Faithfulness of a set of components is (metric with all others ablated - metric 
 "Interpretability in the Wild" (2022); Conmy et al., "Towards Automated Circuit Discovery" (2023).
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -26,7 +30,7 @@ from ..options import options, options_of
 from .ablation import Ablation, Bench, Count, MeanOver, Progress
 from .components import Component, Numbers, Part, components_of
 from .eval_data import FIELD, MOST, EvalBatch, eval_data_of
-from .intervals import CONFIDENCE, RESAMPLES, Estimate, means, ratios
+from .intervals import CONFIDENCE, FEWEST, RESAMPLES, Estimate, few, means, ratios
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +44,10 @@ _MOST_KEPT = 2**30
 """Bytes of replacements that are kept from run to run; more are made anew for each."""
 _SMALL = 1e-6
 """A metric that changes by less, relative to its size, does not change."""
+_ENOUGH = 10
+"""Different examples of which half are held out."""
+_MOST_SETS = 200
+"""Smaller sets that are tried, all of them or none."""
 
 
 @options
@@ -166,7 +174,7 @@ class Search:
 def analyse_circuit(
     model: HookedModel, eval_data: Any, options: CircuitOptions | dict | None = None, progress: Progress = None
 ) -> dict[str, Any]:
-    """Find a smallest circuit that is faithful, and say how far it is one.
+    """Find a small circuit that is faithful, and say how far it is one.
 
         found = analyse_circuit(model, [{"clean": ..., "corrupted": ..., "answer": " Paris", "wrong": " Rome"}, ...])
         found["circuit"]                            # ["L1H1", "L2H0", ...]
@@ -177,10 +185,12 @@ def analyse_circuit(
         progress: called with the runs over the data that are done, and about how many there are to do.
 
     Returns:
-        plain JSON values. Of each of ``components`` the ``recovery`` (None without corrupted prompts), the ``damage``
-        of ablating it alone, and whether it is ``in_circuit``; of the circuit its ``faithfulness``, that of its
-        ``complement`` (all the rest), and ``completeness``, which is 1 less the latter; and the faithfulness of
-        ``random`` sets of the same size.
+        plain JSON values. Of each of ``components`` the ``recovery`` (None without corrupted prompts) and the
+        ``damage`` of ablating it alone, by all examples, and whether it is ``in_circuit``. Of the circuit whether it
+        ``is_smallest`` (no smaller set is faithful; False where not all were tried), and by the examples that were
+        ``held_out`` (indices; all where there are none) its ``faithfulness``, that of its ``complement`` (all the
+        rest), and ``completeness``, which is 1 less the latter; and the faithfulness of ``random`` sets of the same
+        size.
 
     Raises:
         HookError: for no eval data, components that the model does not have, and a metric that tells neither clean from
@@ -213,35 +223,38 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
     components = search.bench.components
     names = [component.name for component in components]
     whole, nothing = search.of(names), search.of([])
-    _check_differ(whole, nothing, "with all components ablated the metric is what it is without: there is no circuit")
-    notes = _notes(search, whole, nothing)
+    choosing, judging = _halves(search, chosen.seed)
+    no_circuit = "with all components ablated the metric is what it is without: there is no circuit"
+    _check_differ(whole[choosing], nothing[choosing], no_circuit)
     settings: dict[str, Any] = {
         "confidence": chosen.confidence, "resamples": chosen.resamples, "seed": chosen.seed
     }  # fmt: skip
 
     def faithfulness(circuits: Sequence[Collection[str]]) -> list[Estimate]:
-        scores = [search.of(circuit) - nothing for circuit in circuits]
-        return ratios(np.stack(scores, axis=1), whole - nothing, **settings) if scores else []
+        scores = [(search.of(circuit) - nothing)[judging] for circuit in circuits]
+        return ratios(np.stack(scores, axis=1), (whole - nothing)[judging], **settings) if scores else []
 
-    corrupted = search.corrupted() if search.bench.data.has_corrupted else None
-    recoveries: list[Estimate | None] = [None] * len(names)
-    if corrupted is not None:
-        _check_differ(whole, corrupted, "clean and corrupted prompts have the same metric: nothing can be recovered")
-        recoveries = [*ratios(search.patched() - corrupted[:, None], whole - corrupted, **settings)]
+    def share(circuit: Collection[str]) -> float:
+        return float((search.of(circuit) - nothing)[choosing].mean() / (whole - nothing)[choosing].mean())
+
     without = np.stack([search.of([n for n in names if n != name]) for name in names], axis=1)
-    damages = ratios(whole[:, None] - without, whole - nothing, **settings)
-    importance = {
-        name: max(abs(each.mean or 0) for each in (recovery, damage) if each is not None)
-        for name, recovery, damage in zip(names, recoveries, damages, strict=True)
-    }
-    circuit = smallest(search, importance, chosen.faithfulness)
-    rest = [name for name in names if name not in circuit]
-    own, complement = faithfulness([circuit, rest])
-    if own.low is None and own.n > 1:
-        notes.append(
-            "By these examples the model may be no better than one with all components ablated: shares of that "
-            "difference have no intervals. Give more examples, or such as the model can do."
-        )
+    effects = {"damage": (whole[:, None] - without, whole - nothing)}
+    corrupted = search.corrupted() if search.bench.data.has_corrupted else None
+    if corrupted is not None:
+        nothing_back = "clean and corrupted prompts have the same metric: nothing can be recovered"
+        _check_differ(whole[choosing], corrupted[choosing], nothing_back)
+        effects["recovery"] = (search.patched() - corrupted[:, None], whole - corrupted)
+    alone = {name: ratios(above, below, **settings) for name, (above, below) in effects.items()}
+    sizes = [np.abs(above[choosing].mean(axis=0) / below[choosing].mean()) for above, below in effects.values()]
+    importance = dict(zip(names, np.max(sizes, axis=0).tolist(), strict=True))
+    circuit, is_smallest = smallest(share, importance, chosen.faithfulness)
+    own, complement = faithfulness([circuit, [name for name in names if name not in circuit]])
+    notes = [
+        *_notes(search, whole, nothing),
+        *few(int(judging.sum())),
+        *_notes_of_circuit(own, chosen.faithfulness, is_held_out=not choosing.all()),
+        *_notes_of_size(circuit, names, is_smallest),
+    ]
     drawn = _random_sets(names, circuit, chosen.random_sets, chosen.seed)
     compared = [estimate.mean for estimate in faithfulness(drawn)]
     levels = {"clean": whole, "corrupted": corrupted, "ablated": nothing}
@@ -258,14 +271,18 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
         "components": [
             component.to_dict()
             | {
-                "recovery": None if recovery is None else recovery.to_dict(),
-                "damage": damage.to_dict(),
+                "recovery": alone["recovery"][i].to_dict() if "recovery" in alone else None,
+                "damage": alone["damage"][i].to_dict(),
                 "in_circuit": component.name in circuit,
             }
-            for component, recovery, damage in zip(components, recoveries, damages, strict=True)
+            for i, component in enumerate(components)
         ],
         "circuit": circuit,
         "size": len(circuit),
+        "is_smallest": is_smallest,
+        "chosen_with": int(choosing.sum()),
+        "judged_by": int(judging.sum()),
+        "held_out": [] if choosing.all() else np.flatnonzero(search.counted)[judging].tolist(),
         "asked_faithfulness": chosen.faithfulness,
         "faithfulness": own.to_dict(),
         "complement": complement.to_dict(),
@@ -292,8 +309,6 @@ def _notes(search: Search, whole: np.ndarray, nothing: np.ndarray) -> list[str]:
     n_alone = int((~search.counted).sum())
     if n_alone:
         notes.append(f"{n_alone} of {len(search.counted)} examples are left out: no other is as long as they are.")
-    if search.counted.sum() == 1:
-        notes.append("One example has no confidence interval.")
     if whole.mean() < nothing.mean():
         notes.append("The model does worse than with all components ablated: the circuit is one of doing worse.")
     if search.metric == "logit_difference" and whole.mean() < 0:
@@ -301,16 +316,80 @@ def _notes(search: Search, whole: np.ndarray, nothing: np.ndarray) -> list[str]:
     return notes
 
 
-def smallest(search: Search, importance: dict[str, float], asked: float) -> list[str]:
-    """The components that are left when no single one can go, in forward order."""
+def _notes_of_circuit(own: Estimate, asked: float, *, is_held_out: bool) -> list[str]:
+    notes = []
+    if not is_held_out:
+        notes.append(
+            "Faithfulness is that of the examples with which the circuit was chosen, which flatters it; of at least "
+            f"{_ENOUGH} different ones half are held out."
+        )
+    elif own.mean is None or not _is_near(own.mean, asked):
+        notes.append("On the examples that were held out the circuit does not reach the faithfulness asked.")
+    if own.low is None and own.n >= FEWEST:
+        notes.append(
+            "By these examples the model may be no better than one with all components ablated: shares of that "
+            "difference have no intervals. Give more examples, or such as the model can do."
+        )
+    return notes
+
+
+def _notes_of_size(circuit: Sequence[str], names: Sequence[str], is_smallest: bool) -> list[str]:
+    if len(circuit) == len(names):
+        tried = "none of fewer is" if is_smallest else "no smaller one was found, though not all were tried"
+        return [f"The circuit is all components: {tried}."]
+    return [] if is_smallest else ["Not all smaller sets were tried: of this circuit no single component can go."]
+
+
+def _halves(search: Search, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples the circuit is chosen with, and which it is judged by, [counted example] of bool.
+
+    Examples of the same prompts stay together. Of few different ones all are on both sides.
+    """
+    prompts: dict[frozenset[tuple[int, ...] | None], int] = {}
+    examples = [search.bench.data.examples[i] for i in np.flatnonzero(search.counted)]
+    which = np.array([prompts.setdefault(frozenset({e.tokens, e.corrupted}), len(prompts)) for e in examples])
+    if len(prompts) < _ENOUGH:
+        return np.ones(len(which), dtype=bool), np.ones(len(which), dtype=bool)
+    drawn = np.random.default_rng(seed).permutation(len(prompts))[: len(prompts) // 2]
+    choosing = np.isin(which, drawn)
+    return choosing, ~choosing
+
+
+def smallest(
+    share: Callable[[Collection[str]], float], importance: dict[str, float], asked: float
+) -> tuple[list[str], bool]:
+    """The smallest faithful set of components that was found, in forward order, and whether there is no smaller one.
+
+    Args:
+        share: the faithfulness of a set; that of all is 1.
+        importance: of all components.
+    """
     names = list(importance)
-    whole, nothing = search.of(names).mean(), search.of([]).mean()
+    ranked = sorted(names, key=lambda name: -importance[name])
 
     def is_faithful(circuit: Collection[str]) -> bool:
-        # A circuit that does better than the model lacks what holds it back.
-        return abs((search.of(circuit).mean() - nothing) / (whole - nothing) - 1) <= 1 - asked + _SMALL
+        return _is_near(share(circuit), asked)
 
-    kept, went = names, True
+    grown = next(ranked[:size] for size in range(1, len(ranked) + 1) if is_faithful(ranked[:size]))
+    found = min((_pruned(start, importance, is_faithful) for start in (names, grown)), key=len)
+    sizes = range(1, len(found))
+    tries_all = sum(math.comb(len(names), size) for size in sizes) <= _MOST_SETS
+    if tries_all:
+        smaller = (some for size in sizes for some in combinations(ranked, size))
+        found = list(next((some for some in smaller if is_faithful(some)), found))
+    return [name for name in names if name in found], tries_all
+
+
+def _is_near(faithfulness: float, asked: float) -> bool:
+    """Whether it is as near to 1 as asked: a circuit that does better than the model lacks what holds it back."""
+    return abs(faithfulness - 1) <= 1 - asked + _SMALL
+
+
+def _pruned(
+    circuit: Sequence[str], importance: dict[str, float], is_faithful: Callable[[Collection[str]], bool]
+) -> list[str]:
+    """What is left of a faithful circuit when no single component can go."""
+    kept, went = list(circuit), True
     while went:
         went = False
         for name in sorted(kept, key=lambda name: importance[name]):

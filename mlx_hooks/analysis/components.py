@@ -171,9 +171,18 @@ def edited(model: HookedModel, interventions: Sequence[dict[str, Any]]) -> Itera
 
 
 def logits_of(model: HookedModel, tokens: np.ndarray, interventions: Sequence[dict[str, Any]] = ()) -> mx.array:
-    """Logits [batch, pos, d_vocab] of tokens [batch, pos]; registered hooks do not record this run."""
+    """Logits [batch, pos, d_vocab] of tokens [batch, pos]; registered hooks do not record this run.
+
+    Raises:
+        HookError: the model cannot read them.
+    """
     with edited(model, interventions):
-        found = model.model(mx.array(tokens))
+        try:
+            found = model.model(mx.array(tokens))
+        except ValueError as error:
+            # Some models of mlx-lm cannot read several tokens at once.
+            message = f"{model.cfg.model_type} cannot read tokens of shape {list(tokens.shape)}"
+            raise HookError(f"{message}: {str(error).rstrip('.')}.") from error
     return found[0] if isinstance(found, tuple) else found
 
 

@@ -175,8 +175,8 @@ def eval_data_of(
 
 def _not_data(what: str) -> HookError:
     return HookError(
-        "Eval data is a list of texts, of rows of token ids, of mlx-lm's batches (tokens, lengths), or of mappings "
-        f"with clean and answer; got {what}.",
+        "Eval data is a list of texts, of rows of token ids, of batches with their lengths, or of mappings with clean "
+        f"and answer; got {what}.",
         field=FIELD,
     )
 

@@ -1,7 +1,7 @@
 """The directions in which a layer's activations vary most, and the groups that they fall into.
 
-Principal components are scikit-learn's (of the covariance, in float64), clusters its k-means or HDBSCAN on the
-coordinates along them.
+Principal components are NumPy's, in float64: SciPy's decompositions hold all other threads of the process up.
+Clusters are scikit-learn's k-means or HDBSCAN on the coordinates along them.
 """
 
 from dataclasses import dataclass, field
@@ -132,11 +132,9 @@ def fit_features(rows: Rows, options: FeatureOptions | dict | None = None, progr
 
 
 def _fitted(rows: Rows, chosen: FeatureOptions, progress: Progress) -> tuple[RowPart, Features]:
-    from sklearn.decomposition import PCA
-
     check_vectors(rows)
     if len(rows) < 2:
-        raise HookError(f"Principal components need at least 2 rows, got {len(rows)}.", field="rows")
+        raise HookError(f"Principal components need at least 2 rows, got {len(rows)}.")
 
     def advance(step: int) -> None:
         if progress is not None:
@@ -165,19 +163,28 @@ def _fitted(rows: Rows, chosen: FeatureOptions, progress: Progress) -> tuple[Row
         return part, Features(
             rows.name, len(rows), indices, mean, nothing, np.zeros(0), np.zeros((len(values), 0)), notes=tuple(notes)
         )
-    model = PCA(n_components=count, svd_solver="full" if len(values) <= rows.width else "covariance_eigh")
-    model.fit(values)
-    components = model.components_
-    components = components * np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])[:, None]
+    components, shares = _principal(values - mean, count)
     coordinates = (values - mean) @ components.T
     advance(2)
     labels, silhouette, tried = _clusters(coordinates, chosen)
     if chosen.clustering != "none" and labels is None:
         notes.append("There are too few different rows for clusters.")
     advance(_STEPS)
-    shares = np.maximum(model.explained_variance_ratio_, 0)
     found = (components, shares, coordinates, labels, silhouette, tried, tuple(notes))
     return part, Features(rows.name, len(rows), indices, mean, *found)
+
+
+def _principal(centred: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Components [component, width] of rows [row, width] and their shares of the variance, the largest first."""
+    # Of the covariance, or of what has the same variances and is smaller.
+    by_row = len(centred) < centred.shape[1]
+    variances, vectors = np.linalg.eigh(centred @ centred.T if by_row else centred.T @ centred)
+    largest = vectors[:, ::-1][:, :count]
+    # What has no variance has no direction of its own either: QR gives it one across all others.
+    components = np.linalg.qr(centred.T @ largest)[0].T if by_row else largest.T
+    signs = np.sign(components[np.arange(count), np.abs(components).argmax(axis=1)])
+    shares = np.maximum(variances[::-1], 0)
+    return components * signs[:, None], shares[:count] / shares.sum()
 
 
 def _first_positions(part: RowPart, values: np.ndarray, mean: np.ndarray) -> list[str]:

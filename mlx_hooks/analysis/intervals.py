@@ -1,4 +1,7 @@
-"""How far a mean may be off: bootstrap confidence intervals over examples.
+"""How far a mean may be off: confidence intervals over examples.
+
+They are bootstrap intervals, which of few examples are too narrow: a mean of fewer than ENOUGH has Student's t
+interval instead.
 
 Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993).
 """
@@ -11,6 +14,10 @@ import numpy as np
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+FEWEST = 5
+"""Of fewer examples there are no intervals."""
+ENOUGH = 20
+"""From so many on, bootstrap intervals are about as wide as they claim to be."""
 _NUMBERS_AT_ONCE = 5_000_000
 """Resampled numbers that are held at once."""
 
@@ -21,7 +28,7 @@ class Estimate:
 
     Args:
         mean: None where it is undefined.
-        low, high: the ends of its confidence interval; None for a single example.
+        low, high: the ends of its confidence interval; None for fewer than FEWEST examples.
         n: examples.
     """
 
@@ -35,10 +42,23 @@ class Estimate:
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
 
+def few(n: int, what: str = "examples", *, are_ratios: bool = True) -> list[str]:
+    """What is to be said of the intervals of so many examples.
+
+    Args:
+        are_ratios: whether they are those of :func:`ratios`, for which there is no other interval.
+    """
+    if n < FEWEST:
+        return [f"Confidence intervals need at least {FEWEST} {what}, got {n}."]
+    if are_ratios and n < ENOUGH:
+        return [f"Confidence intervals of fewer than {ENOUGH} {what}, here {n}, are too narrow."]
+    return []
+
+
 def means(
     values: np.ndarray, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[Estimate]:
-    """The mean of each column, with its interval: BCa, and percentile where that is undefined.
+    """The mean of each column, with its interval: Student's t of few examples, else BCa (percentile where undefined).
 
     Args:
         values: [example, column], finite; of nan examples a column has fewer.
@@ -57,7 +77,7 @@ def means(
         low, high = _mean_ends(own.T, confidence, resamples, seed)
         for at, column in enumerate(columns):
             mean = float(own[:, at].mean()) if len(own) else None
-            has_ends = len(own) > 1
+            has_ends = len(own) >= FEWEST
             found[int(column)] = Estimate(
                 mean, float(low[at]) if has_ends else None, float(high[at]) if has_ends else None, len(own)
             )
@@ -67,8 +87,10 @@ def means(
 def _mean_ends(values: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the intervals of rows [row, example]."""
     n = values.shape[1]
-    if n < 2:
+    if n < FEWEST:
         return values[:, :0], values[:, :0]
+    if n < ENOUGH:
+        return _student(values, confidence)
     low, high = _bootstrap(values, "BCa", confidence, resamples, seed)
     undefined = ~(np.isfinite(low) & np.isfinite(high))
     if undefined.any():
@@ -86,8 +108,8 @@ def ratios(
         below: [example].
 
     Returns:
-        an :class:`Estimate` per column: without a mean where ``below`` has mean 0, and without ends where the mean of
-        ``below`` is 0 in a resample, or may have either sign.
+        an :class:`Estimate` per column: without a mean where ``below`` has mean 0, and without ends where there are
+        fewer than FEWEST examples, or the mean of ``below`` is 0 in a resample, or may have either sign.
     """
     above, below = np.asarray(above, np.float64).T, np.asarray(below, np.float64)
     n = len(below)
@@ -95,7 +117,7 @@ def ratios(
     if not total:
         return [Estimate(None, None, None, n) for _ in above]
     at = above.mean(axis=1) / total
-    if n < 2 or not len(above):
+    if n < FEWEST or not len(above):
         return [Estimate(float(mean), None, None, n) for mean in at]
     signs = _bootstrap(below[None], "percentile", confidence, resamples, seed)
     if signs[0][0] * signs[1][0] <= 0:
@@ -109,6 +131,16 @@ def ratios(
     outside = (1 - confidence) / 2
     low, high = np.quantile(kept, [outside, 1 - outside], axis=1)
     return [Estimate(float(a), float(b), float(c), n) for a, b, c in zip(at, low, high, strict=True)]
+
+
+def _student(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of Student's t intervals of the means of rows [row, example]."""
+    from scipy.stats import t
+
+    n = values.shape[1]
+    mean, off = values.mean(axis=1), values.std(axis=1, ddof=1) / np.sqrt(n)
+    reach = float(t.ppf((1 + confidence) / 2, n - 1)) * off
+    return mean - reach, mean + reach
 
 
 def _bootstrap(

@@ -1,10 +1,12 @@
 """Linear probes: how well a label can be read off activations by a linear function, and along which direction.
 
-    1. Rows are split by sequence, never by token: neighbouring tokens share their context, and a probe that has seen
-       one of them has seen much of the other.
-    2. The strength of the penalty is chosen by cross-validation inside the training rows, by sequence too.
-    3. The probe is judged on the held-out sequences, beside a guess of the commonest class and beside probes that were
+    1. Rows are split by text, never by token: neighbouring tokens share their context, and a probe that has seen one of
+       them has seen much of the other. A text that was captured at several steps is one text.
+    2. The strength of the penalty is chosen by cross-validation inside the training rows, by text too.
+    3. The probe is judged on the held-out texts, beside a guess of the commonest class and beside probes that were
        trained on shuffled labels: what these reach, any data of this shape would.
+
+Where tokens are not known texts cannot be told apart: sequences take their place, and where these are not known rows.
 
 Sources: Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016); Hewitt and Liang,
 "Designing and Interpreting Probes with Control Tasks" (2019).
@@ -12,16 +14,18 @@ Sources: Alain and Bengio, "Understanding intermediate layers using linear class
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
+from ..activations import to_numpy
 from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import RowPart, Rows
-from .intervals import CONFIDENCE, RESAMPLES, Estimate, ratios
+from .intervals import CONFIDENCE, RESAMPLES, Estimate, few, ratios
 from .threads import one_thread
 from .top_rows import Progress, Spell, check_vectors, finite
 from .traits.methods import usual_distance
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Label = bool | int | float | str
-Labels = Mapping[Any, Label] | Sequence[Label | None] | np.ndarray | Callable[[RowPart], Any]
+Labels = Mapping[Any, Label] | Sequence[Label | None] | np.ndarray | mx.array | Callable[[RowPart], Any]
 """See :func:`analyse_probe`."""
 
 _FIELD = "labels"
@@ -45,13 +49,13 @@ class ProbeOptions:
     Args:
         task: "classes" (logistic regression), "numbers" (ridge regression), or "auto": numbers where some label has a
             fraction.
-        test_share: of the sequences, held out.
+        test_share: of the texts, held out.
         strengths: inverse penalties (C) of which one is chosen; activations are in units of their usual distance from
             their mean.
         folds: of the cross-validation that chooses it.
         controls: probes trained on shuffled labels.
         max_rows: of more labelled rows so many are drawn.
-        confidence, resamples: of the bootstrap interval over sequences.
+        confidence, resamples: of the bootstrap interval over texts.
         seed: of all that is drawn.
     """
 
@@ -100,25 +104,36 @@ class _Data:
     Args:
         values: [row, width], float64.
         labels: indices of classes, or numbers, [row].
-        groups: which sequence a row is of, [row].
+        groups: which text (sequence, row) a row is of, [row].
+        places: a number for each row that is the same for one place of one text, [row].
+        unit: what the groups are: "text", "sequence" or "row".
         classes: the labels that the indices stand for; empty for numbers.
     """
 
     values: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
+    places: np.ndarray
+    unit: str
     classes: list[Label]
 
     def at(self, chosen: np.ndarray) -> "_Data":
-        return _Data(self.values[chosen], self.labels[chosen], self.groups[chosen], self.classes)
+        return replace(
+            self,
+            values=self.values[chosen],
+            labels=self.labels[chosen],
+            groups=self.groups[chosen],
+            places=self.places[chosen],
+        )
 
     def shuffled(self, generator: np.random.Generator) -> "_Data":
-        """With labels in random order: those of whole sequences, where each sequence has one label."""
-        groups, first, which = np.unique(self.groups, return_index=True, return_inverse=True)
-        own = self.labels[first]
-        is_whole = len(groups) < len(self.labels) and bool((own[which] == self.labels).all())
-        mixed = generator.permutation(own)[which] if is_whole else generator.permutation(self.labels)
-        return _Data(self.values, mixed, self.groups, self.classes)
+        """With labels in random order: of whole texts where each has one label, else of places where these have."""
+        for names in (self.groups, self.places):
+            _, first, which = np.unique(names, return_index=True, return_inverse=True)
+            own = self.labels[first]
+            if len(own) < len(names) and (own[which] == self.labels).all():
+                return replace(self, labels=generator.permutation(own)[which])
+        return replace(self, labels=generator.permutation(self.labels))
 
     def fit(self, strength: float) -> _Fit:
         """The probe with a penalty."""
@@ -150,10 +165,14 @@ def _logistic(rows: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np
 
 
 def _ridge(rows: np.ndarray, labels: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray, bool]:
-    from sklearn.linear_model import Ridge
-
-    model = Ridge(alpha=1 / strength).fit(rows, labels)
-    return model.coef_[None], np.atleast_1d(model.intercept_), True
+    """Of rows whose mean is 0."""
+    # NumPy's: SciPy's solvers hold all other threads of the process up. The smaller of the two systems is solved.
+    mean, apart, penalty = labels.mean(), labels - labels.mean(), 1 / strength
+    if len(rows) < rows.shape[1]:
+        direction = rows.T @ np.linalg.solve(rows @ rows.T + penalty * np.eye(len(rows)), apart)
+    else:
+        direction = np.linalg.solve(rows.T @ rows + penalty * np.eye(rows.shape[1]), rows.T @ apart)
+    return direction[None], np.atleast_1d(mean), True
 
 
 def analyse_probe(
@@ -163,7 +182,7 @@ def analyse_probe(
     progress: Progress = None,
     spell: Spell = None,
 ) -> dict[str, Any]:
-    """Train a linear probe on a layer's activations, and judge it on sequences that it has not seen.
+    """Train a linear probe on a layer's activations, and judge it on texts that it has not seen.
 
         found = analyse_probe(rows, {"France": "country", "Paris": "city"}, spell=TokenText(model.tokenizer).text)
         found["accuracy"], found["control"]["accuracy"], found["majority_baseline"]
@@ -177,14 +196,15 @@ def analyse_probe(
         spell: what a token id is as text.
 
     Returns:
-        plain JSON values. For classes ``accuracy`` (held-out rows, with an interval over sequences),
+        plain JSON values. For classes ``accuracy`` (held-out rows, with an interval over texts),
         ``balanced_accuracy`` (the mean over classes), ``majority_baseline``, ``control`` (probes on shuffled labels)
         and ``selectivity`` (accuracy less the control's); for numbers ``r2`` and its ``control``. ``direction``
         [width], or [class, width] for more than two classes, and ``bias`` are in units of the activations.
+        ``split_by`` is "text", "sequence" or "row".
 
     Raises:
-        HookError: for labels that are too many or too few, of one class, or such that some class is not in two
-            sequences; and for activations that are not finite or all the same.
+        HookError: for labels that are too many or too few, of one class, or such that some class is not in two texts
+            (sequences, rows); and for activations that are not finite or all the same.
     """
     chosen = options_of(ProbeOptions, options)
     check_vectors(rows)
@@ -197,12 +217,10 @@ def analyse_probe(
         indices, given = indices[drawn], [given[i] for i in drawn]
         notes.append(f"Of {n_labelled} labelled rows {chosen.max_rows} were drawn.")
     part = rows.take(indices)
-    data, by_sequence = _data(part, finite(part, rows), given, chosen.task)
-    if not by_sequence:
-        notes.append(
-            "The rows came without sequences, so they are split one by one: tokens of one sequence may be on both "
-            "sides, which flatters the probe."
-        )
+    unit, groups = _groups(rows, part, indices)
+    if unit in _UNKNOWN:
+        notes.append(_UNKNOWN[unit])
+    data = _data(part, finite(part, rows), given, chosen.task, unit, groups)
     test = _held_out(data, chosen.test_share, generator)
     train, held = data.at(~test), data.at(test)
     fits, total = 0, len(chosen.strengths) * chosen.folds + 1 + chosen.controls
@@ -222,6 +240,7 @@ def analyse_probe(
         progress(total, total)
     if not fit.converged:
         notes.append(f"The probe was still moving after {_STEPS} steps.")
+    notes += few(len(np.unique(held.groups)), f"held-out {unit}s")
     single = len(fit.directions) == 1
     judge = _judged_classes if data.classes else _judged_numbers
     return {
@@ -231,7 +250,7 @@ def analyse_probe(
         "rows_labelled": n_labelled,
         "train_rows": len(train.labels),
         "test_rows": len(held.labels),
-        "split_by": "sequence" if by_sequence else "row",
+        "split_by": unit,
         "train_groups": len(np.unique(train.groups)),
         "test_groups": len(np.unique(held.groups)),
         "strength": strength,
@@ -248,6 +267,8 @@ def analyse_probe(
 
 def _labels_of(rows: Rows, labels: Any, spell: Spell) -> tuple[np.ndarray, list[Label]]:
     """The rows that have labels, and these."""
+    if isinstance(labels, mx.array):
+        labels = to_numpy(labels)
     if isinstance(labels, str | bytes) or not (callable(labels) or isinstance(labels, Mapping | Sequence | np.ndarray)):
         raise HookError(
             "labels are one per row, a mapping from tokens to labels, or a function of a part of the rows; got "
@@ -264,16 +285,24 @@ def _labels_of(rows: Rows, labels: Any, spell: Spell) -> tuple[np.ndarray, list[
                 raise HookError(f"A function of labels answered {len(own)} for {len(part)} rows.", field=_FIELD)
             listed += own
     else:
+        if isinstance(labels, np.ndarray) and labels.ndim != 1:
+            raise HookError(f"labels has one per row, [{len(rows)}], got shape {list(labels.shape)}.", field=_FIELD)
         listed = list(labels)
         if len(listed) != len(rows):
             raise HookError(f"labels has one per row: {len(rows)}, got {len(listed)}.", field=_FIELD)
-    plain = [label.item() if isinstance(label, np.generic) else label for label in listed]
-    # nan, which is not itself, is no label either.
-    kept = {i: label for i, label in enumerate(plain) if label is not None and label == label}
-    wrong = [label for label in kept.values() if not isinstance(label, bool | int | float | str)]
-    if wrong:
-        raise HookError(f"A label is a text, a truth value or a number, got {wrong[0]!r:.60}.", field=_FIELD)
+    plain = [
+        label.item() if isinstance(label, np.generic | mx.array | np.ndarray) and label.size == 1 else label
+        for label in listed
+    ]
+    kept: dict[int, Any] = {i: label for i, label in enumerate(plain) if not _is_none(label)}
+    for label in kept.values():
+        if not isinstance(label, bool | int | float | str) or (isinstance(label, float) and np.isinf(label)):
+            raise HookError(f"A label is a text, a truth value or a finite number, got {label!r:.60}.", field=_FIELD)
     return np.array(list(kept), dtype=np.int64), list(kept.values())
+
+
+def _is_none(label: Any) -> bool:
+    return label is None or (isinstance(label, float) and np.isnan(label))
 
 
 def _by_token(rows: Rows, labels: Mapping[Any, Label], spell: Spell) -> list[Label | None]:
@@ -299,10 +328,48 @@ def _label_of_token(token: int, labels: Mapping[Any, Label], spell: Spell) -> La
     return labels[text] if text in labels else labels.get(text.strip())
 
 
-def _data(part: RowPart, values: np.ndarray, given: Sequence[Label], task: str) -> tuple[_Data, bool]:
-    """Labelled rows, and whether their sequences are known."""
+_UNKNOWN = {
+    "sequence": "The rows came without tokens, so they are split by sequence: a text that was captured more than once "
+    "may be on both sides, which flatters the probe.",
+    "row": "The rows came without sequences, so they are split one by one: tokens of one sequence may be on both "
+    "sides, which flatters the probe.",
+}
+
+
+def _groups(rows: Rows, part: RowPart, indices: np.ndarray) -> tuple[str, np.ndarray]:
+    """What rows are split by, and which of these each of a part is of, [row].
+
+    Args:
+        indices: where in all rows the part's are.
+    """
     sequences = part.sequences
-    groups = np.arange(len(given)) if sequences is None else sequences
+    if sequences is None:
+        return "row", np.arange(len(part))
+    if part.tokens is None or part.position is None:
+        return "sequence", sequences
+    # What a text is all of its tokens say, also those without a label.
+    texts = part.texts if len(part) == len(rows) else _unvalued(rows).texts
+    assert texts is not None
+    return "text", texts[indices] if len(texts) > len(part) else texts
+
+
+def _unvalued(rows: Rows) -> RowPart:
+    """What is known of all rows but their values."""
+    parts = [replace(part, values=part.values[:, :0]) for part in rows.parts()]
+    return RowPart(
+        **{
+            f.name: np.concatenate([getattr(part, f.name) for part in parts])
+            for f in fields(RowPart)
+            if getattr(parts[0], f.name) is not None
+        }
+    )
+
+
+def _data(part: RowPart, values: np.ndarray, given: Sequence[Label], task: str, unit: str, groups: np.ndarray) -> _Data:
+    """Labelled rows."""
+    places = np.arange(len(given))
+    if part.position is not None:
+        places = np.unique(np.stack([groups, part.position]), axis=1, return_inverse=True)[1].reshape(-1)
     rows = values.astype(np.float64)
     if len(given) < 4:
         raise HookError(f"A probe needs at least 4 labelled rows, got {len(given)}.", field=_FIELD)
@@ -315,7 +382,7 @@ def _data(part: RowPart, values: np.ndarray, given: Sequence[Label], task: str) 
         labels = np.array(given, dtype=np.float64)
         if labels.min() == labels.max():
             raise HookError(f"All labels are {given[0]!r}: a probe needs different ones.", field=_FIELD)
-        return _Data(rows, labels, groups, []), sequences is not None
+        return _Data(rows, labels, groups, places, unit, [])
     classes = sorted(set(given), key=lambda label: (isinstance(label, str), label))
     if not 2 <= len(classes) <= _MOST_CLASSES:
         shown = f"one, {classes[0]!r}" if len(classes) == 1 else f"{len(classes)}"
@@ -323,15 +390,15 @@ def _data(part: RowPart, values: np.ndarray, given: Sequence[Label], task: str) 
             f"A probe tells 2 to {_MOST_CLASSES} classes apart, got {shown}; the task 'numbers' has no such limit.",
             field=_FIELD,
         )
-    places = {label: i for i, label in enumerate(classes)}
-    return _Data(rows, np.array([places[label] for label in given]), groups, classes), sequences is not None
+    numbers = {label: i for i, label in enumerate(classes)}
+    return _Data(rows, np.array([numbers[label] for label in given]), groups, places, unit, classes)
 
 
 # Splits
 
 
 def _held_out(data: _Data, share: float, generator: np.random.Generator) -> np.ndarray:
-    """Which rows are held out, [row]: of the sequences of each class this share, at least one."""
+    """Which rows are held out, [row]: of the texts of each class this share, at least one."""
     names, kinds = _kinds_of_groups(data)
     chosen: list[int] = []
     for kind in np.unique(kinds):
@@ -342,17 +409,17 @@ def _held_out(data: _Data, share: float, generator: np.random.Generator) -> np.n
     if data.classes and any(len(side) < len(data.classes) for side in sides):
         alone = min(set(range(len(data.classes))) - (sides[0] & sides[1]))
         raise HookError(
-            f"Each class has to be in at least two sequences, one to learn from and one to be judged on; "
+            f"Each class has to be in at least two {data.unit}s, one to learn from and one to be judged on; "
             f"{data.classes[alone]!r} is not.",
             field=_FIELD,
         )
     if not data.classes and (len(names) < 2 or not test.any()):
-        raise HookError("Labelled rows are of at least two sequences, got one.", field=_FIELD)
+        raise HookError(f"Labelled rows are of at least two {data.unit}s, got one.", field=_FIELD)
     return test
 
 
 def _kinds_of_groups(data: _Data) -> tuple[np.ndarray, np.ndarray]:
-    """The sequences, and each one's commonest class (0 for numbers)."""
+    """The texts, and each one's commonest class (0 for numbers)."""
     names, which = np.unique(data.groups, return_inverse=True)
     if not data.classes:
         return names, np.zeros(len(names), dtype=int)
@@ -391,7 +458,7 @@ def _chosen_strength(
 
 
 def _over_groups(data: _Data, above: np.ndarray, below: np.ndarray, chosen: ProbeOptions) -> Estimate:
-    """The ratio of two sums over rows, with its interval over sequences."""
+    """The ratio of two sums over rows, with its interval over texts."""
     names, which = np.unique(data.groups, return_inverse=True)
     sums = [np.bincount(which, weights=each, minlength=len(names)) for each in (above, below)]
     settings: dict[str, Any] = {

@@ -107,5 +107,31 @@ def finite(part: RowPart, rows: Rows) -> np.ndarray:
         HookError: where some are not finite.
     """
     if not np.isfinite(part.values).all():
-        raise HookError(f"The activations of {rows.name or 'the layer'} are not finite: nothing can be told of them.")
+        raise HookError(_not_finite(rows))
     return part.values
+
+
+def _not_finite(rows: Rows) -> str:
+    """How many rows hold a number that is not finite, and which is the first."""
+    count, first, start = 0, "", 0
+    steps: set[int] = set()
+    others: set[int] = set()
+    for part in rows.parts():
+        wrong = np.flatnonzero(~np.isfinite(part.values).all(axis=1))
+        count += len(wrong)
+        if len(wrong) and not first:
+            told = told_row(part, int(wrong[0]), start + int(wrong[0]), None)
+            first = ", ".join(
+                f"{name} {told[name]}" for name in ("step", "sequence", "position", "row") if name in told
+            )
+        if part.step is not None:
+            steps |= set(part.step[wrong].tolist())
+            others |= set(part.step.tolist())
+        start += len(part)
+    hint = ""
+    if steps and steps < others:
+        hint = f"; other steps than {', '.join(map(str, sorted(steps)))} can be analysed"
+    return (
+        f"The activations of {rows.name or 'the layer'} are not finite in {count} of {len(rows)} rows, the first at "
+        f"{first}{hint}."
+    )

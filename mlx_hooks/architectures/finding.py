@@ -283,7 +283,9 @@ def expert_locations(moe: nn.Module) -> Iterator[tuple[str, Location]]:
     experts, router = moe.get("switch_mlp", moe.get("experts")), child(moe, ROUTERS)
     if router is None:
         return
-    plain = isinstance(router, nn.Linear | nn.QuantizedLinear) or source(router) in SCORES_ONLY
+    # Adapters keep the projection that they wrap.
+    projection_itself = router.get("linear", router)
+    plain = isinstance(projection_itself, nn.Linear | nn.QuantizedLinear) or source(router) in SCORES_ONLY
     inside_layer = source(moe) in ROUTING_INSIDE
     projection = router if plain else child(router, ROUTER_PROJECTIONS)
     if projection is not None:

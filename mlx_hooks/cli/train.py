@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import HookError
-
-_WITH_VALUE = "--model"
 
 
 def add(commands: Any) -> None:
@@ -38,8 +39,9 @@ def run(options: argparse.Namespace) -> int:
     from mlx_lm import lora
 
     from .. import MechIntCallback, MechIntConfig
+    from ..training.capturing import check_storage
 
-    given = {} if options.mechint is None else _read(options.mechint)
+    given = {} if options.mechint is None else _fields(options.mechint, "it has no fields of MechIntConfig")
     given |= {
         name: value
         for name, value in {
@@ -51,10 +53,12 @@ def run(options: argparse.Namespace) -> int:
     }
     config = MechIntConfig.of(given)
     callback = MechIntCallback(config, first_step=options.first_step)
+    # Loading a model and data sets may take minutes.
+    check_storage(config)
     plain = sys.argv
     sys.argv = ["mlx_lm.lora", "--train", *_with_bundled(options.lora)]
     try:
-        with callback.inside_lora():
+        with callback.inside_lora(), _shown(config.verbose):
             lora.main()
     except (ValueError, OSError, ImportError) as error:
         raise HookError(f"mlx_lm.lora: {str(error).strip() or type(error).__name__}") from error
@@ -70,29 +74,57 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The fields in a file of JSON or, by its name, YAML."""
+def _fields(path: Path, otherwise: str) -> dict[str, Any]:
+    """The fields in a file of JSON or, which holds JSON too, YAML; ``otherwise`` says what a file without is."""
     import yaml  # type: ignore[import-untyped]
 
     try:
         text = path.read_text()
-        fields = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise HookError(f"cannot read {path}: {reason}") from error
     if not isinstance(fields, dict):
-        raise HookError(f"cannot read {path}: it has no fields of MechIntConfig")
+        raise HookError(f"cannot read {path}: {otherwise}")
     return fields
 
 
+@contextmanager
+def _shown(verbose: bool) -> Iterator[None]:
+    """A block in which a line on stderr tells of each step that is captured."""
+    if not verbose:
+        yield
+        return
+    log = logging.getLogger("mlx_hooks.training")
+    handler, level = _AboveBars(), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+class _AboveBars(logging.Handler):
+    """Writes lines to stderr without breaking into progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def _with_bundled(arguments: list[str]) -> list[str]:
-    """mlx-lm's options, in which the bundled model's name means its folder."""
+    """mlx-lm's options, in which the bundled model's name, there or in the file of ``--config``, means its folder."""
     from ..loading import BUNDLED, fetch
 
-    found = list(arguments)
-    for i, argument in enumerate(arguments):
-        if argument == f"{_WITH_VALUE}={BUNDLED}":
-            found[i] = f"{_WITH_VALUE}={fetch(BUNDLED)}"
-        elif argument == BUNDLED and i and arguments[i - 1] == _WITH_VALUE:
-            found[i] = str(fetch(BUNDLED))
-    return found
+    parser = argparse.ArgumentParser(prog="neuroscope train", add_help=False)
+    parser.add_argument("--model")
+    parser.add_argument("-c", "--config", type=Path)
+    known, _ = parser.parse_known_args(arguments)
+    model = known.model
+    if model is None and known.config is not None:
+        model = _fields(known.config, "it has no options of mlx_lm.lora").get("model")
+    # Of an option that is there twice the last one counts.
+    return [*arguments, "--model", str(fetch(BUNDLED))] if model == BUNDLED else arguments

@@ -1,9 +1,11 @@
 """Follows the calls that others make of a model, such as a training loop's, and attaches hooks for each of them alone.
 
-Between two calls no hook is attached and no lock is held. What a ``HookedModel`` runs itself is not followed.
+Between two calls no hook is attached and no lock is held. What a ``HookedModel`` runs itself is not followed. Who is
+forgotten follows no more.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -24,13 +26,27 @@ class _Followed:
 
     def __init__(self, instrument: Instrument) -> None:
         self.instrument = instrument
-        self.arounds: list[Around] = []
+        self.arounds: list[weakref.ReferenceType[Around]] = []
         self._inside = threading.local()
 
     @property
     def is_inside(self) -> bool:
         """Whether this thread is in a call that is followed, or in one that HookedModel makes."""
         return getattr(self._inside, "call", False) or self.instrument.is_attached
+
+    def living(self) -> list[Around]:
+        """Who still follows, in the order in which they began."""
+        return [around for reference in self.arounds if (around := reference()) is not None]
+
+    def end_of(self, reference: "weakref.ReferenceType[Around] | None" = None) -> None:
+        """Drop one, and whoever is forgotten; with the last one the model is as it was."""
+        gone = [one for one in self.arounds if one is reference or one() is None]
+        self.arounds = [one for one in self.arounds if one not in gone]
+        model = self.instrument.architecture.model
+        if gone and not self.arounds:
+            with self.instrument.set_apart():
+                model.__class__ = type(model).__mro__[1]
+                object.__delattr__(model, _FOLLOWED)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of the model is followed by nobody."""
@@ -40,7 +56,7 @@ class _Followed:
             # By the model's class as it is now: hooks that were attached meanwhile meet the call.
             return model(*args, **kwargs)
 
-        for around in reversed(self.arounds):
+        for around in reversed(self.living()):
             make = partial(around, make, args, kwargs)
         self._inside.call = True
         try:
@@ -50,7 +66,12 @@ class _Followed:
 
 
 def follow_calls(instrument: Instrument, around: Around) -> Callable[[], None]:
-    """Follow each call of the instrument's model from now on; answers what ends that, which may be called twice."""
+    """Follow each call of the instrument's model from now on; answers what ends that, which may be called twice.
+
+    Args:
+        around: a method. Its object is not kept alive: when nobody else holds it, the next call ends the following.
+    """
+    reference = weakref.WeakMethod(around)
     model = instrument.architecture.model
     with instrument.set_apart():
         followed = model.__dict__.get(_FOLLOWED)
@@ -58,18 +79,8 @@ def follow_calls(instrument: Instrument, around: Around) -> Callable[[], None]:
             followed = _Followed(instrument)
             object.__setattr__(model, _FOLLOWED, followed)
             model.__class__ = _following(type(model))
-        followed.arounds.append(around)
-
-    def end() -> None:
-        if around not in followed.arounds:
-            return
-        followed.arounds.remove(around)
-        if not followed.arounds:
-            with instrument.set_apart():
-                model.__class__ = type(model).__mro__[1]
-                object.__delattr__(model, _FOLLOWED)
-
-    return end
+        followed.arounds.append(reference)
+    return partial(followed.end_of, reference)
 
 
 _following_classes: dict[type, type] = {}
@@ -83,6 +94,9 @@ def _following(cls: type) -> type:
             followed = self.__dict__.get(_FOLLOWED)
             if followed is None or followed.is_inside:
                 return cls.__call__(self, *args, **kwargs)
+            if len(followed.living()) < len(followed.arounds):
+                followed.end_of()
+                return self(*args, **kwargs)
             return followed.call(self, args, kwargs)
 
         body = {"__call__": __call__, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

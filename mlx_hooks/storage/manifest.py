@@ -5,10 +5,14 @@ import math
 import re
 import threading
 import uuid
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
+import numpy as np
 
 from ..errors import HookError
 from .files import write_whole, writing
@@ -58,7 +62,8 @@ class Manifest:
     ``analysis_history``, and what the last writer described: ``config``, ``model``.
 
     An entry tells a shard's ``file``, ``shard`` (its number), ``step``, ``session``, ``rank``, ``rows``, ``bytes``,
-    ``shapes`` by tensor, ``saved``, ``metadata``, and where it is: ``local`` (true or false), ``remote`` (its address
+    ``part`` ([i, n]: the i-th of the n files that were to be written of the step then), ``shapes`` by tensor,
+    ``saved``, ``metadata``, and where it is: ``local`` (true or false), ``remote`` (its address
     in S3, or null) and then ``sha256``.
 
     Args:
@@ -68,7 +73,9 @@ class Manifest:
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
         self.lock = threading.RLock()
-        self._lines: dict[str, str] = {}  # the entries as JSON, by file: a manifest of thousands is written with each
+        # Entries by file, and reports, as JSON: a manifest of thousands is written with each shard.
+        self._lines: dict[str, str] = {}
+        self._reports: list[str] = []
 
     @classmethod
     def new(cls, layers: Mapping[str, Mapping[str, Any]]) -> "Manifest":
@@ -146,8 +153,28 @@ class Manifest:
             self.data["total_shards"] = len(self.entries)
             self.data["total_rows"] = sum(entry["rows"] for entry in self.entries)
 
+    def is_ahead_of(self, other: "Manifest") -> bool:
+        """Whether this tells of sessions or shards that another copy of the same manifest does not know."""
+        return bool(self._sessions - other._sessions or self._shards - other._shards)
+
+    def contradicts(self, other: "Manifest") -> bool:
+        """Whether two copies of the same manifest mean different sessions, or different shards, by the same name."""
+        sessions = Counter((rank, session) for rank, session, _ in self._sessions | other._sessions)
+        shards = Counter(file for file, _, _ in self._shards | other._shards)
+        return max([*sessions.values(), *shards.values()], default=0) > 1
+
+    @property
+    def _sessions(self) -> set[tuple[int, int, str]]:
+        return {(session["rank"], session["session"], session["started"]) for session in self.data["sessions"]}
+
+    @property
+    def _shards(self) -> set[tuple[str, int, str | None]]:
+        with self.lock:
+            return {(entry["file"], entry["session"], entry.get("saved")) for entry in self.entries}
+
     def join(self, other: "Manifest") -> None:
         """Add what another copy of the same manifest knows: shards, sessions, and the longer histories."""
+        self._reports = []
         known = {(session["rank"], session["session"]) for session in self.data["sessions"]}
         self.data["sessions"] += [s for s in other.data["sessions"] if (s["rank"], s["session"]) not in known]
         for name in ("training", "analysis_history"):
@@ -186,6 +213,9 @@ class Manifest:
         for key, value in data.items():
             if key == "shards":
                 items = [self._line(entry) for entry in value]
+            elif key == "training":
+                self._reports += [json.dumps(report, allow_nan=False) for report in value[len(self._reports) :]]
+                items = self._reports
             elif key in _LISTS:
                 items = [json.dumps(item, allow_nan=False) for item in value]
             else:
@@ -233,14 +263,18 @@ def check_same_layers(
 
 
 def current(entries: Sequence[dict[str, Any]], sessions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The shards that count: of those with the same step the ones of the last session.
+    """The shards that count: of those with the same step the ones of the last session that has it whole.
 
-    Each rank counts its own sessions. A step that was captured again by fewer ranks is that of those alone.
+    Each rank counts its own sessions. A step that was captured again by fewer ranks is that of those alone. Where no
+    session has all files of a step, the last one counts.
     """
-    latest: dict[int, dict[int, int]] = {}
+    captured: dict[tuple[int, int, int], list[Mapping[str, Any]]] = defaultdict(list)
     for entry in entries:
-        of_step = latest.setdefault(entry["step"], {})
-        of_step[entry["rank"]] = max(of_step.get(entry["rank"], 0), entry["session"])
+        captured[entry["step"], entry["rank"], entry["session"]].append(entry)
+    latest: dict[int, dict[int, int]] = defaultdict(dict)
+    # Those that are whole come last, and among them the last session.
+    for step, rank, session in sorted(captured, key=lambda key: (_has_all_parts(captured[key]), key)):
+        latest[step][rank] = session
     known = {(session["rank"], session["session"]): session for session in sessions}
     for of_step in latest.values():
         told = [known[key] for key in of_step.items() if key in known]
@@ -251,13 +285,38 @@ def current(entries: Sequence[dict[str, Any]], sessions: Sequence[Mapping[str, A
     return [entry for entry in entries if latest[entry["step"]].get(entry["rank"]) == entry["session"]]
 
 
-def finite(value: Any) -> Any:
-    """Plain JSON: a number that is infinite or none (a loss that diverged) is null."""
+def _has_all_parts(entries: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these, of one step, are all files that were to be written of it."""
+    found: Counter[tuple[int, int]] = Counter()
+    for entry in entries:
+        i, n = entry.get("part", (0, 1))
+        # Files are numbered as they are written: those of one batch of rows begin at the same number.
+        found[(shard_number(entry["file"].rpartition("/")[2]) or 0) - i, n] += 1
+    return all(count == n for (_, n), count in found.items())
+
+
+def plain(value: Any, name: str) -> Any:
+    """Plain JSON from what Python, NumPy and MLX have of it; a number that is infinite or none (a loss that diverged)
+    is null.
+
+    Raises:
+        HookError: it is something else; ``name`` says what it is.
+    """
     if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
+        return {str(key): plain(inner, f"{name}[{str(key)!r}]") for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [plain(inner, f"{name}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, np.generic | np.ndarray | mx.array):
+        return plain(value.tolist(), name)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, str | int | float | None):
+        raise HookError(
+            f"{name} is a {type(value).__name__}; what is kept are numbers, texts, true, false, null, and lists and "
+            "mappings of these.",
+            field=name.partition("[")[0],
+        )
+    return value
 
 
 def is_entry(entry: Any) -> bool:
@@ -266,9 +325,20 @@ def is_entry(entry: Any) -> bool:
         isinstance(entry, dict)
         and all(isinstance(entry.get(key), kind) for key, kind in _OF_ENTRY.items())
         and isinstance(entry.get("remote"), str | None)
+        and _is_part(entry.get("part", [0, 1]))
         and (entry.get("remote") is None or isinstance(entry.get("sha256"), str))
         # A manifest may come from elsewhere: no file outside the folder is meant.
         and shard_number(entry["file"]) is not None
+    )
+
+
+def _is_part(part: Any) -> bool:
+    """Whether this is [i, n]: i of n, from 0."""
+    return (
+        isinstance(part, list)
+        and len(part) == 2
+        and all(type(number) is int for number in part)
+        and 0 <= part[0] < part[1]
     )
 
 

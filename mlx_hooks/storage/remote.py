@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,11 @@ PART = 64 * 2**20
 _CONNECT_SECONDS = 5
 _ANSWER_SECONDS = 60
 _MISSING = ("NoSuchKey", "404", "NotFound")
+_REPLACED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+
+
+class ReplacedError(HookError):
+    """An object is not the one that was to be replaced: somebody else has written it."""
 
 
 class RemoteFolder:
@@ -49,6 +55,7 @@ class RemoteFolder:
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self.bucket = bucket
         self.prefix = prefix.strip("/")
+        self._tried: set[str] = set()  # keys of uploads that are not known to have arrived: these may be replaced
         with self._told("cannot be used"):
             self._client = _client()
 
@@ -75,10 +82,13 @@ class RemoteFolder:
     def put(self, path: Path, name: str) -> str:
         """Upload a file, and make sure that it is there: its size, and the checksum that the service computed.
 
+        An object with another content is not replaced, unless it is what arrived when this was tried before.
+
         Returns:
             the SHA-256 of its bytes, in hexadecimal digits.
 
         Raises:
+            ReplacedError: there is another object of this name.
             HookError: it is not there, and why.
         """
         from boto3.s3.transfer import TransferConfig
@@ -87,26 +97,51 @@ class RemoteFolder:
         # Threads of its own would take the processor from what goes on meanwhile.
         transfer = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, use_threads=False)
         with self._told(f"cannot take {name}"):
+            if (there := self._head(name)) is not None and self._key(name) not in self._tried:
+                if not self._is_there(name, there, size, (_base64(whole), in_parts)):
+                    raise ReplacedError(f"{self.url} cannot take {name}: it has another object of this name.")
+                return whole.hex()
+            self._tried.add(self._key(name))
             self._client.upload_file(
                 str(path), self.bucket, self._key(name), ExtraArgs={"ChecksumAlgorithm": "SHA256"}, Config=transfer
             )
-            there = self._client.head_object(Bucket=self.bucket, Key=self._key(name), ChecksumMode="ENABLED")
-            arrived = there.get("ChecksumSHA256")
-            if arrived not in (_base64(whole), in_parts):
-                # Not every service computes it, and not every one in the same way: the object itself tells.
-                arrived = _base64(self._read_back(name))
-        if there["ContentLength"] != size or arrived not in (_base64(whole), in_parts):
-            raise HookError(f"{self.url} cannot take {name}: it did not arrive as it was sent.")
+            there = self._head(name)
+            if there is None or not self._is_there(name, there, size, (_base64(whole), in_parts)):
+                raise HookError(f"{self.url} cannot take {name}: it did not arrive as it was sent.")
+        self._tried.discard(self._key(name))
         return whole.hex()
 
-    def write(self, name: str, content: bytes) -> None:
-        """Replace a small object by bytes.
+    def version(self, name: str) -> str | None:
+        """What differs for each content of an object; None where there is no such object.
 
         Raises:
+            HookError: it could not be asked, and why.
+        """
+        with self._told(f"cannot give {name}"):
+            there = self._head(name)
+        return None if there is None else there["ETag"]
+
+    def write(self, name: str, content: bytes, *, replaces: str | EllipsisType | None = ...) -> str:
+        """Replace a small object by bytes.
+
+        Args:
+            replaces: the version that is to be there, None where there is to be no such object; by default whatever
+                there is.
+
+        Returns:
+            the new version.
+
+        Raises:
+            ReplacedError: there is another version.
             HookError: it could not be done, and why.
         """
+        condition: dict[str, str] = {}
+        if replaces is None:
+            condition = {"IfNoneMatch": "*"}
+        elif isinstance(replaces, str):
+            condition = {"IfMatch": replaces}
         with self._told(f"cannot take {name}"):
-            self._client.put_object(Bucket=self.bucket, Key=self._key(name), Body=content, ChecksumAlgorithm="SHA256")
+            return self._put_small(name, content, condition)["ETag"]
 
     def read(self, name: str) -> bytes | None:
         """A small object's bytes; None where there is no such object.
@@ -114,13 +149,18 @@ class RemoteFolder:
         Raises:
             HookError: it could not be read, and why.
         """
+        return self.read_version(name)[0]
+
+    def read_version(self, name: str) -> tuple[bytes | None, str | None]:
+        """The same, and its version."""
         with self._told(f"cannot give {name}"):
             try:
-                return self._client.get_object(Bucket=self.bucket, Key=self._key(name))["Body"].read()
+                there = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
+                return there["Body"].read(), there["ETag"]
             except self._client.exceptions.ClientError as error:
                 if error.response["Error"]["Code"] not in _MISSING:
                     raise
-                return None
+                return None, None
 
     def get(self, name: str, path: Path, sha256: str | None = None) -> None:
         """Download an object to a file, which is there whole or not at all.
@@ -157,6 +197,35 @@ class RemoteFolder:
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _head(self, name: str) -> dict[str, Any] | None:
+        """What the service tells of an object without its bytes; None where there is no such object."""
+        try:
+            return self._client.head_object(Bucket=self.bucket, Key=self._key(name), ChecksumMode="ENABLED")
+        except self._client.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] not in _MISSING:
+                raise
+            return None
+
+    def _is_there(self, name: str, there: dict[str, Any], size: int, digests: tuple[str, str]) -> bool:
+        """Whether an object has this size and one of these checksums."""
+        if there["ContentLength"] != size:
+            return False
+        # Not every service computes it, and not every one in the same way: the object itself tells.
+        return there.get("ChecksumSHA256") in digests or _base64(self._read_back(name)) in digests
+
+    def _put_small(self, name: str, content: bytes, condition: dict[str, str]) -> dict[str, Any]:
+        place = {"Bucket": self.bucket, "Key": self._key(name), "Body": content, "ChecksumAlgorithm": "SHA256"}
+        try:
+            return self._client.put_object(**place, **condition)
+        except self._client.exceptions.ClientError as error:
+            code = error.response["Error"]["Code"]
+            if condition and code in (*_REPLACED, *_MISSING):
+                raise ReplacedError(f"{self.url} cannot take {name}: somebody else has written it.") from error
+            if condition and code == "NotImplemented":
+                # A service that knows no conditions is written to as before there were any.
+                return self._client.put_object(**place)
+            raise
 
     def _read_back(self, name: str) -> bytes:
         digest = hashlib.sha256()

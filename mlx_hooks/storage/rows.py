@@ -18,6 +18,9 @@ LABELS = {
     "session": "int32",
 }
 """What is known of a row besides its values, with the type of its numbers."""
+_AHEAD_ROWS = 8192
+_AHEAD_BYTES = 128 * 2**20
+"""What is read at a time in random order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +132,16 @@ class Rows(ABC):
 
     def shuffled(self, size: int, *, seed: int = 0, epochs: int = 1) -> Iterator[np.ndarray]:
         """Values [row, width] in random order, ``size`` at a time, each row once per epoch; the last part may be
-        smaller. Rows are read when they are due."""
+        smaller. Rows are read when they are due, some thousand at a time."""
         generator = np.random.default_rng(seed)
+        # Rows next to each other in random order lie in as many files as there are: each is opened once for many.
+        n_ahead = size * max(1, min(_AHEAD_ROWS, _AHEAD_BYTES // (4 * self.width)) // size)
         for _ in range(epochs):
             order = generator.permutation(len(self))
-            for start in range(0, len(order), size):
-                yield self.values(order[start : start + size])
+            for start in range(0, len(order), n_ahead):
+                values = self.values(order[start : start + n_ahead])
+                for inside in range(0, len(values), size):
+                    yield values[inside : inside + size]
 
 
 class ArrayRows(Rows):

@@ -1,9 +1,9 @@
 """Captured rows on their way to files: one writer per folder, and uploads beside it."""
 
 import json
+import operator
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import HookError, UnreadableShardWarning, UploadWarning
+from ..errors import CaptureWarning, HookError, UnreadableShardWarning, UploadWarning
 from .files import HeldFolder, clear_left, whole_file, writing
 from .manifest import (
     COLUMNS,
@@ -20,9 +20,9 @@ from .manifest import (
     RANK_FOLDERS,
     Manifest,
     check_same_layers,
-    finite,
     is_entry,
     now,
+    plain,
     rank_folder,
     shard_name,
     shard_number,
@@ -30,6 +30,7 @@ from .manifest import (
 from .remote import Backlog, RemoteFolder
 from .rows import LABELS
 from .tensors import TensorFile, write_arrays
+from .uploads import Uploads, joined
 
 
 class ShardWriter:
@@ -44,6 +45,7 @@ class ShardWriter:
 
     With ``remote``, a thread uploads each shard and then a manifest that names it. An upload that fails keeps the
     shard, is told by an UploadWarning when the next rows are written, and is tried again then, and when this is closed.
+    A place in S3 has one writer: where another begins to write there, nothing more of this one is uploaded.
 
     Args:
         folder: made if it is not there. Files in it that are no captures stay as they are.
@@ -81,29 +83,35 @@ class ShardWriter:
         _check_ranks(Path(folder), each_rank)
         self.folder = Path(folder) / rank_folder(rank) if each_rank else Path(folder)
         self.max_rows, self.rank = max_rows, rank
-        self._remote = remote.below(rank_folder(rank)) if remote and each_rank else remote
-        self._keep_local, self._upload_seconds = keep_local, upload_seconds
-        self._is_closed = self._has_warned = False
+        remote = remote.below(rank_folder(rank)) if remote and each_rank else remote
+        self._upload_seconds = upload_seconds
+        self._is_closed = self._has_warned = self._has_told_of_steps = False
+        description = plain(description or {}, "description")
         with writing(self.folder / MANIFEST):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._hold = hold(self.folder)
         try:
-            self._manifest = self._continued(layers, description or {})
-            self._number = _next_number(self.folder, self._manifest)
-            self._open_session(world_size, description or {})
-            if self._remote is not None:
+            manifest, version = joined(self.folder, remote) if remote else (Manifest.load(self.folder), None)
+            self._manifest = manifest or Manifest.new(layers)
+            check_same_layers(self._manifest, str(self.folder), layers, description)
+            complete(self.folder, self._manifest)
+            self._number = _next_number(self.folder, self._manifest, remote)
+            self._last_before = max((entry["step"] for entry in self._manifest.entries), default=-1)
+            self._open_session(world_size, description)
+            self._uploads: Uploads | None = None
+            if remote is not None:
+                self._uploads = Uploads(self.folder, self._manifest, remote, version, keep_local=keep_local)
                 # Before the training rather than with the first shard: this shows that one can write there.
-                self._remote.write(MANIFEST, self._manifest.remote_text().encode())
+                self._uploads.send(MANIFEST)
             self._manifest.save(self.folder)
         except BaseException:
             self._hold.release()
             raise
-        self._backlog = None if self._remote is None else Backlog(self._upload)
-        if self._backlog is not None:
-            for entry in self._manifest.entries:
-                # What is there already and should not be here is removed as if it had been uploaded now.
-                if entry["local"] and not (entry["remote"] and keep_local):
-                    self._backlog.add(entry["file"])
+        self._backlog = None
+        if self._uploads is not None:
+            self._backlog = Backlog(self._uploads.send)
+            for name in self._uploads.pending:
+                self._backlog.add(name)
 
     @property
     def manifest(self) -> Mapping[str, Any]:
@@ -136,13 +144,15 @@ class ShardWriter:
         Args:
             activations: [row, ...] by layer, in the type that the model computed.
             tokens, sequence, position: whole numbers, [row] each; see :class:`RowPart`.
-            metadata: plain JSON to keep with them.
+            step: a whole number from 0 up.
+            metadata: plain JSON to keep with them, of which numbers may be MLX's and NumPy's.
 
         Raises:
-            HookError: for rows of other layers or sizes, or of unequal number; and when a file cannot be written: what
-                was written before it stays.
+            HookError: for rows of other layers or sizes, or of unequal number, for what is no step and for metadata
+                that is no JSON; and when a file cannot be written: what was written before it stays.
 
         Warns:
+            CaptureWarning: earlier sessions captured this step or later ones; once.
             UploadWarning: earlier shards could not be uploaded; once until uploading works again.
         """
         if self._is_closed:
@@ -150,18 +160,27 @@ class ShardWriter:
         columns = {"tokens": tokens, "sequence": sequence, "position": position}
         columns = {name: np.asarray(column).astype(LABELS[name]) for name, column in columns.items()}
         arrays: dict[str, Any] = {**activations, **columns}
-        self._check(activations, arrays, step)
+        self._check(activations, arrays)
+        about = {"step": _whole_step(step), "metadata": plain(metadata or {}, "metadata")}
+        self._tell_of_steps(about["step"])
+        if self._backlog is not None and self._backlog.is_idle and not self._backlog.failed:
+            self._has_warned = False  # before these rows wait there too
         n = len(columns["tokens"])
         parts = [slice(start, min(start + self.max_rows, n)) for start in range(0, n, self.max_rows)]
-        paths = [self._write_shard(arrays, part, step, metadata or {}) for part in parts]
+        paths = [self._write_shard(arrays, part, {**about, "part": [i, len(parts)]}) for i, part in enumerate(parts)]
         self._tell_of_uploads()
         return paths
 
     def report(self, info: Mapping[str, Any]) -> None:
         """Keep what is known of the training (``step``, ``train_loss``) in the manifest, where a number that is not
-        finite becomes null. It is written with the next shard, or when this is closed."""
+        finite becomes null. It is written with the next shard, or when this is closed.
+
+        Raises:
+            HookError: it is no plain JSON.
+        """
+        report = plain(info, "report")
         with self._manifest.lock:
-            self._manifest.data["training"].append(finite(info))
+            self._manifest.data["training"].append(report)
 
     def close(self) -> None:
         """Write what was reported and wait for uploads, at most ``upload_seconds``; nothing more is written.
@@ -187,55 +206,14 @@ class ShardWriter:
                     left = self._backlog.close(self._upload_seconds)
             finally:
                 # Whoever has no patience for uploads can open the folder again all the same.
-                with self._manifest.lock:
-                    self._is_closed = True
+                self._is_closed = True
+                if self._uploads is not None:
+                    self._uploads.close()
                 self._hold.release()
         if left:
-            self._warn(left, "when capturing to this folder goes on")
+            self._warn(left, "when capturing to this folder goes on, or by upload(folder, url)")
 
     # --- Opening. ---
-
-    def _continued(self, layers: Mapping[str, Mapping[str, Any]], description: Mapping[str, Any]) -> Manifest:
-        """The folder's manifest, or the bucket's, or a new one, with every shard that there is.
-
-        Raises:
-            HookError: what is there does not go with these layers.
-        """
-        manifest = Manifest.load(self.folder)
-        text = self._remote.read(MANIFEST) if self._remote is not None else None
-        if self._remote is not None and text is not None:
-            there = Manifest.parse(text, f"{self._remote.url}/{MANIFEST}")
-            if manifest is not None and manifest.data["id"] != there.data["id"]:
-                raise HookError(
-                    f"{self._remote.url} holds other captures than {self.folder}: give another s3_prefix or "
-                    "storage_path.",
-                    field="s3_prefix",
-                )
-            if manifest is None:
-                manifest = there
-            manifest.join(there)
-        manifest = manifest or Manifest.new(layers)
-        check_same_layers(manifest, str(self.folder), layers, description)
-        if self._remote is not None:
-            self._check_place(manifest, self._remote)
-        clear_left(self.folder, is_held=True)
-        manifest.add(_unnamed(self.folder, manifest))
-        for entry in manifest.entries:
-            path = self.folder / entry["file"]
-            if entry["remote"] and not entry["local"]:
-                # Its writer was killed between saying that the file is gone and removing it.
-                path.unlink(missing_ok=True)
-            manifest.update(entry["file"], local=path.is_file())
-        return manifest
-
-    def _check_place(self, manifest: Manifest, remote: RemoteFolder) -> None:
-        for entry in manifest.entries:
-            if entry["remote"] and entry["remote"] != f"{remote.url}/{entry['file']}":
-                raise HookError(
-                    f"What was captured to {self.folder} is at {entry['remote'].rpartition('/')[0]}, not at "
-                    f"{remote.url}: go on there, or give another storage_path.",
-                    field="s3_prefix",
-                )
 
     def _open_session(self, world_size: int, description: Mapping[str, Any]) -> None:
         data = self._manifest.data
@@ -257,7 +235,7 @@ class ShardWriter:
 
     # --- Writing. ---
 
-    def _check(self, activations: Mapping[str, mx.array], arrays: Mapping[str, Any], step: int) -> None:
+    def _check(self, activations: Mapping[str, mx.array], arrays: Mapping[str, Any]) -> None:
         layers = self.manifest["layers"]
         if set(activations) != set(layers):
             raise HookError(f"Rows are of {', '.join(layers)}; got {', '.join(activations) or 'none'}.")
@@ -272,26 +250,39 @@ class ShardWriter:
                 has != size for axis, size, has in zip(axes, sizes, given, strict=True) if axis != "key"
             ):
                 raise HookError(f"A row of {name} has axes {', '.join(axes)} of {list(sizes)}; got {list(given)}.")
-        if step < 0:
-            raise HookError(f"Steps count from 0, got {step}.")
 
-    def _write_shard(self, arrays: dict[str, Any], part: slice, step: int, metadata: Mapping[str, Any]) -> Path:
-        name = shard_name(self._number, step)
+    def _tell_of_steps(self, step: int) -> None:
+        last = self._last_before
+        if step > last or self._has_told_of_steps:
+            return
+        self._has_told_of_steps = True
+        warnings.warn(
+            f"Step {step} is written to {self.folder}, where earlier sessions captured steps up to {last}: of a step "
+            "that is captured again the later rows count, and losses are added to the earlier ones. To go on with that "
+            f"training after it, give first_step, here above {last}; for another training, another storage_path (and "
+            "s3_prefix).",
+            CaptureWarning,
+            stacklevel=3,
+        )
+
+    def _write_shard(self, arrays: dict[str, Any], part: slice, about: Mapping[str, Any]) -> Path:
+        name = shard_name(self._number, about["step"])
         path = self.folder / name
         # What is whole is not copied.
         parts = {key: array if part == slice(0, len(array)) else array[part] for key, array in arrays.items()}
         entry = {
             "file": name,
             "shard": self._number,
-            "step": step,
+            **about,
             "session": self.session,
             "rank": self.rank,
             "rows": part.stop - part.start,
             "shapes": {key: list(array.shape) for key, array in parts.items()},
             "saved": now(),
-            "metadata": dict(metadata),
         }
         with writing(path):
+            if not is_entry({**entry, "bytes": 0, "local": True, "remote": None}):
+                raise ValueError("the reader would not accept its entry of the manifest")
             notes = {"format": "mlx", ENTRY: json.dumps(entry, allow_nan=False)}
             with whole_file(path) as draft:
                 write_arrays(draft, {key: lambda array=array: array for key, array in parts.items()}, notes)  # type: ignore[misc]
@@ -305,33 +296,6 @@ class ShardWriter:
 
     # --- Uploading. ---
 
-    def _upload(self, name: str) -> None:
-        """In the uploading thread: bring a shard, or the manifest alone, to the bucket."""
-        assert self._remote is not None
-        if name == MANIFEST:
-            self._remote.write(MANIFEST, self._manifest.remote_text().encode())
-            return
-        entry = self._manifest.entry(name)
-        if entry["remote"] is None:
-            digest = self._remote.put(self.folder / name, name)
-            with self._changing():
-                self._manifest.update(name, remote=f"{self._remote.url}/{name}", sha256=digest)
-        self._remote.write(MANIFEST, self._manifest.remote_text().encode())
-        if entry["local"] and not self._keep_local:
-            # What the manifest says is local must be there, whenever the process ends.
-            with self._changing():
-                self._manifest.update(name, local=False)
-            (self.folder / name).unlink(missing_ok=True)
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """A block that changes the manifest and saves it: not when all was closed, and another may write the folder."""
-        with self._manifest.lock:
-            if self._is_closed:
-                raise HookError("capturing has ended")
-            yield
-            self._manifest.save(self.folder)
-
     def _tell_of_uploads(self) -> None:
         if self._backlog is None:
             return
@@ -341,8 +305,6 @@ class ShardWriter:
             if not self._has_warned:
                 self._has_warned = True
                 self._warn(failed, "with the next rows, and at the end")
-        elif self._backlog.is_idle:
-            self._has_warned = False
 
     def _warn(self, left: Mapping[str, str], again: str) -> None:
         shards = [name for name in left if name != MANIFEST]
@@ -385,9 +347,39 @@ def _check_ranks(folder: Path, each_rank: bool) -> None:
         )
 
 
-def _next_number(folder: Path, manifest: Manifest) -> int:
+def _whole_step(step: Any) -> int:
+    """A training step as Python's number, whoever's it was.
+
+    Raises:
+        HookError: it is none.
+    """
+    try:
+        whole = -1 if isinstance(step, bool) else operator.index(step)
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise HookError(f"step is a whole number from 0 up, got {step!r}.", field="step")
+    return whole
+
+
+def complete(folder: Path, manifest: Manifest) -> None:
+    """Bring a folder that is held, and its manifest, to what they would be had no writer been killed."""
+    clear_left(folder, is_held=True)
+    manifest.add(_unnamed(folder, manifest))
+    for entry in manifest.entries:
+        path = folder / entry["file"]
+        if entry["remote"] and not entry["local"]:
+            # Its writer was killed between saying that the file is gone and removing it.
+            path.unlink(missing_ok=True)
+        manifest.update(entry["file"], local=path.is_file())
+
+
+def _next_number(folder: Path, manifest: Manifest, remote: RemoteFolder | None) -> int:
     """The number of the next shard: above those of all files, whether or not they could be read, and of all entries."""
     names = [*(path.name for path in folder.iterdir()), *(entry["file"] for entry in manifest.entries)]
+    if remote is not None:
+        # A writer on another machine may have been killed before the manifest there named what it uploaded.
+        names += remote.names()
     return 1 + max((number for name in names if (number := shard_number(name)) is not None), default=-1)
 
 

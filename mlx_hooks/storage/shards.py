@@ -14,6 +14,7 @@ import fnmatch
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,13 +26,14 @@ import numpy as np
 from ..errors import HookError, UnknownHookError, UnreadableShardWarning
 from ..hook_points import block_point, canonical_name, parse_layer_name
 from .files import writing
-from .manifest import COLUMNS, MANIFEST, RANK_FOLDERS, Manifest, check_same_layers, current, finite, now
+from .manifest import COLUMNS, MANIFEST, RANK_FOLDERS, Manifest, check_same_layers, current, now, plain
 from .remote import SCHEME, RemoteFolder, cache_folder, file_sha256
 from .rows import LABELS, RowPart, Rows
-from .shard_writer import ShardWriter, hold
+from .shard_writer import ShardWriter, complete, hold
 from .tensors import TensorFile
+from .uploads import Uploads, joined
 
-__all__ = ["Shard", "ShardReader", "ShardRows", "ShardWriter", "fetch", "record_analysis"]
+__all__ = ["Shard", "ShardReader", "ShardRows", "ShardWriter", "fetch", "record_analysis", "upload"]
 
 _OF_ENTRY = ("step", "rank", "session")
 _MOST_OPEN = 100
@@ -78,9 +80,10 @@ class ShardReader:
         reader.rows("model.layers.2")                   # all rows of the stream that leaves block 2
         reader.read_shard(reader.entries[0]).activations
 
-    Where two sessions saved the same step, as after resuming from an older checkpoint, the later one's rows count. The
+    Where two sessions saved the same step, as after resuming from an older checkpoint, the rows of the later one that
+    saved it whole count. The
     folders of several ranks read as one. A shard that is in S3 alone is downloaded when it is first read, to
-    ``$XDG_CACHE_HOME/neuroscope-mlx/captures`` (``~/.cache``).
+    ``$XDG_CACHE_HOME/neuroscope-mlx/captures`` (``~/.cache``), and stays there until that folder is removed.
 
     Args:
         path: the folder, or its address in S3.
@@ -197,7 +200,7 @@ class ShardReader:
         """
         name = self.layer_name(layer)
         if steps is not None and (unknown := sorted(set(steps) - set(self.steps))):
-            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.")
+            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(self.steps)}.", field="steps")
         entries = [entry for entry in self.entries if steps is None or entry["step"] in steps]
         if not entries:
             raise HookError(f"There are no captured rows in {self._where}.")
@@ -212,6 +215,8 @@ class ShardReader:
         name = entry["file"]
         # Taken out and put back, the newest last: other threads may read too.
         shard = self._opened.pop(name, None) or Shard(self._file(entry), entry)
+        if not shard.file.is_whole:
+            raise HookError(f"cannot read {shard.path}: it has changed since it was opened")
         self._opened[name] = shard
         if len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)
@@ -338,6 +343,51 @@ def fetch(url: str, folder: str | Path, progress: Callable[[int, int], None] | N
     return folder
 
 
+def upload(
+    folder: str | Path, url: str, progress: Callable[[int, int], None] | None = None, *, keep_local: bool = True
+) -> None:
+    """Upload captures to S3: what is not there yet, as after an upload that failed, or was captured without S3.
+
+        upload("mechint_cache", "s3://my-bucket/experiments/exp001")
+
+    Args:
+        folder: where they are.
+        url: where their other shards are, if any were uploaded.
+        progress: is told how many shards are done, of how many.
+        keep_local: whether files stay when their upload is confirmed.
+
+    Raises:
+        HookError: there are no captures, or they are being written; others are in that place, or another run writes
+            there; or a file cannot be uploaded. What was uploaded before it is there.
+    """
+    folder = Path(folder)
+    remote = RemoteFolder.of_url(url)
+    names = list(_local_manifests(folder))
+    if not names:
+        raise HookError(f"There are no captured activations in {folder}: it has no {MANIFEST}.")
+    with ExitStack() as held:
+        found = []
+        for name in names:
+            held.enter_context(hold(folder / name))
+            found.append(_uploads(folder / name, remote.below(name), keep_local=keep_local))
+        work = [(uploads, name) for uploads in found for name in uploads.pending]
+        for done, (uploads, name) in enumerate(work, start=1):
+            uploads.send(name)
+            if progress is not None:
+                progress(done, len(work))
+        for uploads in found:
+            uploads.send(MANIFEST)
+
+
+def _uploads(folder: Path, remote: RemoteFolder, *, keep_local: bool) -> Uploads:
+    """What is to be uploaded of a folder that is held and has a manifest."""
+    manifest, version = joined(folder, remote)
+    assert manifest is not None
+    complete(folder, manifest)
+    manifest.save(folder)
+    return Uploads(folder, manifest, remote, version, keep_local=keep_local)
+
+
 def record_analysis(folder: str | Path, record: Mapping[str, Any]) -> None:
     """Add to the ``analysis_history`` of a folder's manifest what was analysed, with the time (``analysed``).
 
@@ -350,7 +400,7 @@ def record_analysis(folder: str | Path, record: Mapping[str, Any]) -> None:
         with hold(inner):
             manifest = Manifest.load(inner)
             if manifest is not None:
-                manifest.data["analysis_history"].append({"analysed": now(), **finite(record)})
+                manifest.data["analysis_history"].append({"analysed": now(), **plain(record, "record")})
                 manifest.save(inner)
 
 

@@ -1,14 +1,24 @@
 """Analyses of what was captured, run by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from ..errors import HookError, UnknownHookError
+from .config import AnalysisName
 from .context import MODEL, Analysis, EvalContext, Progress
 from .registry import ANALYSES_BY_NAME
 
-__all__ = ["ANALYSES_BY_NAME", "MODEL", "Analysis", "EvalContext", "analysis_of", "layers_for", "run_analysis"]
+__all__ = [
+    "ANALYSES_BY_NAME",
+    "MODEL",
+    "Analysis",
+    "EvalContext",
+    "analysis_of",
+    "check_options",
+    "layers_for",
+    "run_analysis",
+]
 
 
 def analysis_of(name: str) -> Analysis:
@@ -23,6 +33,19 @@ def analysis_of(name: str) -> Analysis:
         raise HookError(
             f"There is no analysis {name!r}. There are: {', '.join(ANALYSES_BY_NAME)}.", field="analysis"
         ) from None
+
+
+def check_options(given: Mapping[AnalysisName, Mapping[str, Any]]) -> None:
+    """Refuse wrong options of analyses, by name as ``MechIntConfig.analysis_options`` has them.
+
+    Raises:
+        HookError: the first that is wrong.
+    """
+    for name, options in given.items():
+        try:
+            analysis_of(name).options(options)
+        except HookError as error:
+            raise HookError(f"analysis_options of {name}: {error}", field="analysis_options") from error
 
 
 def layers_for(name: str, context: EvalContext, asked: Sequence[str | int] | None = None) -> list[str]:

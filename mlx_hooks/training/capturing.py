@@ -1,6 +1,7 @@
 """One start of capturing: a model in training, and the folder to which its rows go."""
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,11 @@ import numpy as np
 
 from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
-from ..storage.shard_writer import ShardWriter
+from ..options import plain_json
+from ..storage.files import writing
+from ..storage.manifest import MANIFEST
+from ..storage.remote import RemoteFolder
+from ..storage.shard_writer import ShardWriter, hold
 from .batches import Batch
 from .config import MechIntConfig
 from .trained import Forward, TrainedModel
@@ -37,11 +42,16 @@ class Capturing:
         n_rows: the number of rows in them.
 
     Raises:
-        HookError: for layers that cannot be captured, and where the folder cannot be written.
+        HookError: for layers that cannot be captured, for wrong options of analyses, and where the folder cannot be
+            written.
     """
 
     def __init__(self, model: nn.Module | HookedModel, config: MechIntConfig) -> None:
+        # Imported when it is needed: analyses are much to load.
+        from .analyses import check_options
+
         self.config = config
+        check_options(config.analysis_options)
         self.rank, n_ranks = ranks()
         self.trained = TrainedModel(model, config.sample_layers)
         if n_ranks > 1 and any(type(module).__name__ in _SPLIT for module in self.trained.module.modules()):
@@ -71,11 +81,18 @@ class Capturing:
         Raises:
             HookError: it cannot be run or written.
         """
+        forward, notes = self.run(batch)
+        return self.save([forward], [None], step, dict(metadata or {}) | notes)
+
+    def run(self, batch: Batch) -> tuple[Forward, dict[str, Any]]:
+        """Run a batch with the weights as they are now; answers the forward pass, and metadata to save with it.
+
+        Raises:
+            HookError: the model no longer has one of the layers.
+        """
         batch = batch.first(self.config.max_sequences_per_step)
-        notes = dict(metadata or {})
-        if batch.prompts is not None:
-            notes["prompt_lengths"] = batch.prompts.tolist()
-        return self.save([self.trained.forward(batch.inputs)], [batch.lengths], step, notes)
+        notes = {} if batch.prompts is None else {"prompt_lengths": batch.prompts.tolist()}
+        return self.trained.forward(batch.inputs, batch.lengths), notes
 
     def save(
         self,
@@ -86,25 +103,36 @@ class Capturing:
     ) -> list[Path]:
         """Write the rows of forward passes; answers the files, none where there are no rows.
 
+        Args:
+            lengths: of each forward pass what :meth:`Forward.rows` takes.
+            metadata: to keep with them; :func:`mlx_hooks.options.plain_json` of it.
+
         Raises:
-            HookError: they cannot be written, or the capturing was closed.
+            HookError: they cannot be written, the metadata are no plain JSON, or the capturing was closed.
         """
         if self.writer is None:
             raise HookError("Capturing has ended: what was captured is in its folder.")
-        parts = [forward.rows(n) for forward, n in zip(forwards, lengths, strict=True)]
-        parts = [part for part in parts if len(part)]
+        notes = plain_json({} if metadata is None else metadata, "metadata")
+        if not isinstance(notes, dict):
+            raise HookError(f"metadata is a mapping, got {type(metadata).__name__}.", field="metadata")
+        parts, starts, start = [], [], 0
+        for forward, n in zip(forwards, lengths, strict=True):
+            if len(part := forward.rows(n)):
+                parts.append(part)
+                starts.append(start)
+            # Sequences that are all padding count: a row tells which sequence of the batches is its own.
+            start += forward.tokens.shape[0]
         if not parts:
             return []
         values = {name: _joined([part.values[name] for part in parts]) for name in parts[0].values}
         mx.eval(values)
-        starts = np.cumsum([0, *(int(part.sequence.max()) + 1 for part in parts[:-1])])
         paths = self.writer.write(
             values,
             tokens=np.concatenate([part.tokens for part in parts]),
             sequence=np.concatenate([part.sequence + start for part, start in zip(parts, starts, strict=True)]),
             position=np.concatenate([part.position for part in parts]),
             step=step,
-            metadata=dict(metadata or {}),
+            metadata=notes,
         )
         self.shards += paths
         n_rows = sum(len(part) for part in parts)
@@ -175,6 +203,25 @@ def ranks() -> tuple[int, int]:
 def writes_here(config: MechIntConfig) -> bool:
     """Whether this process is one that captures."""
     return ranks()[0] == 0 or config.writing_ranks == "all"
+
+
+def check_storage(config: MechIntConfig) -> None:
+    """See to the folder and the bucket of a configuration before a model is loaded; the folder is made.
+
+    Raises:
+        HookError: the folder cannot be written or is being written, or S3 cannot be used.
+    """
+    if not writes_here(config):
+        return
+    folder = Path(config.storage_path)
+    with writing(folder / MANIFEST):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise HookError(f"cannot write {folder}: it may not be changed.", field="storage_path")
+    hold(folder).release()
+    if config.storage_backend != "local":
+        assert config.s3_bucket is not None, "MechIntConfig asks for it"
+        RemoteFolder(config.s3_bucket, config.s3_prefix).read(MANIFEST)
 
 
 def _joined(values: list[mx.array]) -> mx.array:

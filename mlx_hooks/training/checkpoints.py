@@ -28,6 +28,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> bool:
             trained: the other parameters stay. Adapters that the model does not have yet are put into it as the
             ``adapter_config.json`` beside them says.
 
+    The model's parameters keep their types: float32 weights become bfloat16 in a model that computes in it.
+
     Returns:
         whether modules of the model were replaced, so that it must be wrapped anew.
 
@@ -47,7 +49,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> bool:
     except ModelLoadError:
         _put_back(model, modules)
         raise
-    model.update(tree_unflatten(list(weights.items())))
+    model.update(tree_unflatten(list(_typed(weights, _parameters(model)).items())))
     mx.eval(model.parameters())
     return any(module is not modules.get(name) for name, module in model.named_modules())
 
@@ -91,6 +93,14 @@ def _put_back(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     replaced = [(name, module) for name, module in modules.items() if now.get(name) is not module]
     if replaced:
         model.update_modules(tree_unflatten(replaced))
+
+
+def _typed(weights: Mapping[str, mx.array], parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Weights in the types of the parameters that they are for; packed ones, which are whole numbers, stay."""
+    return {
+        name: weight.astype(parameters[name].dtype) if mx.issubdtype(weight.dtype, mx.floating) else weight
+        for name, weight in weights.items()
+    }
 
 
 def _parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ..errors import HookError, UnknownHookError
 from ..model import HookedModel
 from ..options import options_of
@@ -22,6 +24,7 @@ Spell = Callable[[int], str | None]
 
 MODEL = "model"
 """In the place of a layer's name, for analyses of the whole model."""
+_SHOWN_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class EvalContext:
         rows: rows by layer, in its place.
         model: with the weights that are meant.
         eval_data: what the model is run on, in any form of ``analysis.eval_data``; it is read once per analysis.
-        labels: of ``probe``: one per row in stored order, a mapping from token to label, or a function of rows.
+        labels: of ``probe``: one per row in stored order, of all rows or of those of ``steps``; a mapping from token to
+            label; or a function of rows.
         spell: tells tokens as text; None tells them as numbers.
         steps: only the rows of these training steps; None is all.
         seed: of analyses that draw, where their options name none.
@@ -80,14 +84,15 @@ class EvalContext:
         """The rows of a captured layer, by any of its names.
 
         Raises:
-            HookError: nothing was captured, or not this layer.
+            HookError: nothing was captured, or not this layer, or not at these steps.
         """
         if self.reader is not None:
+            self._check_steps(self.reader.steps)
             return self.reader.rows(layer, self.steps)
         if self.rows is None:
             raise HookError("Nothing captured was given: name the folder of shards, hidden_shards_path.")
         if self.steps is not None:
-            raise HookError("Rows by step are read from a folder of shards.")
+            raise HookError("Rows by step are read from a folder of shards; these came without steps.", field="steps")
         if str(layer) not in self.rows:
             raise UnknownHookError(f"{layer!r} was not captured. There are: {', '.join(self.rows)}.")
         return self.rows[str(layer)]
@@ -95,6 +100,32 @@ class EvalContext:
     def at(self, steps: Sequence[int]) -> "EvalContext":
         """The same, of the rows of some training steps."""
         return replace(self, steps=tuple(steps))
+
+    @property
+    def lists_labels(self) -> bool:
+        """Whether there is a label per row, rather than a rule for them."""
+        return self.labels is not None and not callable(self.labels) and not isinstance(self.labels, Mapping)
+
+    @property
+    def labels_of_rows(self) -> Any:
+        """The labels of the rows of ``steps``: labels that are one per row of all steps are narrowed to these."""
+        if self.reader is None or self.steps is None or not self.lists_labels:
+            return self.labels
+        steps = self.row_steps
+        if len(self.labels) != len(steps):
+            return self.labels
+        return [label for label, step in zip(self.labels, steps.tolist(), strict=True) if step in self.steps]
+
+    @property
+    def row_steps(self) -> np.ndarray:
+        """The training step of every captured row, [row], in stored order."""
+        entries = [] if self.reader is None else self.reader.entries
+        return np.repeat([entry["step"] for entry in entries], [entry["rows"] for entry in entries])
+
+    def _check_steps(self, captured: Sequence[int]) -> None:
+        unknown = sorted(set(self.steps or ()) - set(captured))
+        if unknown:
+            raise HookError(f"Step {unknown[0]} was not captured. Steps: {_listed(captured)}.", field="steps")
 
 
 @dataclass(frozen=True)
@@ -158,6 +189,11 @@ class Analysis:
         """The metrics of a result by key; undefined ones are left out."""
         found = {metric.key: metric.of(result) for metric in self.metrics}
         return {key: float(value) for key, value in found.items() if value is not None}
+
+
+def _listed(steps: Sequence[int]) -> str:
+    shown = [str(step) for step in steps]
+    return ", ".join(shown if len(shown) <= _SHOWN_STEPS else [*shown[:6], "...", *shown[-3:]])
 
 
 def _fields(options_class: Any) -> set[str]:

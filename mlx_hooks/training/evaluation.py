@@ -23,7 +23,7 @@ from ..storage.manifest import MANIFEST, RANK_FOLDERS
 from ..storage.rows import Rows
 from ..storage.shards import ShardReader, record_analysis
 from ..token_text import TokenText
-from .analyses import analysis_of, layers_for, run_analysis
+from .analyses import analysis_of, check_options, layers_for, run_analysis
 from .checkpoints import checkpoints_by_step, load_checkpoint, weights_kept
 from .config import MechIntConfig
 from .context import MODEL, EvalContext, Progress, Spell
@@ -54,7 +54,8 @@ class EvalMechIntRunner:
         device: where MLX computes: None (its default), "cpu" or "gpu" (also "cuda", "mps"). Memory is shared, so
             nothing is moved.
         tokenizer: tells tokens as text, and encodes texts of eval data; None for that of a HookedModel.
-        labels: for ``probe``: one label per row in stored order, a mapping from token to label, or a function of rows.
+        labels: for ``probe``: one label per row in stored order, of all captured rows or of those of the steps that are
+            analysed; a mapping from token to label; or a function of rows.
 
     Raises:
         HookError: for a configuration, analysis options or a device that there is not.
@@ -69,11 +70,7 @@ class EvalMechIntRunner:
         labels: Any = None,
     ) -> None:
         self.config = MechIntConfig.of(config)
-        for name, given in self.config.analysis_options.items():
-            try:
-                analysis_of(name).options(given)
-            except HookError as error:
-                raise HookError(f"analysis_options of {name}: {error}", field="analysis_options") from error
+        check_options(self.config.analysis_options)
         with computing_on(device):
             self.device = device
         self.model = _hooked(model, tokenizer)
@@ -164,8 +161,9 @@ class EvalMechIntRunner:
     ) -> Curves:
         """The same analyses at every saved step, so that one sees what forms while the model trains.
 
-        Analyses of rows see the rows of one step; those of the model run it with the weights of each checkpoint. The
-        model has its own weights again afterwards.
+        Analyses of rows see the rows of one step; those of the model run it with the weights of each checkpoint, and a
+        checkpoint that cannot be loaded leaves a gap. The model has its own weights again afterwards. What an
+        autoencoder does to the model's loss is not followed: that would take the weights of its step.
 
         Args:
             analyses: names; None for those of the configuration that can be made.
@@ -177,10 +175,11 @@ class EvalMechIntRunner:
             "training": reports of the loss}``.
 
         Raises:
-            HookError: an analysis that was named lacks what it needs; nothing was captured at any step.
+            HookError: an analysis that was named lacks what it needs; nothing was captured at any step; labels that are
+                listed are not one per captured row.
 
         Warns:
-            FailedAnalysisWarning: for each analysis that failed at some step.
+            FailedAnalysisWarning: for each analysis that failed at some step, and for checkpoints that are left out.
         """
         context = self._context(hidden_shards_path, eval_data)
         if self.results is None:
@@ -283,6 +282,8 @@ class EvalMechIntRunner:
                     )
                 layers_for(name, context, self.config.sample_layers)
             names = list(asked)
+            if "probe" in names and self.labels is None:
+                raise HookError("'probe' over training steps needs labels: give them to the runner.", field="labels")
         else:
             names = [name for name in self.config.analyses_to_run if self._can_follow(name, context, checkpoints)]
         if not names:
@@ -293,16 +294,23 @@ class EvalMechIntRunner:
         of_rows = [name for name in names if analysis_of(name).needs != MODEL]
         if of_rows and not _steps(context):
             raise HookError(f"{of_rows[0]!r} over training steps needs shards of at least one step.")
+        if "probe" in names and context.lists_labels and len(self.labels) != len(context.row_steps):
+            raise HookError(
+                f"labels over training steps are one per captured row: {len(context.row_steps)}, got "
+                f"{len(self.labels)}.",
+                field="labels",
+            )
         return names
 
     def _can_follow(self, name: str, context: EvalContext, checkpoints: Any) -> bool:
         if analysis_of(name).needs == MODEL:
             return checkpoints is not None and context.model is not None and context.eval_data is not None
-        return bool(context.layers(analysis_of(name).needs))
+        return bool(context.layers(analysis_of(name).needs)) and (name != "probe" or self.labels is not None)
 
     def _follow_rows(self, table: CurveTable, name: str, context: EvalContext) -> None:
-        # What the weights do to autoencoders is followed by their numbers: those of single steps are not kept.
-        context = replace(context, sae_folder=None, steer=False)
+        # The model has other weights than those that the rows of a step come from: autoencoders are told by their rows
+        # alone. Those of single steps are not kept.
+        context = replace(context, sae_folder=None, steer=False, model=None, eval_data=None)
         layers = layers_for(name, context, self.config.sample_layers)
         with self._plain_bar(f"{name} over steps", len(_steps(context)) * len(layers)) as advance:
             for step in _steps(context):
@@ -320,11 +328,23 @@ class EvalMechIntRunner:
         ):
             model = self.model
             for step, path in checkpoints.items():
-                if load_checkpoint(model.model, path):
-                    model = HookedModel(model.model, model.tokenizer, model.model_name)
+                failed = self._attempt_to_load(model, step, path)
+                model = _current(model)
                 for name in names:
-                    self._add(table, name, MODEL, step, replace(context, model=model))
+                    if failed:
+                        table.add(name, MODEL, step, failed)
+                    else:
+                        self._add(table, name, MODEL, step, replace(context, model=model))
                     advance()
+
+    def _attempt_to_load(self, model: HookedModel, step: int, path: Path) -> dict[str, Any]:
+        """The weights of a step; a sentence where they cannot be had."""
+        try:
+            load_checkpoint(model.model, path)
+        except HookError as error:
+            warnings.warn(f"The checkpoint of step {step} is left out: {error}", FailedAnalysisWarning, stacklevel=2)
+            return {"error": str(error)}
+        return {}
 
     def _add(self, table: CurveTable, name: str, layer: str, step: int, context: EvalContext) -> None:
         result = self._attempt(

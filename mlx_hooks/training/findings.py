@@ -35,17 +35,20 @@ def table_of(name: str, result: Result) -> Table | None:
 
 
 def _sae(result: Result) -> list[str]:
-    fvu = result["fvu"]
-    read_back = "rows that do not vary" if fvu is None else f"{1 - fvu:.1%} of the variance"
+    fvu, held_out = result["fvu"], result["n_held_out"]
+    active = f"{result['l0']:.1f} of {result['d_sae']} features are active per token"
     said = [
-        f"{result['d_sae']} features read back {read_back} with {result['l0']:.1f} active per token; "
-        f"{result['n_dead']} never fire on {result['n_held_out']:,} held-out rows."
+        f"{result['d_sae']} features read back {1 - fvu:.1%} of the variance with {result['l0']:.1f} active per token; "
+        f"{result['n_dead']} never fire on {held_out:,} held-out rows."
+        if fvu is not None
+        else f"the {held_out:,} held-out rows do not vary, so how much is read back cannot be told; {active}."
     ]
     recovered = result.get("loss_recovered")
     if recovered is not None:
         said.append(
-            f"In the model: loss {recovered['loss']:.3f} nats per token as it is, {recovered['loss_with_sae']:.3f} "
-            f"with what the autoencoder reads back, {recovered['loss_zero_ablated']:.3f} with zeros in its place."
+            f"In the model: loss {recovered['loss']:.3f} nats per predicted token ({recovered['n_targets']:,} of them) "
+            f"as it is, {recovered['loss_with_sae']:.3f} with what the autoencoder reads back, "
+            f"{recovered['loss_zero_ablated']:.3f} with zeros in its place."
         )
     for steered in result.get("steering") or ():
         promoted = ", ".join(_told(token) for token in steered["promoted"][:3])
@@ -97,7 +100,7 @@ def _causal(result: Result) -> list[str]:
     _, component, ablation, change = changes[0]
     said = [
         f"replacing {component['component']} ({ablation}) costs most: the loss rises by {_interval(change)} nats from "
-        f"{result['plain']['loss']['mean']:.3f}."
+        f"{result['plain']['loss']['mean']:.3f} per predicted token, on {result['eval_data']['examples']:,} examples."
     ]
     return [*said, *(f"By “{name}” its output becomes {text}." for name, text in result["ablations"].items())]
 

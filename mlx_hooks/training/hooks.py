@@ -27,19 +27,30 @@ class MechIntHooks:
     ``on_training_step`` with a batch runs it once more, without dropout, with the weights that it finds: called before
     the update, those that the batch is trained on. In a loop without ``mx.compile`` the training's own forward pass can
     be saved instead: leave the batch out, or call ``hooks.sampler.save_activations(step)``, which save the latest one.
-    The arguments ``trainer`` and ``pl_module`` are accepted as in other frameworks' loops and are without effect.
+    Calls in evaluation mode (``model.eval()``) are validation and are not kept, unless the model was never in training
+    mode. What cannot be kept does not disturb the forward pass, and is told when it is to be saved. A step whose batch
+    was captured is not saved once more. The arguments ``trainer`` and ``pl_module`` are accepted as in loops of other
+    frameworks and are without effect.
 
     Args:
         config: a :class:`MechIntConfig`, or a mapping with its fields.
+        sampler: the class of the sampler: :class:`ActivationSampler`, or a subclass with its arguments.
 
     Attributes:
-        sampler: keeps the latest forward pass; None before ``register_hooks``, and in a process of a distributed
-            training that does not write.
+        sampler: keeps the latest forward pass of training; None before ``register_hooks``, and in a process of a
+            distributed training that does not write.
         saved_shards: the files that were written.
     """
 
-    def __init__(self, config: MechIntConfig | Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        config: MechIntConfig | Mapping[str, Any] | None = None,
+        sampler: type[ActivationSampler] = ActivationSampler,
+    ) -> None:
+        if not (isinstance(sampler, type) and issubclass(sampler, ActivationSampler)):
+            raise HookError(f"sampler is ActivationSampler or a subclass of it, got {sampler!r}.", field="sampler")
         self.config = MechIntConfig.of(config)
+        self._sampler_class = sampler
         self.sampler: ActivationSampler | None = None
         self.saved_shards: list[Path] = []
         self._registered = False
@@ -56,10 +67,11 @@ class MechIntHooks:
         if self._registered:
             raise HookError("Hooks are registered already: on_train_end() ends that.")
         if writes_here(self.config):
-            sampler = ActivationSampler.of(self.config, latest=True)
+            sampler = self._sampler_class.of_loop(self.config)
             sampler.register_hooks(model)
             self.sampler = sampler
         self._registered = True
+        self._latest = None
 
     def on_training_step(
         self,
@@ -92,16 +104,16 @@ class MechIntHooks:
         self._n_steps = step + 1
         if capturing is None or not capturing.is_due(step) or step == self._latest:
             return None
+        assert self.sampler is not None
         notes = {"epoch": self._epoch} | ({} if batch_idx is None else {"batch_idx": int(batch_idx)})
+        path = None
         if batch is None:
-            assert self.sampler is not None
             path = capturing.guard(self.sampler.save_activations, step, notes)
-            paths = [] if path is None else [path]
-        else:
-            paths = capturing.guard(_probe, capturing, batch, step, notes) or []
+        elif step != self.sampler.last_step:  # else it was saved by hand, from the training's own forward pass
+            path = capturing.guard(_save_batch, self.sampler, batch, step, notes)
         self._latest = step
-        self.saved_shards += [path for path in paths if path not in self.saved_shards]
-        return paths[-1] if paths else None
+        self.saved_shards += [shard for shard in capturing.shards if shard not in self.saved_shards]
+        return path
 
     def on_epoch_end(self, trainer: Any = None, pl_module: Any = None) -> None:
         """Note in what is captured from now on that another epoch has begun."""
@@ -125,5 +137,5 @@ class MechIntHooks:
         return None if self.sampler is None else self.sampler.capturing
 
 
-def _probe(capturing: Capturing, batch: Any, step: int, notes: Mapping[str, Any]) -> list[Path]:
-    return capturing.probe(read_batch(batch), step, notes)
+def _save_batch(sampler: ActivationSampler, batch: Any, step: int, notes: Mapping[str, Any]) -> Path | None:
+    return sampler.save_batch(read_batch(batch), step, notes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..errors import HookError, UnknownHookError
 from ..hook_points import ATTENTION, HookPoint, LayerName, block_point, is_layer_glob, outer_point, parse_layer_name
 from ..model import HookedModel
+from ..selftest import quick_selftest
 
 DETECTED = 4
 """How many blocks are captured where none are named."""
@@ -33,7 +34,8 @@ def sampled_layers(model: HookedModel, asked: Sequence[str | int] | None) -> lis
 
     Raises:
         UnknownHookError: for a name that the model does not have; lists what there is.
-        HookError: for a hook point that has no value of its own for each token, with the reason.
+        HookError: for a hook point that has no value of its own for each token, or that is not to be trusted on this
+            model, with the reason.
     """
     found: dict[str, SampledLayer] = {}
     for name in detected_layers(model) if asked is None else asked:
@@ -42,6 +44,7 @@ def sampled_layers(model: HookedModel, asked: Sequence[str | int] | None) -> lis
             check_axes(point.name, point.axes)
             alone = asked is not None and len(points) == 1
             found.setdefault(point.name, SampledLayer(point, name if alone else None))
+    check_trusted(model, list(found))
     order = {name: i for i, name in enumerate(model.hook_points)}
     return sorted(found.values(), key=lambda layer: order.get(layer.point.name, len(order)))
 
@@ -50,13 +53,19 @@ def detected_layers(model: HookedModel) -> list[str]:
     """The names of the stream that leaves up to four blocks: all of them, or evenly spaced ones that end with the last.
 
     Raises:
-        HookError: the stream that leaves a block cannot be shown on this model.
+        HookError: the stream that leaves a block cannot be shown on this model, or is not one row per token; names
+            what can be captured instead.
     """
     names = [block_point("resid_post", layer).name for layer in range(model.cfg.n_layers)]
-    names = [name for name in names if name in model.hook_points]
+    points = [model.hook_points[name] for name in names if name in model.hook_points]
+    names = [point.name for point in points if _is_per_token(point.axes)]
     if not names:
+        kind = model.cfg.model_type
+        why = f"{kind} has no hook_resid_post"
+        if points:
+            why = f"hook_resid_post of {kind} is [{', '.join(points[0].axes)}]"
         raise HookError(
-            f"No layers can be detected: {model.cfg.model_type} has no hook_resid_post. Name some in sample_layers."
+            f"No layers can be detected: {why}. Name some in sample_layers{_instead(model)}.", field="sample_layers"
         )
     count = min(DETECTED, len(names))
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]
@@ -64,15 +73,39 @@ def detected_layers(model: HookedModel) -> list[str]:
 
 def check_axes(name: str, axes: Sequence[str]) -> None:
     """Raise HookError for values that are not one per token; a raw module's axes are known when it has run."""
-    per_token = tuple(axes[:2]) == ("batch", "pos")
-    if not axes or tuple(axes) == ATTENTION or (per_token and len(axes) > 2):
+    if not axes or tuple(axes) == ATTENTION or _is_per_token(axes):
         return
-    why = "one number per token" if per_token else f"[{', '.join(axes)}]"
+    why = "one number per token" if tuple(axes) == ("batch", "pos") else f"[{', '.join(axes)}]"
     raise HookError(
         f"{name} cannot be captured as rows of tokens: its value is {why}. What can be has the axes batch, pos and "
         f"more, or {', '.join(ATTENTION)}.",
         field="sample_layers",
     )
+
+
+def check_trusted(model: HookedModel, names: Sequence[str]) -> None:
+    """Raise HookError for hook points at which an identity does not hold on this model; says which."""
+    wrong = [name for name in names if name in model.untrusted]
+    if not wrong:
+        return
+    report, _ = quick_selftest(model)
+    why = next((f"{check.name} does not hold on {report.model_type}" for check in report.checks
+                if wrong[0] in check.hook_points), f"an identity does not hold on {report.model_type}")  # fmt: skip
+    others = f", nor can {len(wrong) - 1} more of what is asked for" if len(wrong) > 1 else ""
+    raise HookError(f"{wrong[0]} cannot be captured{others}: {why}.", field="sample_layers")
+
+
+def _is_per_token(axes: Sequence[str]) -> bool:
+    return tuple(axes[:2]) == ("batch", "pos") and len(axes) > 2
+
+
+def _instead(model: HookedModel) -> str:
+    """What can be captured where the stream cannot: what is added to it."""
+    for component in ("mlp_out", "attn_out"):
+        point = block_point(component, 0)
+        if point.name in model.hook_points and _is_per_token(model.hook_points[point.name].axes):
+            return f", such as {point.name.replace('.0.', '.*.')}"
+    return ""
 
 
 def _points(model: HookedModel, name: str | int) -> list[HookPoint]:

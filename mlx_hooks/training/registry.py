@@ -44,8 +44,8 @@ def _feature(context: EvalContext, rows: Any, chosen: Any, progress: Progress | 
 
 def _probe(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
     if context.labels is None:
-        raise HookError("A probe needs labels: one per row, a mapping from tokens, or a function.", field="labels")
-    return analyse_probe(rows, context.labels, chosen, progress, context.spell)
+        raise HookError("A probe needs labels: one per row in stored order, or labels by token.", field="labels")
+    return analyse_probe(rows, context.labels_of_rows, chosen, progress, context.spell)
 
 
 def _heads(context: EvalContext, rows: Any, chosen: Any, progress: Progress | None) -> dict[str, Any]:
@@ -180,9 +180,9 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
         Analysis(
             "circuit",
             "A circuit",
-            "The smallest set of components that does what the model does while all others are ablated. Faithfulness "
-            "is the share of the model's performance that it keeps, completeness the share that is lost when the "
-            "circuit alone is ablated.",
+            "Components that do what the model does while all others are ablated, and of which no single one can go. "
+            "Faithfulness is the share of the model's performance that they keep, completeness the share that is lost "
+            "when they alone are ablated.",
             "model",
             CircuitOptions,
             _circuit,
@@ -219,7 +219,7 @@ ANALYSES_BY_NAME: dict[str, Analysis] = {
         Analysis(
             "probe",
             "Linear probes",
-            "How well a label can be read off a row by a linear function, on sequences that were not trained on; "
+            "How well a label can be read off a row by a linear function, on texts that were not trained on; "
             "beside it the share of the commonest label, and probes on shuffled labels, which show what any data of "
             "this shape would give. For labels that are numbers it is R².",
             "rows",

@@ -193,8 +193,7 @@ class _Page:
         if steps:
             yield f"Steps {_listed(steps)}: {len(steps)} of them, each the number of batches trained on until then."
             analysed = self.captured["analysed_steps"]
-            which = "all of them" if analysed is None else f"steps {_listed(analysed)}"
-            yield f"What follows is of the rows of {which} together."
+            yield f"What follows is of the rows of {_which(analysed)}."
             yield ""
         yield from _table(
             ["layer", "rows (tokens)", "axes of a row", "numbers in a row", "type"],
@@ -302,6 +301,13 @@ def _number(value: float | None) -> str:
 def _range(values: Sequence[float | None]) -> list[float | None]:
     there = [value for value in values if value is not None]
     return [there[0], there[-1], min(there), max(there)] if there else [None] * 4
+
+
+def _which(steps: Sequence[int] | None) -> str:
+    """Training steps whose rows were analysed, in words."""
+    if steps is None:
+        return "all of them together"
+    return f"step {steps[0]:,}" if len(steps) == 1 else f"steps {_listed(steps)} together"
 
 
 def _listed(steps: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """``ActivationSampler``: keeps what a model's own forward passes compute, until it is saved."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..capture import readable
 from ..errors import HookError
 from ..instrument import follow_calls
 from ..model import HookedModel
-from .batches import check_lengths, token_ids
+from .batches import Batch, check_lengths, token_ids
 from .capturing import Capturing
 from .config import MechIntConfig
 from .trained import Forward
@@ -33,7 +34,8 @@ class ActivationSampler:
     Every plain call of the model is kept, one that ``nn.value_and_grad`` differentiates too; runs of ``HookedModel``
     are not. A function that ``mx.compile`` compiled calls no Python after its first run: nothing can be kept there, and
     saving is an error. ``activations`` may be changed before it is saved, as a subclass may do that overrides
-    ``save_activations`` and then calls it. In distributed training rank 0 alone keeps and saves.
+    ``save_activations`` and then calls it. In distributed training rank 0 alone keeps and saves. A sampler that nobody
+    holds any more keeps nothing, and the model is left as it was.
 
     Args:
         layers: as ``sample_layers`` of :class:`MechIntConfig`; None detects them.
@@ -45,6 +47,7 @@ class ActivationSampler:
         activations: by layer one array per kept forward pass, [batch, pos, ...], of patterns
             [batch, head, query, key].
         max_cache_bytes: the most that is held between two saves; a forward pass that exceeds it is an error.
+        last_step: the step whose rows were written last; None before.
     """
 
     def __init__(
@@ -54,31 +57,36 @@ class ActivationSampler:
         max_samples_per_shard: int = 10_000,
         device: Any = None,
     ) -> None:
-        self._set_up(
-            MechIntConfig(sample_layers=layers, storage_path=save_dir, max_activations_per_shard=max_samples_per_shard)
+        self.config = MechIntConfig(
+            sample_layers=layers, storage_path=save_dir, max_activations_per_shard=max_samples_per_shard
         )
-
-    def _set_up(self, config: MechIntConfig, *, latest: bool = False) -> None:
-        self.config = config
         self.activations: dict[str, list[mx.array]] = {}
         self.max_cache_bytes = MAX_CACHE_BYTES
         self.capturing: Capturing | None = None
-        self._latest = latest
+        self.last_step: int | None = None
+        self._of_loop = False
         self._forwards: list[Forward] = []
         self._n_saved = 0
         self._last_path: Path | None = None
-        self._compiled = False
+        self._compiled = self._met_training = False
+        self._unkept: HookError | None = None
+        self._given_step: int | None = None
+        self._is_given = False
         self._end: Callable[[], None] | None = None
 
     @classmethod
-    def of(cls, config: MechIntConfig, *, latest: bool = False) -> "ActivationSampler":
-        """A sampler with all of a configuration's settings.
+    def of(cls, config: MechIntConfig) -> "ActivationSampler":
+        """A sampler with all of a configuration's settings."""
+        made = cls(config.sample_layers, config.storage_path, config.max_activations_per_shard)
+        made.config = config
+        return made
 
-        Args:
-            latest: keep the latest forward pass alone.
-        """
-        made = cls.__new__(cls)
-        made._set_up(config, latest=latest)
+    @classmethod
+    def of_loop(cls, config: MechIntConfig) -> "ActivationSampler":
+        """A sampler for a training loop: it keeps the latest forward pass alone, and where the model was ever in
+        training mode none in evaluation mode, which is validation. What cannot be kept is told when it is saved."""
+        made = cls.of(config)
+        made._of_loop = True
         return made
 
     def register_hooks(self, model: nn.Module | HookedModel) -> None:
@@ -92,10 +100,12 @@ class ActivationSampler:
             raise HookError("Hooks are registered already: remove_hooks() ends that.")
         self.capturing = Capturing.of(model, self.config)
         self.clear_cache()
-        self._compiled = False
+        self._compiled = self._met_training = False
+        self.last_step = self._given_step = None
         if self.capturing is None:
             self._end = _nothing
         else:
+            self._met_training = self.capturing.trained.module.training
             self._end = follow_calls(self.capturing.trained.hooked.instrument, self._around)
 
     def remove_hooks(self) -> None:
@@ -119,11 +129,11 @@ class ActivationSampler:
         """Write the rows of the forward passes since the last save.
 
         What was saved can be looked at until the next forward pass or ``clear_cache``, and is not written again:
-        saving twice writes once.
+        saving twice writes once, and so does saving a step whose batch ``MechIntHooks`` captured.
 
         Args:
             global_step: the training step that the rows belong to.
-            metadata: plain JSON to keep with them.
+            metadata: plain JSON to keep with them; numbers of MLX and NumPy become Python's.
             lengths: of each sequence of the forward pass the number of tokens that are no padding, [batch]; of several
                 forward passes a list of these. None: all tokens are rows.
 
@@ -138,6 +148,8 @@ class ActivationSampler:
             raise HookError("No hooks are registered: register_hooks(model) comes first.")
         if self.capturing is None:
             return None
+        if self._given_step is not None and global_step == self._given_step:
+            return self._last_path
         self._check_seen()
         if self._n_saved and self._n_saved == len(self._forwards):
             return self._last_path
@@ -145,8 +157,31 @@ class ActivationSampler:
         forwards = self._forwards[self._n_saved :]
         paths = self.capturing.save(forwards, self._lengths(lengths, forwards), global_step, metadata)
         self._n_saved = len(self._forwards)
-        self._last_path = paths[-1] if paths else None
+        self.last_step, self._last_path = global_step, paths[-1] if paths else None
         return self._last_path
+
+    def save_batch(self, batch: Batch, global_step: int, metadata: Mapping[str, Any] | None = None) -> Path | None:
+        """Run a batch of training with the weights as they are now, and save that by ``save_activations`` instead of a
+        forward pass of the training's own; nothing is held afterwards.
+
+        Raises:
+            HookError: no hooks are registered, or it cannot be run or written.
+        """
+        if self._end is None:
+            raise HookError("No hooks are registered: register_hooks(model) comes first.")
+        if self.capturing is None:
+            return None
+        self._given_step, self._is_given = None, True
+        try:
+            forward, notes = self.capturing.run(batch)
+            self.clear_cache()
+            self._hold(forward)
+            path = self.save_activations(global_step, dict(metadata or {}) | notes)
+        finally:
+            self._is_given = False
+            self.clear_cache()
+        self._given_step = global_step
+        return path
 
     def get_statistics(self) -> dict[str, Any]:
         """``total_samples_saved`` (rows in files), ``current_cache_samples`` (tokens that are held), ``total_shards``,
@@ -162,32 +197,64 @@ class ActivationSampler:
         self.activations = {name: [] for name in layers}
         self._forwards = []
         self._n_saved = 0
+        self._unkept = None
 
     def _around(self, call: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """One forward pass of the model, kept."""
         assert self.capturing is not None
         trained = self.capturing.trained
-        tokens = token_ids(args[0] if args else kwargs.get("inputs"))
-        if _is_traced(tokens, trained.module):
-            self._compiled = True
+        if self._of_loop and not self._is_training(trained.module):
             return call()
-        forward = trained.empty(tokens)
-        with trained.hooked.instrument.attached(trained.plan(forward)):
+        forward: Forward | None = None
+        with self._told_later():
+            tokens = token_ids(args[0] if args else kwargs.get("inputs"))
+            if _is_traced(tokens, trained.module):
+                self._compiled = True
+            else:
+                forward = trained.empty(tokens)
+                plan = trained.plan(forward)
+        if forward is None or self._unkept is not None:
+            return call()
+        with trained.hooked.instrument.attached(plan):
             output = call()
-        self._keep(forward)
+        with self._told_later():
+            self._keep(forward)
         return output
 
+    def _is_training(self, model: nn.Module) -> bool:
+        """Whether a call is training's; all are of a model that was never in training mode, where one cannot tell."""
+        self._met_training = self._met_training or model.training
+        return model.training or not self._met_training
+
+    @contextmanager
+    def _told_later(self) -> Iterator[None]:
+        """A block whose HookError does not reach a training loop through its own forward pass: saving raises it."""
+        if self._of_loop:
+            self._unkept = None
+        try:
+            yield
+        except HookError as error:
+            if not self._of_loop:
+                raise
+            self.clear_cache()
+            self._unkept = error
+
     def _keep(self, forward: Forward) -> None:
-        if self._latest or self._n_saved:
+        if self._of_loop or self._n_saved:
             # What was saved is not written again, so that nobody needs it any more.
             self.clear_cache()
         held = sum(array.nbytes for arrays in self.activations.values() for array in arrays)
         if held + forward.nbytes > self.max_cache_bytes:
+            several = len(self._forwards) + 1
             raise HookError(
-                f"{readable(held + forward.nbytes)} of {len(self._forwards) + 1} forward passes are more than "
-                f"max_cache_bytes, {readable(self.max_cache_bytes)}: call save_activations and clear_cache more often, "
-                "or capture fewer layers."
+                f"{readable(held + forward.nbytes)} of {several} forward pass{'es' if several > 1 else ''} are more "
+                f"than max_cache_bytes, {readable(self.max_cache_bytes)}: "
+                + ("call save_activations and clear_cache more often, " if several > 1 else "raise it, ")
+                + "or capture fewer layers."
             )
+        self._hold(forward)
+
+    def _hold(self, forward: Forward) -> None:
         self._forwards.append(forward)
         for name, value in forward.values.items():
             self.activations.setdefault(name, []).append(value)
@@ -195,10 +262,12 @@ class ActivationSampler:
     def _check_seen(self) -> None:
         """Raise HookError where there is nothing that can be saved."""
         how = "on_training_step(batch=...) of MechIntHooks, or MechIntCallback, runs the batch once more to capture it"
-        if self._compiled:
+        if self._compiled and not self._is_given:
             raise HookError(
                 f"The model was called in a function that mx.compile compiled, which shows no values: {how}."
             )
+        if self._unkept is not None:
+            raise HookError(f"The latest forward pass was not captured: {self._unkept}") from self._unkept
         if not self._forwards:
             raise HookError(f"Nothing was captured since the last save: run the model first. In a compiled loop {how}.")
         try:

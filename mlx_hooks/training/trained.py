@@ -1,6 +1,7 @@
 """A model that is being trained, run or watched without leaving a trace on its training."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +12,12 @@ import mlx.nn as nn
 import numpy as np
 
 from ..activations import CapturedActivation
-from ..errors import HookError
+from ..errors import HookError, UntrustedHookWarning
 from ..hook_points import ATTENTION, HookPoint
 from ..hooks import Recorder
 from ..instrument import Plan
 from ..model import HookedModel
-from .layers import SampledLayer, check_axes, sampled_layers
+from .layers import SampledLayer, check_axes, check_trusted, sampled_layers
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +64,13 @@ class TokenRows:
 @dataclass
 class Forward:
     """What one forward pass showed: ``tokens`` [batch, pos] that begin at position ``start``, and by layer its value,
-    not evaluated yet: [batch, pos, ...], or of ``patterns`` [batch, head, query, key]."""
+    not evaluated yet: [batch, pos, ...], or of ``patterns`` [batch, head, query, key]. ``lengths`` [batch] are the
+    numbers of tokens that are no padding, where they are known."""
 
     tokens: mx.array
     patterns: frozenset[str] = frozenset()
     start: int = 0
+    lengths: np.ndarray | None = None
     values: dict[str, mx.array] = field(default_factory=dict)
 
     @property
@@ -79,13 +82,14 @@ class Forward:
         """The rows of the tokens; of each sequence the first so many, the others are padding.
 
         Args:
-            lengths: the number of tokens of each sequence, [batch]; None for all.
+            lengths: the number of tokens of each sequence, [batch]; None for those that are known, or all.
 
         Raises:
             HookError: a value does not have an entry for each token.
         """
         batch, length = self.tokens.shape
         real = np.ones((batch, length), bool)
+        lengths = self.lengths if lengths is None else lengths
         if lengths is not None:
             real = np.arange(length) < lengths[:, None]
         sequence, column = (index.astype(np.int32) for index in np.nonzero(real))
@@ -100,6 +104,13 @@ class Forward:
                 )
             values[name] = mx.take(value.reshape(batch * length, *value.shape[2:]), flat, axis=0)
         return TokenRows(values, np.array(self.tokens)[real].astype(np.int32), sequence, column + self.start)
+
+
+def _wrapped(module: nn.Module) -> HookedModel:
+    """A model with hook points. Of those that are not to be trusted none is captured, so that nobody is warned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrustedHookWarning)
+        return HookedModel(module)
 
 
 class TrainedModel:
@@ -117,20 +128,25 @@ class TrainedModel:
         self.module: nn.Module = model.model if isinstance(model, HookedModel) else model
         self.name = model.model_name if isinstance(model, HookedModel) else None
         with undisturbed(self.module):
-            self.hooked = model if isinstance(model, HookedModel) else HookedModel(self.module)
+            self.hooked = model if isinstance(model, HookedModel) else _wrapped(self.module)
             self.sampled: list[SampledLayer] = sampled_layers(self.hooked, asked)
             self.layers = self._meet()
 
-    def forward(self, inputs: mx.array) -> Forward:
-        """Run token ids [batch, pos] with the weights as they are now, without a KV cache; nothing is evaluated."""
-        found = self.empty(inputs)
+    def forward(self, inputs: mx.array, lengths: np.ndarray | None = None) -> Forward:
+        """Run token ids [batch, pos] with the weights as they are now, without a KV cache; nothing is evaluated.
+
+        Args:
+            lengths: of each sequence the number of tokens that are no padding, [batch], where that is known.
+        """
+        found = self.empty(inputs, lengths)
         with undisturbed(self.module), self.hooked.instrument.attached(self.plan(found), alone=True):
             self.module(inputs)
         return found
 
-    def empty(self, tokens: mx.array) -> Forward:
+    def empty(self, tokens: mx.array, lengths: np.ndarray | None = None) -> Forward:
         """A forward pass of token ids [batch, pos] that is yet to show something."""
-        return Forward(tokens, frozenset(name for name, layer in self.layers.items() if layer["axes"] == _OF_PATTERN))
+        patterns = frozenset(name for name, layer in self.layers.items() if layer["axes"] == _OF_PATTERN)
+        return Forward(tokens, patterns, lengths=lengths)
 
     def plan(self, forward: Forward) -> Plan:
         """Hooks that fill in what the forward pass shows. Of layers that run several times in it, the last time counts.
@@ -150,7 +166,8 @@ class TrainedModel:
         except HookError as error:
             logger.info("the model is wrapped anew: %s", error)
         with undisturbed(self.module):
-            self.hooked = HookedModel(self.module)
+            self.hooked = _wrapped(self.module)
+            check_trusted(self.hooked, list(self.layers))
         return self._plan(keep)
 
     def _plan(self, keep: Any) -> Plan:
