@@ -610,8 +610,10 @@ def test_exported_autoencoders_are_those_that_were_trained(
     values = rows.take(np.arange(len(rows))).values
     read_back = np.array(sae.decode(sae.encode(mx.array(values))))
     fvu = np.square(values - read_back).sum() / np.square(values - values.mean(0)).sum()
-    assert evaluated.results is not None
-    assert abs(fvu - evaluated.results["analyses"]["sae"][RESID]["fvu"]) < 0.2
+    # Most of these rows it was trained on; a few steps are enough to be better than the mean.
+    assert fvu < 0.95
+    made = evaluated._made / "sae" / RESID / "sae_weights.safetensors"
+    assert (tmp_path / "sae" / RESID / made.name).read_bytes() == made.read_bytes()
     assert f"`sae/{RESID}/`" in report.read_text()
 
 
