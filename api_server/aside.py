@@ -16,9 +16,13 @@ from typing import Generic, TypeVar
 
 import mlx.core as mx
 
+from .errors import Stopping
 from .jobs import Progress
 
 T = TypeVar("T")
+
+LOOK_SECONDS = 0.1
+"""After which a turn that lasts is asked what it waits for."""
 
 Report = Callable[[int, int], None]
 Function = Callable[[Report], T]
@@ -47,24 +51,32 @@ class Aside:
         try:
             while thread.is_alive():
                 yield Progress(*thread.progress, idle=True)
-            yield thread.outcome.result()
+            yield thread.result()
         finally:
             thread.leave()
 
     def in_turns(
-        self, function: Function[T], keeps_turn: Callable[[], bool] = lambda: False
+        self,
+        function: Function[T],
+        keeps_turn: Callable[[], bool] = lambda: False,
+        holder: Callable[[], int | None] = lambda: None,
     ) -> Generator[T | Progress, None, None]:
         """The steps of a job for what computes with a model of the worker's: the worker waits meanwhile.
 
         Args:
             function: has the worker's time from one call of ``progress`` to the next.
             keeps_turn: asked there, in its thread, whether it holds what others would wait for.
+            holder: the id of the thread that holds what it would wait for, None where none does. While it is another
+                thread than the function's, the worker goes on without it.
         """
-        thread = _Turns(function, self._left, keeps_turn)
+        thread = _Turns(function, self._left, keeps_turn, holder)
         try:
             while thread.turn(self._started):
-                yield Progress(*thread.progress)
-            yield thread.outcome.result()
+                if thread.waits:
+                    yield Progress(None, "waiting for the model, which another thread uses", idle=True)
+                else:
+                    yield Progress(*thread.progress)
+            yield thread.result()
         finally:
             thread.leave()
 
@@ -109,6 +121,17 @@ class _Thread(threading.Thread, Generic[T]):
             mx.clear_streams()
             self._ended(self)
 
+    def result(self) -> T:
+        """What the function answered.
+
+        Raises:
+            Stopping: it was left, and its job was not cancelled.
+        """
+        try:
+            return self.outcome.result()
+        except _Left:
+            raise Stopping from None
+
     def report(self, done: int, total: int) -> None:
         """How far the function has come.
 
@@ -128,19 +151,36 @@ class _Turns(_Thread[T]):
     """One that goes on only when it is told to."""
 
     def __init__(
-        self, function: Function[T], ended: Callable[[_Thread[T]], None], keeps_turn: Callable[[], bool]
+        self,
+        function: Function[T],
+        ended: Callable[[_Thread[T]], None],
+        keeps_turn: Callable[[], bool],
+        holder: Callable[[], int | None],
     ) -> None:
         super().__init__(function, ended)
-        self._keeps_turn = keeps_turn
+        self._keeps_turn, self._holder = keeps_turn, holder
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_out = False
+
+    @property
+    def waits(self) -> bool:
+        """Whether another thread holds what it would wait for."""
+        return self._holder() not in (None, self.ident)
 
     def turn(self, start: Callable[[_Thread[T]], object]) -> bool:
-        """Let it go on until it reports or ends; answers whether there is more to do."""
-        if self.ident is None:
-            start(self)
-        else:
-            self._go.release()
-        self._back.acquire()
+        """Let it go on until it reports, ends or waits for another thread; answers whether there is more to do."""
+        if not self._is_out:
+            if self.waits:
+                return True
+            self._is_out = True
+            if self.ident is None:
+                start(self)
+            else:
+                self._go.release()
+        while not self._back.acquire(timeout=LOOK_SECONDS):
+            if self.waits:
+                return True
+        self._is_out = False
         return not self.outcome.done()
 
     def run(self) -> None:

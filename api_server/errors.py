@@ -116,10 +116,8 @@ class CapturesUnwritable(ApiError):
 class NoModelLoaded(ApiError):
     """A request that needs a model before one was loaded."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            409, "No model is loaded. Load one with POST /v1/models/load.", code="no_model_loaded", param="model"
-        )
+    def __init__(self, to_load: str = "Load one with POST /v1/models/load") -> None:
+        super().__init__(409, f"No model is loaded. {to_load}.", code="no_model_loaded", param="model")
 
 
 class Busy(ApiError):
@@ -215,6 +213,9 @@ def shown(error: BaseException, request_id: str) -> ApiError:
         return _of_http(error)
     if isinstance(error, HookError):
         return _of_hook(error)
+    if isinstance(error, MemoryError):
+        message = "This takes more memory than the server has: ask for less, or try again later."
+        return ApiError(503, message, code="out_of_memory", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
     return ApiError(500, f"Internal error. The server's log describes it under {request_id}.", code="internal_error")
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import IO, Any, get_args, get_type_hints
 
 from mlx_hooks import HookError, HookPoint, UnknownHookError
-from mlx_hooks.hook_points import POSITION_AXES
 from mlx_hooks.options import options_of
 from mlx_hooks.storage.manifest import MANIFEST, RANK_FOLDERS
 from mlx_hooks.storage.shards import ShardReader
 from mlx_hooks.token_text import TokenText
-from mlx_hooks.training.analyses import ANALYSES_BY_NAME, MODEL, EvalContext, layers_for, run_analysis
+from mlx_hooks.training.analyses import ANALYSES_BY_NAME, MODEL, Analysis, EvalContext, layers_for, run_analysis
+from mlx_hooks.training.context import Spell
+from mlx_hooks.training.layers import check_axes
 
 from . import logs
 from .aside import Aside, Report
@@ -84,6 +85,7 @@ class Interpretability:
         defaults: options of analyses by name, which a request's own precede.
         steer: whether ``sae`` steers the model that it is given data for.
         max_array_bytes: what the arrays of an upload may take as float32.
+        to_load: what callers are told to do where there is no model.
     """
 
     def __init__(
@@ -94,12 +96,13 @@ class Interpretability:
         defaults: Mapping[Any, Mapping[str, Any]] | None = None,
         steer: bool = False,
         max_array_bytes: int = 2**28,
+        to_load: str = "Load one with POST /v1/models/load",
     ) -> None:
         self.worker = worker
         self.max_array_bytes = max_array_bytes
         self._captured = _Captured(folder)
         self._defaults = defaults or {}
-        self._steer = steer
+        self._steer, self._to_load = steer, to_load
         self._aside = Aside(MAX_RUNNING)
         self._unpacking = threading.BoundedSemaphore(MAX_RUNNING)
         self._jobs: list[Job[Any]] = []
@@ -169,15 +172,17 @@ class Interpretability:
             analyse = partial(self._analyse, asked, self._layers(asked, context), context, options)
             return lambda: self._aside.beside(analyse)
         if loaded is None:
-            raise NoModelLoaded
-        model = loaded.model
+            raise NoModelLoaded(self._to_load)
+        model, instrument = loaded.model, loaded.model.instrument
         context = replace(context, model=model)
         analyse = partial(self._analyse, asked, self._layers(asked, context), context, options)
-        return lambda: self._aside.in_turns(analyse, lambda: model.instrument.is_attached)
+        return lambda: self._aside.in_turns(analyse, lambda: instrument.is_attached, lambda: instrument.holder)
 
     def _source(self, file: IO[bytes] | None) -> dict[str, Any]:
         if file is None:
             with self._captured.reader() as reader:
+                if not reader.entries:
+                    raise ApiError(404, f"Nothing was captured to {FOLDER} yet.", code="activations_not_found")
                 return {"reader": reader}
         # Only a few are unpacked at a time.
         with self._unpacking:
@@ -185,6 +190,7 @@ class Interpretability:
 
     def _layers(self, asked: Asked, context: EvalContext) -> list[str]:
         """The layers that are analysed; all that is asked of them is there."""
+        _check_layers(asked, ANALYSES_BY_NAME[asked.analysis], context)
         with self._told():
             try:
                 if asked.layer is None:
@@ -207,24 +213,46 @@ class Interpretability:
             def report(done: int, total: int, i: int = i) -> None:
                 progress(i * total + done, len(layers) * total)
 
-            with self._told():
+            with self._told(of_rows="file" if context.rows is not None else "layer_name"):
                 results[layer] = run_analysis(asked.analysis, context, layer, options, report)
         return results[MODEL] if list(results) == [MODEL] else results
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the engine says of a request, as its answer."""
+    def _told(self, of_rows: str = "layer_name") -> Iterator[None]:
+        """What the engine says of a request, as its answer.
+
+        Args:
+            of_rows: where the rows come from.
+        """
         try:
             yield
         except HookError as error:
             # Options, and what stands besides them, are fields of ``config``.
-            outside = error.field in _FIELDS
-            param = error.field if outside else f"config.{error.field}" if error.field else "config"
-            raise ApiError(400, self._captured.told(error), code="invalid_value", param=param) from error
+            outside = of_rows if error.field == "rows" else error.field if error.field in _FIELDS else None
+            param = outside or (f"config.{error.field}" if error.field else "config")
+            # What a program may give as any sequence.
+            message = self._captured.told(error).replace("an instance of Sequence", "a list")
+            raise ApiError(400, message, code="invalid_value", param=param) from error
 
     def close(self, timeout: float = 5.0) -> bool:
         """Leave what still computes; answers whether it ended within ``timeout`` s."""
         return self._aside.close(timeout)
+
+
+def check_defaults(defaults: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raises HookError for options that would fail each request, or have each write to the same place."""
+    for analysis, given in defaults.items():
+        options_class = ANALYSES_BY_NAME[analysis].options_class
+        options_of(options_class, given)
+        if files := [name for name in given if given[name] is not None and _names_file(options_class, name)]:
+            raise HookError(
+                f"Requests read and write no files: leave {files[0]} out of the options of {analysis}.",
+                field="analysis_options",
+            )
+
+
+def _names_file(options_class: type, name: str) -> bool:
+    return Path in get_args(get_type_hints(options_class).get(name))
 
 
 def _check_options(asked: Asked, options_class: type) -> None:
@@ -236,9 +264,8 @@ def _check_options(asked: Asked, options_class: type) -> None:
     if asked.options.get("steering") and not asked.runs_model:
         message = "Steering runs the model on data: give eval_data."
         raise ApiError(400, message, code="invalid_value", param="config.eval_data")
-    hints = get_type_hints(options_class)
     for name, value in asked.options.items():
-        if name in hints and Path in get_args(hints[name]):
+        if _names_file(options_class, name):
             message = f"The server reads and writes no files for a request: leave {name} out."
             raise ApiError(400, message, code="invalid_value", param=f"config.{name}")
         if type(value) is int and value > MAX_OPTION and name != "seed":
@@ -246,17 +273,46 @@ def _check_options(asked: Asked, options_class: type) -> None:
             raise ApiError(400, message, code="limit_exceeded", param=f"config.{name}")
 
 
+def _check_layers(asked: Asked, analysis: Analysis, context: EvalContext) -> None:
+    """Raises ApiError for what the engine would tell in the words of a program, or of a folder where a file came."""
+    if analysis.name == "probe" and context.labels is None:
+        message = "A probe needs labels: a list, one per row, or an object from tokens to labels."
+        raise ApiError(400, message, code="invalid_value", param="config.labels")
+    if analysis.needs == MODEL:
+        return
+    if context.rows is not None:
+        if context.steps is not None:
+            message = "The rows of a file are of no steps: leave steps out."
+            raise ApiError(400, message, code="invalid_value", param="config.steps")
+        if asked.layer is not None and asked.layer not in context.rows:
+            message = f"The file has no array {asked.layer!r}. There are: {', '.join(context.rows)}."
+            raise ApiError(404, message, code="layer_not_found", param="layer_name")
+    if asked.layer is None and not context.layers(analysis.needs):
+        what = "attention patterns (hook_pattern)" if analysis.needs == "patterns" else "activations of tokens"
+        where = "the file has none" if context.rows is not None else "none are captured"
+        message = f"The analysis {asked.analysis!r} needs {what}; {where}."
+        raise ApiError(400, message, code="invalid_value", param="analysis_type")
+
+
 def _has_rows(point: HookPoint) -> bool:
-    """Whether what stands at a hook point is one value per token."""
-    return any(axis in POSITION_AXES for axis in point.axes)
+    """Whether what stands at a hook point can be captured: one value per token."""
+    try:
+        check_axes(point.name, point.axes)
+    except HookError:
+        return False
+    return True
 
 
-def _spell(asked: Asked, loaded: LoadedModel | None, reader: ShardReader | None) -> Callable[[int], str] | None:
+def _spell(asked: Asked, loaded: LoadedModel | None, reader: ShardReader | None) -> Spell | None:
     """Of the model that is named; of another one if what was captured has its vocabulary."""
     if loaded is None or loaded.model.tokenizer is None:
         return None
     captured = reader.description.get("model", {}).get("d_vocab") if reader is not None else None
-    return TokenText(loaded.model.tokenizer).text if asked.model or captured == loaded.model.cfg.d_vocab else None
+    known = loaded.model.cfg.d_vocab
+    if not asked.model and captured != known:
+        return None
+    text = TokenText(loaded.model.tokenizer).text
+    return lambda token: text(token) if token < known else None
 
 
 class _Captured:

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
+import orjson
+
+from neuroscope_bridge import payload
+
 from .errors import Cancelled, describe, shown
 from .models import LoadedModel
 
@@ -75,7 +79,8 @@ class Job(Generic[T]):
         self._steps: Generator[T | Progress, None, None] | None = None
         self._is_background = render is not None
         self._render = render
-        self._result: dict[str, Any] | None = None
+        # As JSON: the same as objects takes many times the memory.
+        self._result: bytes | None = None
         self._error: dict[str, Any] | None = None
         self._outcomes: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         # Why it is cancelled; not the exception, whose traceback would keep what its frames hold.
@@ -132,11 +137,17 @@ class Job(Generic[T]):
         *_, last = self.results(reader_gone)
         return last
 
-    def to_dict(self, ahead: int | None = None) -> dict[str, Any]:
+    @property
+    def nbytes(self) -> int:
+        """What is kept of its result."""
+        return len(self._result or b"")
+
+    def to_dict(self, ahead: int | None = None, *, with_result: bool = True) -> dict[str, Any]:
         """The job as plain JSON values; times are seconds since 1970.
 
         Args:
             ahead: how many jobs wait before it.
+            with_result: whether its result is shown; else it is None.
         """
         message = self.progress.message if ahead is None else f"{ahead} before it" if ahead else "next"
         return {
@@ -152,7 +163,7 @@ class Job(Generic[T]):
             "started": self.started,
             "finished": self.finished,
             "request_id": self.request_id,
-            "result": self._result,
+            "result": orjson.loads(self._result) if with_result and self._result is not None else None,
             "error": self._error,
         }
 
@@ -187,7 +198,7 @@ class Job(Generic[T]):
         if isinstance(result, Progress):
             self.progress = result
         elif self._render is not None:
-            self._result = self._render(result)
+            self._result = payload.dumps(self._render(result))
         elif self._cancelled is None:
             self._outcomes.put(("result", result))
 

@@ -17,7 +17,7 @@ from .interpretability import Interpretability
 from .jobs import Job
 from .models import LoadedModel
 from .schemas.analysis import TraitsRequest
-from .schemas.fields import DEFAULT_MAX_TOKENS
+from .schemas.fields import DEFAULT_MAX_TOKENS, supported
 from .schemas.queries import NoQuery
 from .schemas.requests import CaptureRequest, GenerationRequest, RegisterHooksRequest
 from .worker import ModelWorker
@@ -88,12 +88,23 @@ def read_form(model: type[M]) -> tuple[M, FileStorage]:
             415, f"The Content-Type must be multipart/form-data, {got}.", code="unsupported_media_type", param=None
         )
     _check_origin()
+    if not request.mimetype_params.get("boundary"):
+        message = "The Content-Type must name the boundary: multipart/form-data; boundary=..."
+        raise ApiError(400, message, code="invalid_form")
     # Of all fields together the limit is that of the body.
     request.max_form_memory_size = request.max_content_length
     try:
         texts, files = request.form, request.files
     except RequestEntityTooLarge as error:
+        if (request.content_length or 0) <= config().max_body_bytes:
+            known = ", ".join(supported(model))
+            message = f"The form has more than {request.max_form_parts} fields. Supported: {known}."
+            raise ApiError(400, message, code="invalid_form") from error
         raise BodyTooLarge(config().max_body_bytes) from error
+    if not texts and not files:
+        # A form that breaks off is read as none.
+        message = "The form has no fields: it breaks off, or its boundary is another than its Content-Type says."
+        raise ApiError(400, message, code="invalid_form")
     names = [name for given in (texts, files) for name, _ in given.items(multi=True)]
     for name in names:
         if names.count(name) > 1:
@@ -120,7 +131,8 @@ def _check_origin() -> None:
         return
     raise ApiError(
         403,
-        f"A page of {origin[:100]!r} may not send forms to this server; --cors-origin names those that may.",
+        f"A page of {origin[:100]!r} may not send forms to this server; --cors-origin, or cors_origins of a blueprint, "
+        "names those that may.",
         code="origin_not_allowed",
     )
 

@@ -33,6 +33,9 @@ MAX_HEADER_BYTES = 2**20
 COLUMNS = ("tokens", "sequence", "position")
 """Arrays [row] that say what the rows are, as shards have them."""
 
+MAX_WIDTH = 2**19
+"""Numbers in a row, of all layers together: results have entries for each, many times as long as the number."""
+
 _ALLOWED = "a safetensors file, or an npz file (numpy.savez), of arrays [row, ...]"
 _ZIP, _NPY, _PICKLE = b"PK", b"\x93NUMPY", b"\x80"
 _END_OF_ZIP, _END_OF_ZIP64 = b"PK\x05\x06", b"PK\x06\x07"
@@ -73,9 +76,13 @@ def _layers(arrays: Mapping[str, Read]) -> dict[str, ArrayRows]:
     for name, column in columns.items():
         if column.ndim != 1 or column.dtype.kind not in "iu":
             raise _damaged(f"Array {name!r} is one whole number per row, got {column.dtype} {list(column.shape)}")
+        if column.size and not 0 <= column.min() <= column.max() < 2**31:
+            raise _damaged(f"Array {name!r} has numbers from 0 to 2147483647, got {column.min()} to {column.max()}")
     found = {name: _rows(name, read(), columns) for name, read in arrays.items() if name not in COLUMNS}
     if not found:
         raise _damaged(f"The file has no activations; it is to be {_ALLOWED}")
+    if (width := sum(rows.width for rows in found.values())) > MAX_WIDTH:
+        raise _too_large(f"A row of all layers has {width} numbers; at most {MAX_WIDTH} are read. Send fewer layers")
     return found
 
 
@@ -191,13 +198,14 @@ def _check_size(counts: list[int], max_bytes: int) -> None:
     if len(counts) > MAX_ARRAYS:
         raise _damaged(f"The file has {len(counts)} arrays; at most {MAX_ARRAYS} are read")
     if 4 * sum(counts) > max_bytes:
-        raise ApiError(
-            413,
+        raise _too_large(
             f"The arrays take {4 * sum(counts)} bytes as float32; this server reads at most {max_bytes} "
-            f"({max_bytes / 2**20:.4g} MiB). Send fewer rows or layers.",
-            code="upload_too_large",
-            param="file",
+            f"({max_bytes / 2**20:.4g} MiB). Send fewer rows or layers"
         )
+
+
+def _too_large(message: str) -> ApiError:
+    return ApiError(413, f"{message}.", code="upload_too_large", param="file")
 
 
 def _damaged(message: str) -> ApiError:

@@ -40,6 +40,8 @@ T = TypeVar("T")
 REMEMBERED_JOBS = 500
 REMEMBERED_BRIEF_JOBS = 50
 REMEMBERED_SECONDS = 3600.0
+REMEMBERED_BYTES = 256 * 2**20
+"""Of results, as JSON; the oldest make room."""
 IDLE_SECONDS = 0.05
 MAX_DOWNLOADS = 4
 
@@ -165,9 +167,9 @@ class ModelWorker:
             return self._book[job_id]
 
     def jobs(self) -> list[dict[str, Any]]:
-        """All jobs that are remembered, the newest first, as plain data."""
+        """All jobs that are remembered, the newest first, as plain data without their results."""
         with self._changed:
-            return [self._shown(job) for job in reversed(self._book.values())]
+            return [self._shown(job, with_result=False) for job in reversed(self._book.values())]
 
     def shown(self, job: Job[Any]) -> dict[str, Any]:
         """One job as plain data, with its place in the queue."""
@@ -187,8 +189,8 @@ class ModelWorker:
                 job.finish(Cancelled(f"The job {job_id} was cancelled before it began."))
             return self._shown(job)
 
-    def _shown(self, job: Job[Any]) -> dict[str, Any]:
-        return job.to_dict(self._schedule.ahead_of(job))
+    def _shown(self, job: Job[Any], **how: bool) -> dict[str, Any]:
+        return job.to_dict(self._schedule.ahead_of(job), **how)
 
     def _remember(self, job: Job[Any]) -> None:
         self._book[job.id] = job
@@ -199,6 +201,12 @@ class ModelWorker:
             for i, old in enumerate(ended):
                 if len(ended) - i > most or (old.finished or 0) < horizon:
                     del self._book[old.id]
+        kept = sum(one.nbytes for one in self._book.values())
+        for old in [one for one in self._book.values() if one.nbytes and one.is_finished]:
+            if kept <= REMEMBERED_BYTES:
+                break
+            kept -= old.nbytes
+            del self._book[old.id]
 
     def _run(self) -> None:
         while (job := self._next()) is not None:

@@ -749,7 +749,7 @@ class LMStudioNeuroScopeClient(Connection):
     # -- jobs ------------------------------------------------------------------------------------
 
     def list_jobs(self) -> list[Reply]:
-        """What the server works on, what waits, and what ended a while ago, the newest first."""
+        """What the server works on, what waits, and what ended a while ago, the newest first. `job` shows a result."""
         return cast("list[Reply]", self._field("GET", "/v1/jobs", "data", list))
 
     def job(self, job_id: str) -> Reply:
@@ -819,19 +819,33 @@ def _vector(value: Any) -> Any:
 
 
 def _config(given: Mapping[str, Any] | None) -> Reply | None:
-    """As JSON has it, whose keys are texts: labels by token id have numbers."""
+    """As JSON has it, whose keys are texts: labels by token id have numbers.
+
+    Raises:
+        ValueError: a number that JSON does not have.
+    """
     if given is None:
         return None
-    labels = given.get("labels")
+    for name, value in given.items():
+        if isinstance(value, float | np.floating) and not np.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+    config = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in given.items()}
+    # Rows of token ids in a list, too.
+    if isinstance(rows := config.get("eval_data"), list | tuple):
+        config["eval_data"] = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    labels = config.get("labels")
     if isinstance(labels, Mapping):
-        return {**given, "labels": {str(token): label for token, label in labels.items()}}
-    return dict(given)
+        config["labels"] = {str(token): label for token, label in labels.items()}
+    return config
 
 
 def _safetensors(arrays: Mapping[str, Any]) -> bytes:
     """A file of the arrays: whole numbers that fit as int32, half precision as it is, all others as float32."""
     plain = {}
     for name, values in arrays.items():
+        if str(getattr(values, "dtype", "")).endswith("bfloat16"):
+            plain[str(name)] = _bfloat16_bits(values)
+            continue
         array = np.asarray(values)
         if array.dtype.kind not in "fiub":
             raise PayloadError(f"Array {name!r} holds {array.dtype}: activations are real numbers.")
@@ -839,6 +853,14 @@ def _safetensors(arrays: Mapping[str, Any]) -> bytes:
         kind = np.int32 if is_index else np.float16 if array.dtype == np.float16 else np.float32
         plain[str(name)] = array.astype(kind, copy=False)
     return b"".join(safetensors_buffers(plain, {}))
+
+
+def _bfloat16_bits(values: Any) -> np.ndarray:
+    """Of an array of MLX or another library, whose numbers NumPy does not have: uint16 of the same shape."""
+    try:
+        return np.frombuffer(memoryview(values).tobytes(), np.uint16).reshape(values.shape)
+    except TypeError:
+        return np.asarray(values).view(np.uint16)
 
 
 def _token_ids(tokens: Iterable[Any]) -> list[int]:

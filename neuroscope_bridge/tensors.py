@@ -24,7 +24,8 @@ import orjson
 from .errors import PayloadError
 
 _SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I32": np.dtype("<i4")}
-_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in _SAFETENSORS_DTYPES.items()} | {np.dtype("<u2"): "BF16"}
+"""Those that are written; NumPy has no bfloat16, so uint16 is its bits."""
 _METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # what safetensors' own reader accepts
 
@@ -85,7 +86,8 @@ def safetensors_header(tensors: Mapping[str, tuple[np.dtype[Any], Shape]], metad
     for name, (dtype, shape) in tensors.items():
         known = _SAFETENSORS_NAMES.get(dtype.newbyteorder("<"))
         if known is None or name == _METADATA:
-            raise PayloadError(f"Array {name!r} of {dtype} has no place here. Types: float32, float16, int32.")
+            kinds = "float32, float16, int32, and bfloat16 as bits in uint16"
+            raise PayloadError(f"Array {name!r} of {dtype} has no place here. Types: {kinds}.")
         stop = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": known, "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
@@ -98,7 +100,7 @@ def safetensors_buffers(tensors: Mapping[str, np.ndarray], metadata: Mapping[str
     """A safetensors file in pieces: the header, then each array's memory.
 
     Raises:
-        PayloadError: an array of another type than float32, float16 and int32.
+        PayloadError: an array of another type than float32, float16, int32, and uint16, the bits of bfloat16.
     """
     header = safetensors_header({name: (a.dtype, a.shape) for name, a in tensors.items()}, metadata)
     return [header, *(array_bytes(array) for array in tensors.values())]

@@ -10,6 +10,7 @@ from server_tools import load_tiny, until
 
 from api_server import ModelWorker
 from api_server.aside import Aside, Report
+from api_server.errors import Stopping
 
 
 @pytest.fixture
@@ -199,3 +200,33 @@ def test_closing_leaves_what_computes(worker: ModelWorker) -> None:
     until(lambda: len(aside._threads) == 1)
     assert aside.close(5)
     assert not aside._threads
+
+
+@pytest.mark.parametrize("way", ["beside", "in_turns"])
+def test_what_is_left_without_being_cancelled_is_stopping(worker: ModelWorker, way: str) -> None:
+    aside = Aside()
+    job = worker.submit(lambda: getattr(aside, way)(endless))
+    until(lambda: worker.shown(job)["fraction"] == 0.25)
+    assert aside.close(5)
+    with pytest.raises(Stopping):
+        job.result()
+
+
+def test_the_worker_goes_on_while_another_thread_holds_what_a_turn_waits_for(worker: ModelWorker) -> None:
+    aside, lock, holder = Aside(), threading.Lock(), [0]
+
+    def function(progress: Report) -> str:
+        progress(0, 2)
+        with lock:
+            return "done"
+
+    with lock:
+        # As it would be if it were taken between the look and the turn.
+        job = worker.submit(lambda: aside.in_turns(function, holder=lambda: holder[0] or None))
+        until(lambda: len(aside._threads) == 1)
+        time.sleep(0.05)
+        holder[0] = threading.get_ident()
+        assert worker.call(lambda: "at once") == "at once"
+        until(lambda: "another thread" in worker.shown(job)["message"])
+    holder[0] = 0
+    assert job.result() == "done"

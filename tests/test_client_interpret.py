@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from server_tools import CAPTURED_TEXTS
@@ -85,3 +86,20 @@ def test_what_is_refused_is_said(client: LMStudioNeuroScopeClient, tmp_path: Pat
 def test_numbers_too_large_for_an_index_are_no_indices(client: LMStudioNeuroScopeClient) -> None:
     found = client.interpret_upload({"layer1": np.full((4, 2), 2**40)}, "neuron")
     assert found["results"]["layer1"]["mean_activation"] == [2.0**40] * 2
+
+
+def test_arrays_of_mlx_are_sent_as_they_are(client: LMStudioNeuroScopeClient) -> None:
+    half = mx.array(ROWS).astype(mx.bfloat16)
+    found = client.interpret_upload({"layer1": half, "turned": half.T}, "neuron")["results"]
+    expected = np.array(half.astype(mx.float32))
+    np.testing.assert_allclose(found["layer1"]["mean_activation"], expected.mean(0), atol=1e-6)
+    np.testing.assert_allclose(found["turned"]["mean_activation"], expected.mean(1), atol=1e-6)
+    plain = client.interpret("causal", config={"eval_data": [[1, 2, 3, 4]], "components": ["mlp_out"]})["results"]
+    for rows in (mx.array([[1, 2, 3, 4]]), [mx.array([1, 2, 3, 4])], np.array([[1, 2, 3, 4]])):
+        config = {"eval_data": rows, "components": ["mlp_out"]}
+        assert client.interpret("causal", config=config)["results"] == plain
+
+
+def test_a_number_that_json_does_not_have_is_refused_here(client: LMStudioNeuroScopeClient) -> None:
+    with pytest.raises(ValueError, match="threshold must be a finite number, got nan"):
+        client.interpret("neuron", config={"threshold": float("nan")})

@@ -16,21 +16,27 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from flask import Flask
+from flask import Flask, abort, redirect, request
 from flask.testing import FlaskClient
 from server_tools import CAPTURED_TEXTS, load_tiny, running_server, save_captured, until
 from werkzeug.datastructures import FileStorage
+from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 from werkzeug.test import encode_multipart
 
 from api_server import ModelWorker, ServerConfig, create_app, interpretability, interpretability_blueprint
 from api_server.__main__ import main
+from api_server.app import close_app
 from api_server.interpretability import MAX_ANALYSES
+from api_server.uploads import read_upload
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.storage.shards import ShardReader, ShardWriter
 from mlx_hooks.training.config import ANALYSES, MechIntConfig
+from mlx_hooks.training.layers import sampled_layers
 
 RESID, PATTERN = "blocks.2.hook_resid_post", "blocks.1.attn.hook_pattern"
+CAUSAL = {"analysis_type": "causal"}
+PROBE = {"analysis_type": "probe", "layer_name": RESID}
 NEURON = {"analysis_type": "neuron", "layer_name": RESID, "config": {}}
 
 
@@ -177,6 +183,59 @@ def test_what_is_captured_meanwhile_is_seen_and_read_once(
     assert len(opened) == 3
 
 
+def test_what_several_processes_captured_is_read_together(worker: ModelWorker, tmp_path: Path) -> None:
+    client = create_app(worker, ServerConfig(mechint=tmp_path)).test_client()
+    assert client.post("/interpret", json=NEURON).status_code == 404
+    rows = {"tokens": [1, 2], "sequence": [0, 0], "position": [0, 1]}
+    for rank in range(2):
+        layers = {RESID: {"axes": ["d_model"], "shape": [2]}}
+        writer = ShardWriter(tmp_path / f"rank_{rank:03d}", layers=layers)
+        for step in range(2):
+            writer.write({RESID: mx.full((2, 2), 2 * rank + step)}, step=step, **rows)
+            shapes = client.get("/interpret/layers").json["shapes"]
+            assert shapes == {RESID: [4 * rank + 2 * step + 2, 2]}
+        writer.close()
+    reply = client.post("/interpret", json=NEURON)
+    close_to(reply.json["results"][RESID]["mean_activation"], np.full(2, 1.5))
+
+
+def test_a_folder_without_shards_yet_has_no_activations(worker: ModelWorker, tmp_path: Path) -> None:
+    ShardWriter(tmp_path, layers={RESID: {"axes": ["d_model"], "shape": [2]}}).close()
+    client = create_app(worker, ServerConfig(mechint=tmp_path)).test_client()
+    reply = client.post("/interpret", json=NEURON)
+    assert (reply.status_code, reply.json["error"]["code"]) == (404, "activations_not_found")
+
+
+def test_a_shard_that_is_cut_in_place_is_an_error(worker: ModelWorker, folder: Path, tmp_path: Path) -> None:
+    """Reading what was mapped beyond the file's end would end the process."""
+    copied = tmp_path / "captured"
+    shutil.copytree(folder, copied)
+    client = create_app(worker, ServerConfig(mechint=copied)).test_client()
+    assert client.post("/interpret", json=NEURON).status_code == 200
+    with next(copied.glob("*_step_200.safetensors")).open("r+b") as shard:
+        shard.truncate(200)
+    for _ in range(2):
+        reply = client.post("/interpret", json=NEURON)
+        assert reply.status_code == 400
+        assert "cannot read activations_shard_" in reply.json["error"]["message"]
+
+
+def test_what_could_be_captured_can_be(client: FlaskClient) -> None:
+    available = client.get("/interpret/layers").json["available"]
+    model = HookedModel.from_pretrained("neuroscope-tiny")
+    assert [layer.point.name for layer in sampled_layers(model, available)] == available
+    assert set(model.hook_points) - set(available) == {"embed.hook_in"}
+
+
+def test_too_little_memory_is_said(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 29.8 GiB")
+
+    monkeypatch.setattr(sys.modules["api_server.interpretability"], "run_analysis", fail)
+    reply = client.post("/interpret", json=NEURON)
+    assert (reply.status_code, reply.json["error"]["code"]) == (503, "out_of_memory")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param", "says"),
     [
@@ -193,6 +252,15 @@ def test_what_is_captured_meanwhile_is_seen_and_read_once(
         (NEURON | {"analysis_type": "sae", "config": {"steering": True}}, 400, "config.eval_data", "eval_data"),
         ({"analysis_type": "causal", "config": {"eval_data": [[1, -2]]}}, 400, "config.eval_data", "token -2"),
         ({"analysis_type": "causal", "config": {"steps": [0]}}, 400, "config.steps", "causal"),
+        (NEURON | {"config": {"steps": [7]}}, 400, "config.steps", "0, 200"),
+        (CAUSAL | {"config": {"eval_data": [1]}}, 400, "config.eval_data", "or objects with clean"),
+        (CAUSAL | {"config": {"eval_data": ["a"], "components": 5}}, 400, "config.components", "must be a list"),
+        (PROBE | {"config": {"labels": "x"}}, 400, "config.labels", "a list, one per row, or an object"),
+        (PROBE | {"config": {"labels": [[1]]}}, 400, "config.labels", "null as labels"),
+        (PROBE | {"config": {"labels": {"1": [1]}}}, 400, "config.labels", "null as labels"),
+        (PROBE | {"config": {"labels": {"9" * 5000: 1}}}, 400, "config.labels", ""),
+        (PROBE, 400, "config.labels", "one per row, or an object"),
+        (NEURON | {"config": {"steps": [200], "part_size": "1"}}, 400, "config.part_size", "integer"),
         (NEURON | {"config": []}, 400, "config", "object"),
         (NEURON | {"config": {"steps": ["0"]}}, 400, "config.steps[0]", "integer"),
         (NEURON | {"extra": 1}, 400, "extra", "layer_name"),
@@ -308,7 +376,10 @@ def test_a_files_name_is_told_without_what_makes_paths(client: FlaskClient, name
         ({"config": "{"}, 400, "config"),
         ({"config": '{"x": NaN}'}, 400, "config"),
         ({"config": '{"wrong": 1}'}, 400, "config.wrong"),
-        ({"config": '{"steps": [1]}'}, 400, "config"),
+        ({"config": '{"steps": [1]}'}, 400, "config.steps"),
+        ({"analysis_type": "heads"}, 400, "analysis_type"),
+        ({"analysis_type": "probe"}, 400, "config.labels"),
+        ({"analysis_type": "feature", "file": (io.BytesIO(npz(layer1=np.ones((1, 4)))), "a.npz")}, 400, "file"),
         ({"background": "yes"}, 400, "background"),
         ({"unknown": "x"}, 400, "unknown"),
         ({"config": (io.BytesIO(b"{}"), "config.json")}, 400, "config"),
@@ -330,10 +401,12 @@ def test_a_form_that_does_not_fit_is_refused(
 def test_another_body_than_a_form_is_refused(client: FlaskClient) -> None:
     for options in ({"json": {}}, {"data": {"analysis_type": "neuron"}}, {"data": npz(layer1=ROWS)}):
         assert client.post("/interpret/upload", **options).status_code == 415
-    broken = [{"data": b"xyz"}, {"data": b""}, {"data": b"--b\r\n\r\n"}]
-    for options in broken:
-        for kind in ("multipart/form-data", "multipart/form-data; boundary=b"):
-            assert client.post("/interpret/upload", **options, content_type=kind).status_code == 400
+    boundary, whole = encode_multipart({"config": " " * 1000}, boundary="b")
+    for body in (b"xyz", b"", b"--b\r\n\r\n", whole[:200]):
+        for kind, says in (("", "boundary"), (f"; boundary={boundary}", "breaks off")):
+            reply = client.post("/interpret/upload", data=body, content_type=f"multipart/form-data{kind}")
+            assert (reply.status_code, reply.json["error"]["code"]) == (400, "invalid_form"), reply.text
+            assert says in reply.json["error"]["message"]
     assert upload(client, npz(layer1=ROWS)).status_code == 200
     assert client.post("/interpret/upload?analysis_type=neuron").json["error"]["param"] == "analysis_type"
 
@@ -354,6 +427,7 @@ def test_pickles_are_refused(client: FlaskClient) -> None:
         ("http://localhost.evil.example", (), 403),
         ("http://[", (), 403),
         ("http://localhost", (), 200),
+        ("https://localhost", (), 200),
         ("https://lab.example", ("https://lab.example",), 200),
         ("https://evil.example", ("https://lab.example",), 403),
         ("https://evil.example", ("*",), 200),
@@ -389,6 +463,48 @@ def test_a_long_config_is_read_as_far_as_a_body_may_be_long(client: FlaskClient)
     boundary, body = encode_multipart(form)
     reply = client.post("/interpret/upload", data=body, content_type=f"multipart/form-data; boundary={boundary}")
     assert reply.status_code == 200, reply.text
+
+
+def test_a_form_of_very_many_fields_is_not_called_too_long(client: FlaskClient) -> None:
+    boundary, body = encode_multipart({f"field{i}": "x" for i in range(2000)})
+    reply = client.post("/interpret/upload", data=body, content_type=f"multipart/form-data; boundary={boundary}")
+    assert (reply.status_code, reply.json["error"]["code"]) == (400, "invalid_form"), reply.text
+    assert "analysis_type" in reply.json["error"]["message"]
+
+
+def test_only_so_many_uploads_are_unpacked_at_a_time(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["api_server.interpretability"]
+    lock, reading, most = threading.Lock(), [0], [0]
+
+    def slow(file: Any, max_bytes: int) -> Any:
+        with lock:
+            reading[0] += 1
+            most[0] = max(most[0], reading[0])
+        time.sleep(0.1)
+        with lock:
+            reading[0] -= 1
+        return read_upload(file, max_bytes)
+
+    monkeypatch.setattr(module, "read_upload", slow)
+    threads = [threading.Thread(target=upload, args=(client, npz(layer1=ROWS))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] == interpretability.MAX_RUNNING == 2
+
+
+def test_tokens_that_a_model_does_not_have_are_not_spelled(client: FlaskClient) -> None:
+    tokens = np.full(64, 10**9)
+    reply = upload(client, npz(layer1=ROWS, tokens=tokens), model="neuroscope-tiny")
+    assert reply.status_code == 200, reply.text
+    (told, *_) = reply.json["results"]["layer1"]["top_tokens"]
+    assert {(token["token_id"], token["token"]) for token in told["tokens"]} == {(10**9, None)}
+
+
+def test_words_for_files_and_folders_are_those_of_the_request(client: FlaskClient) -> None:
+    for fields in ({"layer_name": "layer9"}, {"analysis_type": "heads"}):
+        assert "he file has no" in upload(client, npz(layer1=ROWS), **fields).json["error"]["message"]
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------
@@ -439,6 +555,35 @@ def test_an_analysis_shows_its_progress_and_can_be_cancelled(
     for thread in threads:
         thread.join(5)
         assert not thread.is_alive()
+
+
+def test_closing_an_application_leaves_its_analyses(
+    worker: ModelWorker, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(worker, ServerConfig(mechint=folder))
+    with analysing(monkeypatch):
+        reply = app.test_client().post("/interpret", json=NEURON | {"background": True})
+        until(lambda: worker.shown(worker.job(reply.json["id"]))["fraction"] == 0.25)
+        assert close_app(app)
+        assert not [thread for thread in threading.enumerate() if thread.name == "analysis"]
+
+
+def test_results_are_shown_one_at_a_time_and_the_oldest_make_room(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def done(**fields: Any) -> str:
+        address = str(upload(client, npz(layer1=ROWS), background="true", **fields).headers["Location"])
+        until(lambda: client.get(address).json["status"] == "completed")
+        return address
+
+    first = done()
+    size = len(json.dumps(client.get(first).json["result"]))
+    assert {job["result"] for job in client.get("/v1/jobs").json["data"]} == {None}
+    monkeypatch.setattr("api_server.worker.REMEMBERED_BYTES", int(1.5 * size))
+    second, third = done(), done()
+    assert client.post("/interpret", json=NEURON).status_code == 200
+    assert [client.get(address).status_code for address in (first, second, third)] == [404, 404, 200]
+    assert client.get(third).json["result"]["results"]
 
 
 def test_only_so_many_analyses_are_taken(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,6 +696,128 @@ def test_another_application_has_the_jobs_of_the_blueprint(bare: Flask) -> None:
     assert client.get(reply.headers["Location"]).json["result"]["analysis_type"] == "causal"
 
 
+def test_another_application_refuses_as_it_likes(bare: Flask) -> None:
+    def redirected() -> Any:
+        abort(redirect("/login"))
+
+    answers: list[tuple[Callable[[], Any], int, str]] = [
+        (lambda: ({"error": "log in"}, 401), 401, "log in"),
+        (lambda: abort(401), 401, "Unauthorized"),
+        (lambda: redirect("/login"), 302, "/login"),
+        (redirected, 302, "/login"),
+        (lambda: 1 // 0, 500, "Internal Server Error"),
+    ]
+    now: list[Callable[[], Any]] = [lambda: None]
+    bare.before_request(lambda: now[0]() if request.path.startswith("/interpret") else None)
+    client = bare.test_client()
+    for refusal, status, says in answers:
+        now[0] = refusal
+        reply = client.get("/interpret/layers")
+        assert (reply.status_code, says in reply.text) == (status, True), reply.text
+    now[0] = lambda: None
+    assert client.post("/interpret", json={"analysis_type": "x"}).json["error"]["param"] == "analysis_type"
+
+
+def test_another_application_has_its_own_pages_for_what_it_refuses() -> None:
+    app = Flask("pages")
+    blueprint = interpretability_blueprint(None, {"storage_path": "x"})
+    app.register_blueprint(blueprint)
+    app.before_request(lambda: abort(401))
+    app.register_error_handler(HTTPException, lambda error: (f"our page {error.code}", error.code or 500))
+    reply = app.test_client().get("/interpret/layers")
+    assert (reply.status_code, reply.text) == (401, "our page 401")
+    blueprint.close()
+
+
+@pytest.mark.parametrize("body", [NEURON, {"analysis_type": "causal", "config": {"eval_data": ["the cat sat"]}}])
+def test_closing_a_blueprint_answers_what_it_leaves(
+    bare: Flask, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    client, replies = bare.test_client(), []
+    blueprint: Any = bare.blueprints["interpretability"]
+    with analysing(monkeypatch):
+        job = client.post("/interpret", json=body | {"background": True})
+        thread = threading.Thread(target=lambda: replies.append(client.post("/interpret", json=body)))
+        thread.start()
+        until(lambda: [one["fraction"] for one in client.get("/v1/jobs").json["data"]] == [0.25, 0.25])
+        blueprint.close()
+        thread.join(10)
+    assert [(reply.status_code, reply.json["error"]["code"]) for reply in replies] == [(503, "stopping")]
+    ended = blueprint._worker.shown(blueprint._worker.job(job.json["id"]))
+    assert ended["error"]["code"] == "stopping"
+    for reply in (client.get("/interpret/layers"), client.post("/interpret", json=body)):
+        assert (reply.status_code, reply.json["error"]["code"]) == (503, "stopping")
+
+
+def test_an_application_that_uses_the_model_itself_keeps_no_other_analysis_waiting(folder: Path) -> None:
+    model = HookedModel.from_pretrained("neuroscope-tiny")
+    app = Flask("user")
+    blueprint = interpretability_blueprint(model, {"storage_path": str(folder)})
+    app.register_blueprint(blueprint)
+    client = app.test_client()
+    body = {"analysis_type": "causal", "config": {"eval_data": ["the cat sat"]}, "background": True}
+    with model.hooks(fwd_hooks=[("hook_embed", lambda value, point: None)]):
+        waiting, cancelled = (client.post("/interpret", json=body).headers["Location"] for _ in range(2))
+        until(lambda: "another thread" in client.get(waiting).json["message"])
+        assert client.post("/interpret", json=NEURON).status_code == 200
+        client.delete(cancelled)
+        until(lambda: client.get(cancelled).json["status"] == "cancelled")
+    until(lambda: client.get(waiting).json["status"] == "completed")
+    blueprint.close()
+
+
+@pytest.mark.parametrize("steers", [False, True])
+def test_a_blueprint_steers_where_its_configuration_says_so(
+    folder: Path, llama: HookedModel, monkeypatch: pytest.MonkeyPatch, steers: bool
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        sys.modules["api_server.interpretability"],
+        "run_analysis",
+        lambda name, context, layer, options, progress: seen.append(context) or {},
+    )
+    blueprint = interpretability_blueprint(llama, MechIntConfig(storage_path=folder, enable_feature_steering=steers))
+    app = Flask("steering")
+    app.register_blueprint(blueprint)
+    body = {"analysis_type": "sae", "layer_name": "2"}
+    for config, expected in (({}, False), ({"eval_data": [[1, 2, 3]]}, steers)):
+        assert app.test_client().post("/interpret", json=body | {"config": config}).status_code == 200
+        assert seen[-1].steer is expected
+    blueprint.close()
+
+
+def test_a_configuration_that_would_fail_each_request_is_refused(tmp_path: Path) -> None:
+    def made(**options: Any) -> Any:
+        return interpretability_blueprint(None, {"storage_path": str(tmp_path), "analysis_options": options})
+
+    made(neuron={"part_size": 10})
+    with pytest.raises(HookError, match="no field 'foo'"):
+        made(neuron={"foo": 1})
+    with pytest.raises(HookError, match="leave save_to out"):
+        made(sae={"save_to": tmp_path})
+    for size in (-1, 0, "5", True):
+        with pytest.raises(HookError, match="max_upload_bytes"):
+            interpretability_blueprint(None, {"storage_path": "x"}, max_upload_bytes=size)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="origin"):
+        interpretability_blueprint(None, {"storage_path": "x"}, cors_origins=["lab.example/x"])
+
+
+def test_a_blueprint_without_a_model_says_where_one_is_given() -> None:
+    app = Flask("modelless")
+    blueprint = interpretability_blueprint(None, {"storage_path": "x"}, cors_origins=["https://lab.example"])
+    app.register_blueprint(blueprint)
+    client = app.test_client()
+    reply = client.post("/interpret", json={"analysis_type": "causal", "config": {"eval_data": ["the cat"]}})
+    assert (reply.status_code, reply.json["error"]["code"]) == (409, "no_model_loaded")
+    assert "interpretability_blueprint" in reply.json["error"]["message"]
+    for origin, status in (("https://lab.example", 200), ("https://evil.example", 403)):
+        form = {"file": (io.BytesIO(npz(layer1=ROWS)), "a.npz"), "analysis_type": "neuron"}
+        reply = client.post("/interpret/upload", data=form, headers={"Origin": origin})
+        assert reply.status_code == status
+    assert "cors_origins" in reply.json["error"]["message"]
+    blueprint.close()
+
+
 def test_two_blueprints_stand_beside_one_another(folder: Path, tmp_path: Path) -> None:
     app = Flask("two")
     one = interpretability_blueprint(config={"storage_path": str(folder)}, name="one")
@@ -655,5 +922,5 @@ def test_tokens_are_spelled_by_a_model_of_their_vocabulary(worker: ModelWorker, 
         other.load("llama")
         client = create_app(other, ServerConfig(mechint=folder)).test_client()
         assert spelled(client) == {None}
-        # Who names a model is taken at his word.
-        assert None not in spelled(client, model="llama")
+        # Who names a model is taken at his word, as far as it has such tokens.
+        assert spelled(client, model="llama") == {None, "<unk>"}

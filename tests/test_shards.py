@@ -592,3 +592,20 @@ def test_the_manifest_tells_the_sessions_of_both_copies(tmp_path: Path) -> None:
     told = manifest_of(tmp_path)
     assert (here.data["sessions"], here.data["shards"]) == (told["sessions"], told["shards"])
     assert here.data["total_rows"] == 12
+
+
+def test_a_shard_that_was_cut_in_place_is_not_read_further(tmp_path: Path) -> None:
+    """Who reads mapped memory beyond its file's end is ended by the system."""
+    rows = ShardReader(steps_written(tmp_path, 0)).rows(LAYER)
+    expected = rows.take([0, 1]).values
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(100)
+    assert "changed since it was opened" in str(refusal(lambda: rows.take([0])))
+    refusal(lambda: rows.take([0]))
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(rows.take([0, 1]).values, expected)
+    # What was opened can be read on when its name is another file's, or nobody's.
+    path.unlink()
+    np.testing.assert_array_equal(rows.take([0, 1]).values, expected)

@@ -250,6 +250,9 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
         ({"a": VALUES, "tokens": np.arange(3)}, "one number per row, 4"),
         ({"a": VALUES, "tokens": VALUES}, "one whole number per row"),
         ({"a": VALUES, "tokens": np.array([0.5] * 4)}, "one whole number per row"),
+        ({"a": VALUES, "tokens": np.array([0, 1, 2, 2**31])}, "2147483647"),
+        ({"a": VALUES, "tokens": np.array([0, 1, 2, -1])}, "from 0"),
+        ({"a": VALUES, "position": np.array([0, 1, 2, 2**63], np.uint64)}, "2147483647"),
         ({"a": np.arange(4.0)}, "[row, feature]"),
         ({"a\n": VALUES}, "printable"),
         ({"a" * 201: VALUES}, "printable"),
@@ -259,6 +262,21 @@ def test_what_holds_no_rows_is_refused(arrays: dict[str, Any], says: str) -> Non
     error = refused(npz(**arrays))
     assert (error.status, error.code) == (400, "invalid_file")
     assert says in error.message
+
+
+def test_rows_are_not_wider_than_results_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api_server.uploads.MAX_WIDTH", 6)
+    read(npz(a=VALUES, b=VALUES))
+    error = refused(npz(a=VALUES, b=VALUES, c=VALUES[:, :1]))
+    assert (error.status, error.code) == (413, "upload_too_large")
+    assert "7 numbers; at most 6" in error.message
+
+
+def test_a_zip_of_the_other_kind_is_not_read() -> None:
+    content = bytearray(zipped({"a.npy": npy(VALUES)}))
+    # The locator of a zip64 list of members, which would be read in the place of the one that was looked at.
+    locator = b"PK\x06\x07" + bytes(16)
+    assert "as NumPy writes it" in refused(bytes(content[:-22] + locator + content[-22:])).message
 
 
 def test_names_never_become_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

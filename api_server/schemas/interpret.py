@@ -1,6 +1,7 @@
 """What ``/interpret`` takes and gives: analyses of activations that were captured, or come with the request."""
 
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError, from_json
@@ -18,18 +19,45 @@ _LAYER = (
 
 Label = str | bool | int | float | None
 
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
+_OF_ROWS = [name for name in get_args(AnalysisName) if name not in ("circuit", "causal")]
+"""Analyses that read activations."""
+
+
+def _labels(given: Any) -> Any:
+    """As they came; pydantic would tell what each kind of a union lacks."""
+    values = given.values() if isinstance(given, dict) else given if isinstance(given, list) else None
+    if values is None and given is not None:
+        raise PydanticCustomError("unfit", "Input should be a list, one per row, or an object from tokens to labels")
+    if not all(isinstance(value, Label) for value in values or ()):
+        raise PydanticCustomError("unfit", "Input should have texts, numbers, truth values and null as labels")
+    return given
+
+
+def _eval_data(given: Any) -> Any:
+    """As it came, if its items can be data; the engine knows kinds that JSON has not."""
+    if isinstance(given, list) and not all(isinstance(item, str | list | dict) for item in given):
+        kinds = "texts, lists of token ids, or objects with clean and answer"
+        raise PydanticCustomError("unfit", "Input should be a list of {kinds}", {"kinds": kinds})
+    return given
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    """A form has texts, and a default may be none."""
+    schema.pop("default", None)
+
 
 class InterpretConfig(Request):
     """Options of the analysis, by their names, and what it is made of besides what was captured."""
 
     model_config = ConfigDict(extra="allow")
 
-    eval_data: Annotated[list[Any], Field(min_length=1)] | None = Field(
+    eval_data: Annotated[Annotated[list[Any], Field(min_length=1)] | None, BeforeValidator(_eval_data)] = Field(
         None,
         description="What the model is run on by `circuit` and `causal`, and by `sae` to measure what it does to the "
         "model: texts, rows of token ids, or prompts with `clean` and `answer`, and if wished `corrupted` and `wrong`.",
     )
-    labels: list[Label] | dict[str, Label] | None = Field(
+    labels: Annotated[list[Label] | dict[str, Label] | None, BeforeValidator(_labels)] = Field(
         None,
         description="Of `probe`: one per row, null to leave it out; or by token, an id or a text; others are left out.",
     )
@@ -43,7 +71,7 @@ class InterpretConfig(Request):
         labels: Any = self.labels
         if isinstance(labels, dict):
             # JSON has no other keys than texts.
-            labels = {int(key) if key.isascii() and key.isdigit() else key: label for key, label in labels.items()}
+            labels = {int(key) if _TOKEN_ID.fullmatch(key) else key: label for key, label in labels.items()}
         found = {"eval_data": self.eval_data, "labels": labels, "steps": self.steps and tuple(self.steps)}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -93,11 +121,19 @@ class InterpretUploadRequest(Request):
         description="safetensors or npz, never pickles: arrays [row, ...] by layer, of finite numbers; `tokens`, "
         "`sequence` and `position` [row] may say of which tokens the rows are. A shard of captured activations is one."
     )
-    analysis_type: AnalysisName = Field(description="Which analysis; one that reads activations.")
+    analysis_type: Annotated[AnalysisName, WithJsonSchema({"type": "string", "enum": _OF_ROWS})] = Field(
+        description="Which analysis; one that reads activations."
+    )
     layer_name: Annotated[
         str | None,
         WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}),
-    ] = Field(None, min_length=1, max_length=MAX_ID_LENGTH, description="One of the file's arrays; all by default.")
+    ] = Field(
+        None,
+        min_length=1,
+        max_length=MAX_ID_LENGTH,
+        description="One of the file's arrays; all by default.",
+        json_schema_extra=_without_default,
+    )
     config: Annotated[
         InterpretConfig,
         BeforeValidator(_object),
@@ -106,10 +142,18 @@ class InterpretUploadRequest(Request):
     model: Annotated[
         str | None,
         WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_ID_LENGTH}),
-    ] = Field(None, min_length=1, max_length=MAX_ID_LENGTH, description=_OF_MODEL)
-    background: Annotated[bool, BeforeValidator(_truth), WithJsonSchema({"enum": ["true", "false"]})] = Field(
-        False, description=_BACKGROUND
+    ] = Field(
+        None,
+        min_length=1,
+        max_length=MAX_ID_LENGTH,
+        description=_OF_MODEL,
+        json_schema_extra=_without_default,
     )
+    background: Annotated[
+        bool,
+        BeforeValidator(_truth),
+        WithJsonSchema({"type": "string", "enum": ["true", "false"]}),
+    ] = Field(False, description=_BACKGROUND, json_schema_extra=_without_default)
 
 
 class LayersReply(Reply):

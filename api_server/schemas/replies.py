@@ -136,7 +136,7 @@ class JobReply(Reply):
     finished: float | None
     request_id: str | None = Field(description="Of the request that began it.")
     result: dict[str, Any] | None = Field(
-        description="Of work in the background: what the request would have been answered."
+        description="Of work in the background: what the request would have been answered; null in the list of jobs."
     )
     error: ErrorFault | None
 

@@ -202,6 +202,11 @@ class Instrument:
         """Whether this thread is in a block that attached a plan."""
         return self._attached is not None and self.run.thread == threading.get_ident()
 
+    @property
+    def holder(self) -> int | None:
+        """The id of the thread that is in such a block, for which others that attach would wait; None if none is."""
+        return self.run.thread if self._attached is not None else None
+
     @contextmanager
     def attached(
         self,

@@ -215,6 +215,8 @@ class ShardReader:
         name = entry["file"]
         # Taken out and put back, the newest last: other threads may read too.
         shard = self._opened.pop(name, None) or Shard(self._file(entry), entry)
+        if not shard.file.is_whole:
+            raise HookError(f"cannot read {shard.path}: it has changed since it was opened")
         self._opened[name] = shard
         if len(self._opened) > _MOST_OPEN:
             self._opened.popitem(last=False)

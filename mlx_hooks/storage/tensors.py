@@ -100,6 +100,12 @@ class TensorFile:
     def __iter__(self) -> Any:
         return iter(self._entries)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file is as long as it was when it was mapped: reading beyond its end would end the process."""
+        mapping: Any = self._bytes.base
+        return bool(mapping.size() == len(self._bytes))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an array."""
         return tuple(self._entries[name]["shape"])
