@@ -614,6 +614,8 @@ def test_exported_autoencoders_are_those_that_were_trained(
     fvu = np.square(values - read_back).sum() / np.square(values - values.mean(0)).sum()
     assert evaluated.results is not None
     assert abs(fvu - evaluated.results["analyses"]["sae"][RESID]["fvu"]) < 1e-3
+    made = evaluated._made / "sae" / RESID / "sae_weights.safetensors"
+    assert (tmp_path / "sae" / RESID / made.name).read_bytes() == made.read_bytes()
     assert f"`sae/{RESID}/`" in report.read_text()
 
 
