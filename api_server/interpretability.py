@@ -207,29 +207,31 @@ class Interpretability:
     def _analyse(
         self, asked: Asked, layers: list[str], context: EvalContext, options: Any, progress: Report
     ) -> dict[str, Any]:
+        # Where the rows come from is at fault if no option is.
+        of_rows = "file" if context.rows is not None else "layer_name" if context.has_captured else "config"
         results = {}
         for i, layer in enumerate(layers):
 
             def report(done: int, total: int, i: int = i) -> None:
                 progress(i * total + done, len(layers) * total)
 
-            with self._told(of_rows="file" if context.rows is not None else "layer_name"):
+            with self._told(of_rows):
                 results[layer] = run_analysis(asked.analysis, context, layer, options, report)
         return results[MODEL] if list(results) == [MODEL] else results
 
     @contextmanager
-    def _told(self, of_rows: str = "layer_name") -> Iterator[None]:
+    def _told(self, otherwise: str = "config") -> Iterator[None]:
         """What the engine says of a request, as its answer.
 
         Args:
-            of_rows: where the rows come from.
+            otherwise: what is at fault where the engine names no field.
         """
         try:
             yield
         except HookError as error:
             # Options, and what stands besides them, are fields of ``config``.
-            outside = of_rows if error.field == "rows" else error.field if error.field in _FIELDS else None
-            param = outside or (f"config.{error.field}" if error.field else "config")
+            field = otherwise if error.field in (None, "rows") else error.field
+            param = field if field in (otherwise, *_FIELDS) else f"config.{field}"
             # What a program may give as any sequence.
             message = self._captured.told(error).replace("an instance of Sequence", "a list")
             raise ApiError(400, message, code="invalid_value", param=param) from error
