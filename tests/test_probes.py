@@ -239,9 +239,9 @@ def test_labels_by_token_leave_other_tokens_out(labels: Any) -> None:
         return " 1" if token == 1 else f"<{token}>"
 
     values, _, _ = separable()
-    # Each text with a word of its own, and the place of each row in it.
+    # Each text begins with a word of its own.
     tokens = np.where(TOKENS == 7, 8 + np.arange(400) // 8, TOKENS)
-    rows = rows_of(values, np.arange(400) // 8, tokens=tokens, position=TOKENS)
+    rows = rows_of(values, np.arange(400) // 8, tokens=tokens, position=(TOKENS + 1) % 8)
     found = analyse_probe(rows, labels, spell=spell)
     assert (found["rows"], found["rows_labelled"]) == (400, 200)
     assert [one["label"] for one in found["classes"]] == ["a", "b"]
@@ -320,3 +320,27 @@ def test_the_picture_is_drawn() -> None:
         ((title, figure),) = draw_probe(result)
         assert title == "How well the label is read"
         assert png(figure).startswith(b"\x89PNG")
+
+
+def test_rows_that_begin_alike_are_not_judged_as_unseen() -> None:
+    # A causal model computes the same at equal beginnings, whatever follows: here 6 of 8 tokens.
+    generator = np.random.default_rng(3)
+    texts = np.concatenate([np.tile(np.arange(10, 16), (60, 1)), generator.integers(20, 40, (60, 2))], axis=1)
+    first = np.unique(texts[:, :7], axis=0, return_inverse=True)[1].reshape(-1)
+    last = np.unique(texts, axis=0, return_inverse=True)[1].reshape(-1)
+    names = np.concatenate([np.tile(np.arange(6), (60, 1)), 10 + first[:, None], 100 + last[:, None]], axis=1)
+    values = generator.normal(size=(names.max() + 1, 32))[names].reshape(-1, 32)
+    of_names = generator.integers(0, 2, size=names.max() + 1)
+    of_names[:6] = [0, 1, 0, 1, 0, 1]
+    labels = of_names[names].ravel().tolist()
+    columns = {"tokens": texts.ravel(), "position": np.tile(np.arange(8), 60)}
+    found = analyse_probe(rows_of(values, np.arange(480) // 8, **columns), labels)
+    assert found["split_by"] == "text"
+    assert any("begins as theirs do" in note for note in found["notes"])
+    assert found["test_rows"] < 2 * found["test_groups"] + 1
+    assert 0.2 < found["accuracy"]["mean"] < 0.8
+    # Where nothing but the beginning has labels, it is what is split.
+    some = [label if i % 8 < 6 else None for i, label in enumerate(labels)]
+    alike = analyse_probe(rows_of(values, np.arange(480) // 8, **columns), some)
+    assert alike["split_by"] == "beginning"
+    assert any("split by the tokens up to them" in note for note in alike["notes"])

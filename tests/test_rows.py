@@ -164,3 +164,32 @@ def test_a_text_that_is_read_again_is_the_same_text() -> None:
     assert part.texts is not None
     assert part.texts.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     assert ArrayRows(np.zeros((2, 1)), tokens=[1, 2]).sample(2).texts is None
+
+
+def test_rows_that_read_the_same_from_the_start_are_known() -> None:
+    generator = np.random.default_rng(0)
+    texts = [[0, *generator.integers(0, 3, size=generator.integers(1, 6))] for _ in range(40)]
+    texts += [text[: generator.integers(1, len(text) + 1)] for text in texts]
+    columns: dict[str, list[int]] = {"tokens": [], "sequence": [], "position": []}
+    for i, text in enumerate(texts):
+        for position, token in enumerate(text):
+            for name, value in (("tokens", token), ("sequence", i), ("position", position)):
+                columns[name].append(int(value))
+    n = len(columns["tokens"])
+    order = generator.permutation(n)
+    known = {name: np.array(column)[order] for name, column in columns.items()}
+    zeros = {name: np.zeros(n) for name in ("step", "rank", "session")}
+    prefixes = ArrayRows(np.zeros((n, 1)), **known, **zeros).sample(n).prefixes
+    expected = [tuple(texts[columns["sequence"][row]][: columns["position"][row] + 1]) for row in order]
+    assert prefixes is not None
+    names: dict[tuple, int] = {}
+    for number, prefix in zip(prefixes.tolist(), expected, strict=True):
+        assert names.setdefault(prefix, number) == number
+    assert len(set(names.values())) == len(names)
+    # Of what does not begin at 0, the text is all that is known.
+    known["position"] = known["position"] + 1
+    later = ArrayRows(np.zeros((n, 1)), **known, **zeros).sample(n)
+    assert later.prefixes is not None
+    assert later.texts is not None
+    places = np.unique(np.stack([later.texts, known["position"]]), axis=1).shape[1]
+    assert len(set(later.prefixes.tolist())) == places

@@ -63,7 +63,13 @@ def test_its_numbers_are_of_the_rows_that_were_held_out(told: dict[str, Any], ro
     )
     held, parts = trained.held_out, rows.take(np.arange(len(rows)))
     x = parts.values[held].astype(np.float64)
-    assert (told["n_held_out"], told["n_train"], told["held_out_by"]) == (len(held), len(rows) - len(held), "text")
+    assert (told["n_held_out"], told["n_train"], told["held_out_by"]) == (len(held), trained.n_train, "text")
+    # By hand: no text's beginning that was held out is among those of the other texts.
+    begins = [tuple(TEXTS[row // len(TEXTS[0])][: row % len(TEXTS[0]) + 1]) for row in range(len(rows))]
+    of_held = {row // len(TEXTS[0]) for row in held}
+    others = {begin for row, begin in enumerate(begins) if row // len(TEXTS[0]) not in of_held}
+    unseen = [row for row, begin in enumerate(begins) if row // len(TEXTS[0]) in of_held and begin not in others]
+    assert held.tolist() == unseen
     features = np.array(sae.encode(mx.array(x.astype(np.float32))), np.float64)
     read = features @ np.array(sae.W_dec, np.float64) + np.array(sae.b_dec, np.float64)
     np.testing.assert_allclose(told["fvu"], ((x - read) ** 2).sum() / ((x - x.mean(0)) ** 2).sum(), rtol=1e-4)
@@ -217,7 +223,7 @@ def test_notes_say_what_the_numbers_do_not(rows: ArrayRows, llama: HookedModel) 
         return " ".join(analyse_sae(given, asked, model=llama, eval_data=eval_data)["notes"])
 
     assert notes() == (
-        "Only 36 rows were held out: what is measured on so few, such as which features never fire, says little."
+        "Only 34 rows were held out: what is measured on so few, such as which features never fire, says little."
     )
     steps = np.repeat([0, 100, 250], 120)
     assert "weights" not in notes(step=steps)

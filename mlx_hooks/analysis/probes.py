@@ -105,8 +105,9 @@ class _Data:
         values: [row, width], float64.
         labels: indices of classes, or numbers, [row].
         groups: which text (sequence, row) a row is of, [row].
-        places: a number for each row that is the same for one place of one text, [row].
-        unit: what the groups are: "text", "sequence" or "row".
+        places: a number for each row that is the same for rows that read the same tokens, or, where these are not
+            known, for one place of one sequence, [row].
+        unit: what the groups are: "text", "beginning", "sequence" or "row".
         classes: the labels that the indices stand for; empty for numbers.
     """
 
@@ -200,7 +201,7 @@ def analyse_probe(
         ``balanced_accuracy`` (the mean over classes), ``majority_baseline``, ``control`` (probes on shuffled labels)
         and ``selectivity`` (accuracy less the control's); for numbers ``r2`` and its ``control``. ``direction``
         [width], or [class, width] for more than two classes, and ``bias`` are in units of the activations.
-        ``split_by`` is "text", "sequence" or "row".
+        ``split_by`` is "text", "beginning" (the tokens up to a row), "sequence" or "row".
 
     Raises:
         HookError: for labels that are too many or too few, of one class, or such that some class is not in two texts
@@ -217,12 +218,8 @@ def analyse_probe(
         indices, given = indices[drawn], [given[i] for i in drawn]
         notes.append(f"Of {n_labelled} labelled rows {chosen.max_rows} were drawn.")
     part = rows.take(indices)
-    unit, groups = _groups(rows, part, indices)
-    if unit in _UNKNOWN:
-        notes.append(_UNKNOWN[unit])
-    data = _data(part, finite(part, rows), given, chosen.task, unit, groups)
-    test = _held_out(data, chosen.test_share, generator)
-    train, held = data.at(~test), data.at(test)
+    data = _data(part, finite(part, rows), given, chosen.task, *_groups(rows, part, indices))
+    train, held, unit = _split(data, chosen.test_share, generator, notes)
     fits, total = 0, len(chosen.strengths) * chosen.folds + 1 + chosen.controls
 
     def fitted(part: _Data, strength: float) -> _Fit:
@@ -336,21 +333,25 @@ _UNKNOWN = {
 }
 
 
-def _groups(rows: Rows, part: RowPart, indices: np.ndarray) -> tuple[str, np.ndarray]:
-    """What rows are split by, and which of these each of a part is of, [row].
+def _groups(rows: Rows, part: RowPart, indices: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+    """What rows are split by, which of these each of a part is of, and which rows are of equal places, [row] each.
 
     Args:
         indices: where in all rows the part's are.
     """
-    sequences = part.sequences
+    each, sequences = np.arange(len(part)), part.sequences
     if sequences is None:
-        return "row", np.arange(len(part))
+        return "row", each, each
     if part.tokens is None or part.position is None:
-        return "sequence", sequences
+        if part.position is not None:
+            each = np.unique(np.stack([sequences, part.position]), axis=1, return_inverse=True)[1].reshape(-1)
+        return "sequence", sequences, each
     # What a text is all of its tokens say, also those without a label.
-    texts = part.texts if len(part) == len(rows) else _unvalued(rows).texts
+    whole = part if len(part) == len(rows) else _unvalued(rows)
+    texts, prefixes = whole.texts, whole.prefixes
     assert texts is not None
-    return "text", texts[indices] if len(texts) > len(part) else texts
+    assert prefixes is not None
+    return ("text", texts, prefixes) if whole is part else ("text", texts[indices], prefixes[indices])
 
 
 def _unvalued(rows: Rows) -> RowPart:
@@ -365,11 +366,16 @@ def _unvalued(rows: Rows) -> RowPart:
     )
 
 
-def _data(part: RowPart, values: np.ndarray, given: Sequence[Label], task: str, unit: str, groups: np.ndarray) -> _Data:
+def _data(
+    part: RowPart,
+    values: np.ndarray,
+    given: Sequence[Label],
+    task: str,
+    unit: str,
+    groups: np.ndarray,
+    places: np.ndarray,
+) -> _Data:
     """Labelled rows."""
-    places = np.arange(len(given))
-    if part.position is not None:
-        places = np.unique(np.stack([groups, part.position]), axis=1, return_inverse=True)[1].reshape(-1)
     rows = values.astype(np.float64)
     if len(given) < 4:
         raise HookError(f"A probe needs at least 4 labelled rows, got {len(given)}.", field=_FIELD)
@@ -395,6 +401,28 @@ def _data(part: RowPart, values: np.ndarray, given: Sequence[Label], task: str, 
 
 
 # Splits
+
+
+def _split(data: _Data, share: float, generator: np.random.Generator, notes: list[str]) -> tuple[_Data, _Data, str]:
+    """Rows to learn from, rows to be judged on, and what was drawn; what is to be said of it is added to ``notes``."""
+    if data.unit in _UNKNOWN:
+        notes.append(_UNKNOWN[data.unit])
+    test = _held_out(data, share, generator)
+    if data.unit != "text":
+        return data.at(~test), data.at(test), data.unit
+    # Where texts begin alike their rows are equal: what was learned from is not unseen in another text.
+    fresh = test & ~np.isin(data.places, data.places[~test])
+    if fresh.any() and set(data.labels[fresh]) >= (set(data.labels) if data.classes else set()):
+        if n_seen := int((test & ~fresh).sum()):
+            notes.append(f"{n_seen} held-out rows are left out: a text that was learned from begins as theirs do.")
+        return data.at(~test), data.at(fresh), data.unit
+    notes.append(
+        "Texts begin so much alike that the labelled rows are split by the tokens up to them: rows of one text may be "
+        "on both sides, which flatters the probe."
+    )
+    data = replace(data, groups=data.places, unit="beginning")
+    test = _held_out(data, share, generator)
+    return data.at(~test), data.at(test), data.unit
 
 
 def _held_out(data: _Data, share: float, generator: np.random.Generator) -> np.ndarray:

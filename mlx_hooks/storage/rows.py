@@ -76,10 +76,49 @@ class RowPart:
             found[rows] = known.setdefault(read, len(known))
         return found
 
+    @property
+    def prefixes(self) -> np.ndarray | None:
+        """A number for each row that is the same for all rows that read the same tokens from position 0 on, [row].
+
+        What a causal model computes at a token depends on no others, so these rows are equal, also where texts that
+        begin alike go on differently. Where a sequence does not begin at 0 or has gaps, a row is that of its text.
+        """
+        texts = self.texts
+        if texts is None or self.tokens is None or self.position is None or self.sequences is None:
+            return None
+        order = np.lexsort((self.position, self.sequences))
+        sequences = self.sequences[order]
+        first = np.searchsorted(sequences, sequences)
+        place = np.arange(len(self)) - first
+        whole = self.position[order] == place
+        found = np.empty(len(self), np.uint64)
+        running = np.zeros(len(self), np.uint64)
+        by_place = np.argsort(place, kind="stable")
+        for rows in np.split(by_place, np.flatnonzero(np.diff(place[by_place])) + 1):
+            tokens = self.tokens[order[rows]].astype(np.uint64) + np.uint64(1)
+            running[first[rows]] = _mixed(running[first[rows]] ^ tokens)
+            found[rows] = running[first[rows]]
+        numbers = np.empty(len(self), np.int64)
+        numbers[order] = np.unique(found, return_inverse=True)[1].reshape(-1)
+        gaps = order[~whole]
+        if len(gaps):
+            places = np.stack([texts[gaps], self.position[gaps]])
+            numbers[gaps] = len(self) + np.unique(places, axis=1, return_inverse=True)[1].reshape(-1)
+        return np.asarray(np.unique(numbers, return_inverse=True)[1]).reshape(-1)
+
     def at(self, chosen: Any) -> "RowPart":
         """The rows at indices, or where a mask is true."""
         kept = {f.name: value[chosen] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         return RowPart(**kept)
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """A hash of whole numbers of 64 bits (splitmix64)."""
+    with np.errstate(over="ignore"):
+        numbers = numbers + np.uint64(0x9E3779B97F4A7C15)
+        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 class Rows(ABC):

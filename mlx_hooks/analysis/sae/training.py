@@ -105,7 +105,8 @@ class TrainedSAE:
         stats: one number per pass over the rows (per part of one, if ``max_steps`` ended it): "loss" = "recon_loss" +
             "sparsity_loss"; "recon_loss", the fraction of variance unexplained; "sparsity_loss", what the objective
             adds; "l0_sparsity", the fraction of latents that fire on a row.
-        held_out: indices of the rows that were not trained on, ascending.
+        held_out: indices of the rows that it is judged by, ascending: not trained on, and not equal to one that was
+            because their texts begin alike.
         held_out_by: "text" (all sequences that read the same tokens, at whatever step), "sequence" where tokens are not
             known, or "row" where there are few of these.
         steps: the training steps that the rows are of, ascending; empty where they are not known.
@@ -180,6 +181,9 @@ class ChosenRows(Rows):
     def take(self, indices: Any) -> RowPart:
         return self.rows.take(self.chosen[np.asarray(indices)])
 
+    def values(self, indices: Any) -> np.ndarray:
+        return self.rows.values(self.chosen[np.asarray(indices)])
+
 
 class _Training:
     """One training: rows as they are fed, weights, optimizer, and what is counted meanwhile."""
@@ -191,11 +195,9 @@ class _Training:
         self.d_in, self.d_sae = rows.width, asked.d_sae or asked.expansion * rows.width
         self._check_memory()
         self.mean, self.scale, labels = _scan(rows)
-        self.held_out, self.by = _held_out(labels, asked)
+        kept, self.held_out, self.by = _held_out(labels, asked)
         self.trained_at = () if labels.step is None else tuple(np.unique(labels.step).tolist())
-        kept = np.ones(len(rows), bool)
-        kept[self.held_out] = False
-        self.train = ChosenRows(rows, np.flatnonzero(kept))
+        self.train = ChosenRows(rows, kept)
         # Of a number in a direction of length 1, and of the product of a direction with a row.
         self.typical = self.d_in**-0.5
         self.learning_rate = asked.learning_rate or 0.02 * self.typical
@@ -422,32 +424,40 @@ def _scan(rows: Rows) -> tuple[np.ndarray, float, RowPart]:
     return mean, float(np.sqrt(len(rows) / squares)), RowPart(np.empty((len(rows), 0), np.float32), **whole)
 
 
-def _held_out(labels: RowPart, asked: SAETraining) -> tuple[np.ndarray, str]:
-    """Indices of the rows that are held out, ascending, and what was drawn: texts, sequences or rows."""
-    random = np.random.default_rng(asked.seed)
+def _held_out(labels: RowPart, asked: SAETraining) -> tuple[np.ndarray, np.ndarray, str]:
+    """Indices of the rows to train on and of those to judge by, ascending, and what was drawn: "text", ...
+
+    A row of a held-out text whose tokens up to it begin a text that is trained on is neither: it would not be unseen.
+    """
     kin, by = _kin(labels)
-    n_rows, n_kin = len(labels), int(kin.max()) + 1
+    held, prefixes = _drawn(kin, asked), labels.prefixes
+    judged = held if prefixes is None else held & ~np.isin(prefixes, prefixes[~held])
+    if prefixes is not None and not judged.any():
+        by = "row"
+        judged = held = _drawn(prefixes if prefixes.max() > 0 else np.arange(len(labels)), asked)
+    return np.flatnonzero(~held), np.flatnonzero(judged), by
+
+
+def _drawn(kin: np.ndarray, asked: SAETraining) -> np.ndarray:
+    """The rows that are not trained on, as a mask [row]: all or none of those with the same number."""
+    random = np.random.default_rng(asked.seed)
+    n_rows, n_kin = len(kin), int(kin.max()) + 1
     most = max(1, min(round(asked.held_out * n_rows), asked.max_held_out, n_rows - 1))
     order = random.permutation(n_kin)
     sizes = np.bincount(kin, minlength=n_kin)[order].cumsum()
     chosen = np.zeros(n_kin, bool)
     chosen[order[: max(1, int(np.searchsorted(sizes, most, side="right")))]] = True
-    return np.flatnonzero(chosen[kin]), by
+    return chosen[kin]
 
 
 def _kin(labels: RowPart) -> tuple[np.ndarray, str]:
     """Which rows are held out together or not at all, [row], the same number for each of them, and what they are."""
-    texts = labels.texts
+    texts, prefixes = labels.texts, labels.prefixes
     wholes = labels.sequences if texts is None else texts
     if wholes is not None and int(wholes.max()) + 1 >= FEW_TEXTS:
         return wholes, "sequence" if texts is None else "text"
-    if texts is not None and labels.position is not None:
-        # Single tokens; but one that was captured at several steps is one.
-        places = np.stack([texts, labels.position])
-        tokens = np.unique(places, axis=1, return_inverse=True)[1].reshape(-1)
-        if tokens.max() > 0:
-            return np.asarray(tokens), "row"
-    return np.arange(len(labels)), "row"
+    # Single tokens; but one that was captured at several steps is one.
+    return (np.arange(len(labels)) if prefixes is None or not prefixes.max() else prefixes), "row"
 
 
 def _few(width: int, d_sae: int) -> int:
