@@ -161,7 +161,7 @@ class ShardWriter:
         columns = {name: np.asarray(column).astype(LABELS[name]) for name, column in columns.items()}
         arrays: dict[str, Any] = {**activations, **columns}
         self._check(activations, arrays)
-        about = {"step": _whole_step(step), "metadata": plain(metadata or {}, "metadata")}
+        about = {"step": whole_step(step), "metadata": plain(metadata or {}, "metadata")}
         self._tell_of_steps(about["step"])
         if self._backlog is not None and self._backlog.is_idle and not self._backlog.failed:
             self._has_warned = False  # before these rows wait there too
@@ -347,7 +347,7 @@ def _check_ranks(folder: Path, each_rank: bool) -> None:
         )
 
 
-def _whole_step(step: Any) -> int:
+def whole_step(step: Any) -> int:
     """A training step as Python's number, whoever's it was.
 
     Raises:
