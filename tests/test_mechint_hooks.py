@@ -174,6 +174,18 @@ def test_epochs_and_steps_are_counted(tmp_path: Path) -> None:
     }
 
 
+def test_steps_that_begin_again_with_each_epoch_are_told(tmp_path: Path) -> None:
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(make_model("llama"))
+        for step in (0, 3):
+            hooks.on_training_step(batch=tokens(1, 4), global_step=step)
+        with pytest.warns(CaptureWarning, match="Step 0 is written to .* after step 3: .* count steps on"):
+            hooks.on_training_step(batch=tokens(1, 4), global_step=0)
+        # Once: warnings are errors here.
+        for step in (3, 0):
+            assert hooks.on_training_step(batch=tokens(1, 4), global_step=step) is not None
+
+
 def test_batches_with_lengths(tmp_path: Path) -> None:
     with MechIntHooks(config(tmp_path)) as hooks:
         hooks.register_hooks(make_model("llama"))
@@ -470,6 +482,8 @@ def test_a_sampler_s_lengths(tmp_path: Path) -> None:
         model(tokens(2, 5))
         sampler.save_activations(0, lengths=[5, 2])
         model(tokens(2, 5))
+        with pytest.raises(HookError, match="from 0 to 5 for each of the 2 sequences, got 6"):
+            sampler.save_activations(1, lengths=[6, 2])
         model(tokens(1, 4))
         for wrong in ([[1, 2]], [[1, 2], [1, 2]], [[1, 2], ["a"]]):
             with pytest.raises(HookError, match="lengths has"):

@@ -136,7 +136,7 @@ class ActivationSampler:
             global_step: the training step that the rows belong to, a whole number from 0 up.
             metadata: plain JSON to keep with them; numbers of MLX and NumPy become Python's.
             lengths: of each sequence of the forward pass the number of tokens that are no padding, [batch]; of several
-                forward passes a list of these. None: all tokens are rows.
+                forward passes a list of these; none is longer than its sequence. None: all tokens are rows.
 
         Returns:
             the last file that was written; None where every token is padding, and where another process of a
@@ -278,8 +278,8 @@ class ActivationSampler:
             raise HookError(f"The latest forward pass was not captured: {self._unkept}") from self._unkept
         if not self._forwards and self._left_out:
             raise HookError(
-                "Nothing was captured since the last save, since calls of the model in evaluation mode were left out as "
-                "validation: call model.train() after it."
+                "Nothing was captured since the last save: calls of the model in evaluation mode are left out as "
+                "validation, so call model.train() after it."
             )
         if not self._forwards:
             raise HookError(f"Nothing was captured since the last save: run the model first. In a compiled loop {how}.")
@@ -304,13 +304,13 @@ class ActivationSampler:
 
     @staticmethod
     def _lengths(lengths: Any, forwards: Sequence[Forward]) -> list[np.ndarray | None]:
-        counts = [forward.tokens.shape[0] for forward in forwards]
-        if lengths is None or len(counts) == 1:
+        shapes = [forward.tokens.shape for forward in forwards]
+        if lengths is None or len(shapes) == 1:
             given = lengths[0] if isinstance(lengths, list | tuple) and np.ndim(lengths[0]) == 1 else lengths
-            return [check_lengths(given, count) for count in counts]
-        if len(lengths) != len(counts):
-            raise HookError(f"lengths has an entry for each of the {len(counts)} forward passes, got {len(lengths)}.")
-        return [check_lengths(given, count) for given, count in zip(lengths, counts, strict=True)]
+            return [check_lengths(given, shape) for shape in shapes]
+        if len(lengths) != len(shapes):
+            raise HookError(f"lengths has an entry for each of the {len(shapes)} forward passes, got {len(lengths)}.")
+        return [check_lengths(given, shape) for given, shape in zip(lengths, shapes, strict=True)]
 
 
 def _nothing() -> None:
