@@ -1,6 +1,7 @@
 """``neuroscope train``: mlx-lm's command with capture."""
 
 import json
+import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -134,6 +135,34 @@ def test_storage_is_seen_to_before_anything_is_loaded(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+def test_options_of_mlx_lm_without_their_place_are_told(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--layers", "1", "--model", "neuroscope-tiny"])
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "unrecognized arguments: --model" in told
+    assert told.endswith(": the options of mlx_lm.lora come after --")
+
+
+@pytest.mark.parametrize("options", [[], ["--data", "texts"]])
+def test_a_model_must_be_named(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_lm.lora.main", lambda: None)
+    assert main(["train", "--storage", str(tmp_path / "shards"), "--", *options]) == 1
+    message = "The options of mlx_lm.lora come after --, at least --model and --data."
+    assert capsys.readouterr().err == f"neuroscope: {message}\n"
+    assert not (tmp_path / "shards").exists()
+
+
+def test_lines_of_captures_are_shown_meanwhile_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, levels = logging.getLogger("mlx_hooks.training"), []
+    monkeypatch.setattr("mlx_lm.lora.main", lambda: levels.append(log.level))
+    level, handlers = log.level, list(log.handlers)
+    assert main(["train", "--storage", str(tmp_path / "shards"), "--", "--model", "neuroscope-tiny"]) == 0
+    assert levels == [logging.INFO]
+    assert (log.level, log.handlers) == (level, handlers)
 
 
 def test_what_mlx_lm_refuses_is_one_line(lora_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

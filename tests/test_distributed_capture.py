@@ -16,8 +16,10 @@ import pytest
 from tiny_models import make_model
 from training_runs import folder_of
 
-from mlx_hooks import ActivationSampler, HookError, MechIntHooks
+from mlx_hooks import ActivationSampler, HookError, MechIntConfig, MechIntHooks
+from mlx_hooks.storage.files import HeldFolder
 from mlx_hooks.storage.shards import ShardReader
+from mlx_hooks.training.capturing import check_storage
 
 HERE = Path(__file__).parent
 SECONDS = 120
@@ -111,6 +113,20 @@ def test_a_process_that_does_not_write(rank: int, tmp_path: Path, monkeypatch: p
         assert (sampler.save_activations(0) is None) == idle
     assert [(tmp_path / name).exists() for name in ("shards", "sampled")] == [not idle] * 2
     assert type(model) is plain
+
+
+def test_storage_is_seen_to_by_each_rank_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_hooks.training.capturing.ranks", lambda: (1, 2))
+    folder = tmp_path / "shards"
+    folders = [folder / f"rank_00{rank}" for rank in range(2)]
+    for one in folders:
+        one.mkdir(parents=True)
+    with HeldFolder(folder), HeldFolder(folders[0]):
+        check_storage(MechIntConfig(storage_path=folder, writing_ranks="all"))
+        # Rank 0 alone writes, and sees to it.
+        check_storage(MechIntConfig(storage_path=folder))
+    with HeldFolder(folders[1]), pytest.raises(HookError, match="rank_001 is being written by another run"):
+        check_storage(MechIntConfig(storage_path=folder, writing_ranks="all"))
 
 
 def test_layers_split_among_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

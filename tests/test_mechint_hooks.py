@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from training_runs import (
 )
 
 from mlx_hooks import ActivationSampler, CaptureWarning, HookedModel, HookError, MechIntConfig, MechIntHooks
+from mlx_hooks.training.batches import Batch
 
 EVERY = 3
 STREAM = "blocks.1.hook_resid_post"
@@ -130,7 +133,11 @@ def test_the_latest_forward_pass_alone_is_held(tmp_path: Path) -> None:
             model(tokens(2, 5, seed=step))
             assert len(hooks.sampler.activations[STREAM]) == 1
         # A step that is due saves it, one that was saved is not saved twice.
-        assert [hooks.on_training_step(global_step=step) is None for step in (5, 6, 6)] == [True, False, True]
+        assert [hooks.on_training_step(global_step=step) is None for step in (6, 6)] == [False, True]
+        # A step that is not due has no use for it.
+        model(tokens(2, 5))
+        assert hooks.on_training_step(global_step=7) is None
+        assert hooks.sampler.activations[STREAM] == []
     assert folder_of(tmp_path).shards[6][0].tokens.tolist() == tokens(2, 5, seed=4).reshape(-1).tolist()
 
 
@@ -165,6 +172,18 @@ def test_epochs_and_steps_are_counted(tmp_path: Path) -> None:
         2: {"epoch": 0, "batch_idx": 2},
         4: {"epoch": 1, "batch_idx": 1},
     }
+
+
+def test_steps_that_begin_again_with_each_epoch_are_told(tmp_path: Path) -> None:
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(make_model("llama"))
+        for step in (0, 3):
+            hooks.on_training_step(batch=tokens(1, 4), global_step=step)
+        with pytest.warns(CaptureWarning, match="Step 0 is written to .* after step 3: .* count steps on"):
+            hooks.on_training_step(batch=tokens(1, 4), global_step=0)
+        # Once: warnings are errors here.
+        for step in (3, 0):
+            assert hooks.on_training_step(batch=tokens(1, 4), global_step=step) is not None
 
 
 def test_batches_with_lengths(tmp_path: Path) -> None:
@@ -323,10 +342,72 @@ def test_a_step_is_written_once(tmp_path: Path) -> None:
 
 def test_hooks_that_are_registered_again_capture_the_first_step(tmp_path: Path) -> None:
     hooks = MechIntHooks(config(tmp_path / "one"))
-    for _ in range(2):
+    for again in (False, True):
         hooks.register_hooks(make_model("llama"))
-        assert hooks.on_training_step(batch=tokens(1, 4), global_step=0) is not None
+        with pytest.warns(CaptureWarning, match="earlier sessions") if again else nullcontext():
+            assert hooks.on_training_step(batch=tokens(1, 4), global_step=0) is not None
         hooks.on_train_end()
+
+
+def test_a_forward_pass_is_saved_as_one_step(tmp_path: Path) -> None:
+    model = make_model("llama")
+    with MechIntHooks(config(tmp_path)) as hooks:
+        hooks.register_hooks(model)
+        assert hooks.sampler is not None
+        model(tokens(1, 4))
+        path = hooks.sampler.save_activations(0)
+        assert hooks.sampler.save_activations(0) == path
+        with pytest.raises(HookError, match="Nothing was captured since the last save: run the model first"):
+            hooks.sampler.save_activations(3)
+    assert folder_of(tmp_path).steps == [0]
+
+
+def test_a_loop_that_forgets_the_training_mode_is_told(tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.train()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", CaptureWarning)
+        with MechIntHooks(config(tmp_path)) as hooks:
+            hooks.register_hooks(model)
+            for step in range(10):
+                model(tokens(1, 4, seed=step))
+                hooks.on_training_step(global_step=step)
+                if step == 4:
+                    model.eval()
+                    model(tokens(1, 2))
+    assert folder_of(tmp_path).steps == [0, 3]
+    assert ["call model.train() after it" in str(one.message) for one in told] == [True, True]
+    assert "2 of 4 steps were not captured" in str(told[1].message)
+
+
+@pytest.mark.parametrize("step", [1.0, True, -1, "3", None])
+def test_a_step_is_a_whole_number(step: Any, tmp_path: Path) -> None:
+    model = make_model("llama")
+    with MechIntHooks(config(tmp_path, save_hidden_every_n_steps=1)) as hooks:
+        hooks.register_hooks(model)
+        assert hooks.sampler is not None
+        model(tokens(1, 4))
+        hooks.sampler.save_activations(1)
+        with pytest.raises(HookError, match="step is a whole number from 0 up"):
+            hooks.sampler.save_activations(step)
+        if step is not None:  # which means that steps are counted
+            with pytest.raises(HookError, match="step is a whole number from 0 up"):
+                hooks.on_training_step(batch=tokens(1, 4), global_step=step)
+        assert hooks.on_training_step(batch=tokens(1, 4), global_step=np.int64(2)) is not None
+    assert folder_of(tmp_path).steps == [1, 2]
+
+
+def test_a_sampler_that_is_registered_again_saves_the_step_given_last(tmp_path: Path) -> None:
+    model = make_model("llama")
+    sampler = ActivationSampler([STREAM], tmp_path)
+    sampler.register_hooks(model)
+    first = sampler.save_batch(Batch(tokens(1, 4)), 0)
+    sampler.remove_hooks()
+    sampler.register_hooks(model)
+    model(tokens(1, 3))
+    with pytest.warns(CaptureWarning, match="earlier sessions"):
+        assert sampler.save_activations(0) != first
+    sampler.remove_hooks()
 
 
 def test_who_is_forgotten_keeps_nothing(tmp_path: Path) -> None:
@@ -401,6 +482,8 @@ def test_a_sampler_s_lengths(tmp_path: Path) -> None:
         model(tokens(2, 5))
         sampler.save_activations(0, lengths=[5, 2])
         model(tokens(2, 5))
+        with pytest.raises(HookError, match="from 0 to 5 for each of the 2 sequences, got 6"):
+            sampler.save_activations(1, lengths=[6, 2])
         model(tokens(1, 4))
         for wrong in ([[1, 2]], [[1, 2], [1, 2]], [[1, 2], ["a"]]):
             with pytest.raises(HookError, match="lengths has"):

@@ -116,6 +116,17 @@ def test_batches_wrapped_by_hand(tmp_path: Path) -> None:
     assert [step for step, _ in validated] == [0, 3, 7, 8]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["with the model", "without"])
+def test_a_callback_without_its_batches_is_told(known: bool, tmp_path: Path) -> None:
+    model = prepared("full")
+    callback = MechIntCallback(settings(tmp_path), model if known else None)
+    args = TrainingArgs(iters=4, batch_size=4, steps_per_report=2, adapter_file=str(tmp_path / "a.safetensors"))
+    with pytest.warns(CaptureWarning, match="Nothing is captured, .* are not wrapped: train by callback.train") as told:
+        train(model, optim.Adam(1e-3), sequences(TRAINING, 12), args=args, training_callback=callback)
+    assert len(told) == 1
+    callback.finish()
+
+
 def test_adapters_may_come_after_the_callback(tmp_path: Path) -> None:
     model = prepared("lora")
     callback = MechIntCallback(settings(tmp_path, sample_layers=[*EVERYTHING]), model)

@@ -23,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from api_server.__main__ import main as serve
 
         return serve(arguments[1:], prog="neuroscope serve")
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hint = getattr(options, "hint", "")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint and f': {hint}'}")
     try:
         return int(options.run(options))
     except HookError as error:

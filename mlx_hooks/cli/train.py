@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "lora", nargs="*", metavar="OPTION", help="after --: the options of mlx_lm.lora; --train is set"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, hint="the options of mlx_lm.lora come after --")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,10 +53,11 @@ def run(options: argparse.Namespace) -> int:
     }
     config = MechIntConfig.of(given)
     callback = MechIntCallback(config, first_step=options.first_step)
+    lora_options = _with_bundled(options.lora)
     # Loading a model and data sets may take minutes.
     check_storage(config)
     plain = sys.argv
-    sys.argv = ["mlx_lm.lora", "--train", *_with_bundled(options.lora)]
+    sys.argv = ["mlx_lm.lora", "--train", *lora_options]
     try:
         with callback.inside_lora(), _shown(config.verbose):
             lora.main()
@@ -116,7 +117,11 @@ class _AboveBars(logging.Handler):
 
 
 def _with_bundled(arguments: list[str]) -> list[str]:
-    """mlx-lm's options, in which the bundled model's name, there or in the file of ``--config``, means its folder."""
+    """mlx-lm's options, in which the bundled model's name, there or in the file of ``--config``, means its folder.
+
+    Raises:
+        HookError: no model is named, where mlx-lm would download one.
+    """
     from ..loading import BUNDLED, fetch
 
     parser = argparse.ArgumentParser(prog="neuroscope train", add_help=False)
@@ -126,5 +131,7 @@ def _with_bundled(arguments: list[str]) -> list[str]:
     model = known.model
     if model is None and known.config is not None:
         model = _fields(known.config, "it has no options of mlx_lm.lora").get("model")
+    if model is None and not {"-h", "--help"} & set(arguments):
+        raise HookError("The options of mlx_lm.lora come after --, at least --model and --data.")
     # Of an option that is there twice the last one counts.
     return [*arguments, "--model", str(fetch(BUNDLED))] if model == BUNDLED else arguments

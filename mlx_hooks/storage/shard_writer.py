@@ -85,7 +85,8 @@ class ShardWriter:
         self.max_rows, self.rank = max_rows, rank
         remote = remote.below(rank_folder(rank)) if remote and each_rank else remote
         self._upload_seconds = upload_seconds
-        self._is_closed = self._has_warned = self._has_told_of_steps = False
+        self._is_closed = self._has_warned = self._has_told_of_steps = self._has_told_of_order = False
+        self._last_here = -1
         description = plain(description or {}, "description")
         with writing(self.folder / MANIFEST):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,7 @@ class ShardWriter:
                 that is no JSON; and when a file cannot be written: what was written before it stays.
 
         Warns:
-            CaptureWarning: earlier sessions captured this step or later ones; once.
+            CaptureWarning: earlier sessions captured this step or later ones, or this one later ones; once each.
             UploadWarning: earlier shards could not be uploaded; once until uploading works again.
         """
         if self._is_closed:
@@ -161,7 +162,7 @@ class ShardWriter:
         columns = {name: np.asarray(column).astype(LABELS[name]) for name, column in columns.items()}
         arrays: dict[str, Any] = {**activations, **columns}
         self._check(activations, arrays)
-        about = {"step": _whole_step(step), "metadata": plain(metadata or {}, "metadata")}
+        about = {"step": whole_step(step), "metadata": plain(metadata or {}, "metadata")}
         self._tell_of_steps(about["step"])
         if self._backlog is not None and self._backlog.is_idle and not self._backlog.failed:
             self._has_warned = False  # before these rows wait there too
@@ -252,6 +253,15 @@ class ShardWriter:
                 raise HookError(f"A row of {name} has axes {', '.join(axes)} of {list(sizes)}; got {list(given)}.")
 
     def _tell_of_steps(self, step: int) -> None:
+        before, self._last_here = self._last_here, step
+        if step < before and not self._has_told_of_order:
+            self._has_told_of_order = True
+            warnings.warn(
+                f"Step {step} is written to {self.folder} after step {before}: rows with the same step are read as "
+                "those of one, so count steps on through all epochs.",
+                CaptureWarning,
+                stacklevel=3,
+            )
         last = self._last_before
         if step > last or self._has_told_of_steps:
             return
@@ -347,7 +357,7 @@ def _check_ranks(folder: Path, each_rank: bool) -> None:
         )
 
 
-def _whole_step(step: Any) -> int:
+def whole_step(step: Any) -> int:
     """A training step as Python's number, whoever's it was.
 
     Raises:

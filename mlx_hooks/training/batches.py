@@ -1,6 +1,6 @@
 """What a training step's batch is: token ids, with or without the lengths of its sequences."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,21 +78,22 @@ def token_ids(tokens: Any) -> mx.array:
     return tokens if isinstance(tokens, mx.array) else mx.array(tokens)
 
 
-def check_lengths(lengths: Any, n_sequences: int) -> np.ndarray | None:
-    """The number of tokens of each sequence, [batch]; None for all.
+def check_lengths(lengths: Any, shape: Sequence[int]) -> np.ndarray | None:
+    """The number of tokens of each sequence that are no padding, [batch], for token ids of a shape, [batch, pos]; None
+    for all.
 
     Raises:
-        HookError: there is not one whole number from 0 up for each sequence.
+        HookError: there is not one whole number from 0 to pos for each sequence.
     """
     if lengths is None:
         return None
     found = np.array(lengths)
-    if not np.issubdtype(found.dtype, np.integer) or found.shape != (n_sequences,) or found.min() < 0:
-        raise HookError(
-            f"lengths has a number of tokens for each of the {n_sequences} sequences, got {found.dtype} of shape "
-            f"{found.shape}.",
-            field="lengths",
-        )
+    n_sequences, longest = shape
+    told = f"lengths has a number of tokens from 0 to {longest} for each of the {n_sequences} sequences, got"
+    if not np.issubdtype(found.dtype, np.integer) or found.shape != (n_sequences,):
+        raise HookError(f"{told} {found.dtype} of shape {found.shape}.", field="lengths")
+    if len(wrong := found[(found < 0) | (found > longest)]):
+        raise HookError(f"{told} {wrong[0]}.", field="lengths")
     return found
 
 

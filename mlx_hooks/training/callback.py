@@ -1,5 +1,6 @@
 """``MechIntCallback``: capture while ``mlx_lm`` trains."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from ..errors import HookError
+from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
 from .batches import ReadBatch, read_batch
-from .capturing import Capturing
+from .capturing import Capturing, writes_here
 from .config import MechIntConfig
 
 
@@ -72,7 +73,7 @@ class MechIntCallback(TrainingCallback):
         self.step: int | None = None
         self._capturing: Capturing | None = None
         self._model: nn.Module | None = None
-        self._finished = False
+        self._finished = self._has_told = False
         if model is not None:
             self._start(model)
 
@@ -156,7 +157,12 @@ class MechIntCallback(TrainingCallback):
             self._capturing.close()
 
     def on_train_loss_report(self, train_info: dict) -> None:
-        """Note a loss in the manifest."""
+        """Note a loss in the manifest.
+
+        Warns:
+            CaptureWarning: the training's batches are not wrapped, so that nothing is captured; once.
+        """
+        self._tell_of_batches()
         self._report("train", train_info, int(train_info.get("iteration", 0)))
         if self.wrapped_callback is not None:
             self.wrapped_callback.on_train_loss_report(train_info)
@@ -192,6 +198,17 @@ class MechIntCallback(TrainingCallback):
 
     def _probe(self, capturing: Capturing, batch: Any, step: int) -> list[Path]:
         return capturing.probe(self.read_batch(batch), step)
+
+    def _tell_of_batches(self) -> None:
+        if self.step is not None or self._has_told or not writes_here(self.config):
+            return
+        self._has_told = True
+        warnings.warn(
+            "Nothing is captured, since the training's batches are not wrapped: train by callback.train, or make "
+            "MechIntCallback(config, model) and give train iterate_batches=callback.wrap_batches(iterate_batches).",
+            CaptureWarning,
+            stacklevel=3,
+        )
 
     def _report(self, kind: str, info: Mapping[str, Any], iteration: int) -> None:
         if self._capturing is not None:

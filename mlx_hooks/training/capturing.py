@@ -15,7 +15,7 @@ from ..errors import CaptureWarning, HookError
 from ..model import HookedModel
 from ..options import plain_json
 from ..storage.files import writing
-from ..storage.manifest import MANIFEST
+from ..storage.manifest import MANIFEST, rank_folder
 from ..storage.remote import RemoteFolder
 from ..storage.shard_writer import ShardWriter, hold
 from .batches import Batch
@@ -213,7 +213,9 @@ def check_storage(config: MechIntConfig) -> None:
     """
     if not writes_here(config):
         return
-    folder = Path(config.storage_path)
+    # Where each rank writes, each has a folder of its own: they start at once, and must not meet in one.
+    below = rank_folder(ranks()[0]) if config.writing_ranks == "all" else ""
+    folder = Path(config.storage_path) / below
     with writing(folder / MANIFEST):
         folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -221,7 +223,7 @@ def check_storage(config: MechIntConfig) -> None:
     hold(folder).release()
     if config.storage_backend != "local":
         assert config.s3_bucket is not None, "MechIntConfig asks for it"
-        RemoteFolder(config.s3_bucket, config.s3_prefix).read(MANIFEST)
+        RemoteFolder(config.s3_bucket, config.s3_prefix).below(below).read(MANIFEST)
 
 
 def _joined(values: list[mx.array]) -> mx.array:

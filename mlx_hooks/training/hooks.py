@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ..errors import HookError
 from ..model import HookedModel
+from ..storage.shard_writer import whole_step
 from .batches import read_batch
 from .capturing import Capturing, writes_here
 from .config import MechIntConfig
@@ -88,23 +89,28 @@ class MechIntHooks:
             batch: token ids [batch, pos] as the model reads them, or a pair of these and lengths, as mlx-lm's
                 ``iterate_batches`` gives them, of which the model reads all columns but the last. None saves the latest
                 forward pass.
-            global_step: counted from 0 without it.
+            global_step: a whole number from 0 up; counted from 0 without it.
 
         Returns:
             the last file that was written; None where nothing was.
 
         Raises:
-            HookError: no hooks are registered, or the first step of all cannot be captured.
+            HookError: no hooks are registered, the step is no number, or the first step of all cannot be captured.
 
         Warns:
             CaptureWarning: a later step could not be captured.
         """
         capturing = self._capturing()
-        step = self._n_steps if global_step is None else int(global_step)
+        step = self._n_steps if global_step is None else whole_step(global_step)
         self._n_steps = step + 1
-        if capturing is None or not capturing.is_due(step) or step == self._latest:
+        if capturing is None or step == self._latest:
             return None
         assert self.sampler is not None
+        if not capturing.is_due(step):
+            if batch is None:
+                # So that a later step is not saved with this one's forward pass.
+                self.sampler.clear_cache()
+            return None
         notes = {"epoch": self._epoch} | ({} if batch_idx is None else {"batch_idx": int(batch_idx)})
         path = None
         if batch is None:

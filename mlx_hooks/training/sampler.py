@@ -13,6 +13,7 @@ from ..capture import readable
 from ..errors import HookError
 from ..instrument import follow_calls
 from ..model import HookedModel
+from ..storage.shard_writer import whole_step
 from .batches import Batch, check_lengths, token_ids
 from .capturing import Capturing
 from .config import MechIntConfig
@@ -68,7 +69,7 @@ class ActivationSampler:
         self._forwards: list[Forward] = []
         self._n_saved = 0
         self._last_path: Path | None = None
-        self._compiled = self._met_training = False
+        self._compiled = self._met_training = self._left_out = False
         self._unkept: HookError | None = None
         self._given_step: int | None = None
         self._is_given = False
@@ -100,7 +101,7 @@ class ActivationSampler:
             raise HookError("Hooks are registered already: remove_hooks() ends that.")
         self.capturing = Capturing.of(model, self.config)
         self.clear_cache()
-        self._compiled = self._met_training = False
+        self._compiled = self._met_training = self._left_out = False
         self.last_step = self._given_step = None
         if self.capturing is None:
             self._end = _nothing
@@ -129,35 +130,40 @@ class ActivationSampler:
         """Write the rows of the forward passes since the last save.
 
         What was saved can be looked at until the next forward pass or ``clear_cache``, and is not written again:
-        saving twice writes once, and so does saving a step whose batch ``MechIntHooks`` captured.
+        saving a step twice writes it once, and so does saving one whose batch ``MechIntHooks`` captured.
 
         Args:
-            global_step: the training step that the rows belong to.
+            global_step: the training step that the rows belong to, a whole number from 0 up.
             metadata: plain JSON to keep with them; numbers of MLX and NumPy become Python's.
             lengths: of each sequence of the forward pass the number of tokens that are no padding, [batch]; of several
-                forward passes a list of these. None: all tokens are rows.
+                forward passes a list of these; none is longer than its sequence. None: all tokens are rows.
 
         Returns:
             the last file that was written; None where every token is padding, and where another process of a
             distributed training writes.
 
         Raises:
-            HookError: nothing was captured, it was captured where it cannot be read, or it cannot be written.
+            HookError: nothing was captured since another step was saved, it was captured where it cannot be read, or it
+                cannot be written; the step is no number.
         """
+        step = whole_step(global_step)
         if self._end is None:
             raise HookError("No hooks are registered: register_hooks(model) comes first.")
         if self.capturing is None:
             return None
-        if self._given_step is not None and global_step == self._given_step:
+        if step == self._given_step:
             return self._last_path
-        self._check_seen()
         if self._n_saved and self._n_saved == len(self._forwards):
-            return self._last_path
+            if step == self.last_step:
+                return self._last_path
+            # What is held is another step's.
+            self.clear_cache()
+        self._check_seen()
         self._take_changes()
         forwards = self._forwards[self._n_saved :]
-        paths = self.capturing.save(forwards, self._lengths(lengths, forwards), global_step, metadata)
+        paths = self.capturing.save(forwards, self._lengths(lengths, forwards), step, metadata)
         self._n_saved = len(self._forwards)
-        self.last_step, self._last_path = global_step, paths[-1] if paths else None
+        self.last_step, self._last_path = step, paths[-1] if paths else None
         return self._last_path
 
     def save_batch(self, batch: Batch, global_step: int, metadata: Mapping[str, Any] | None = None) -> Path | None:
@@ -180,7 +186,7 @@ class ActivationSampler:
         finally:
             self._is_given = False
             self.clear_cache()
-        self._given_step = global_step
+        self._given_step = whole_step(global_step)
         return path
 
     def get_statistics(self) -> dict[str, Any]:
@@ -204,6 +210,7 @@ class ActivationSampler:
         assert self.capturing is not None
         trained = self.capturing.trained
         if self._of_loop and not self._is_training(trained.module):
+            self._left_out = True
             return call()
         forward: Forward | None = None
         with self._told_later():
@@ -240,6 +247,7 @@ class ActivationSampler:
             self._unkept = error
 
     def _keep(self, forward: Forward) -> None:
+        self._left_out = False
         if self._of_loop or self._n_saved:
             # What was saved is not written again, so that nobody needs it any more.
             self.clear_cache()
@@ -268,6 +276,11 @@ class ActivationSampler:
             )
         if self._unkept is not None:
             raise HookError(f"The latest forward pass was not captured: {self._unkept}") from self._unkept
+        if not self._forwards and self._left_out:
+            raise HookError(
+                "Nothing was captured since the last save: calls of the model in evaluation mode are left out as "
+                "validation, so call model.train() after it."
+            )
         if not self._forwards:
             raise HookError(f"Nothing was captured since the last save: run the model first. In a compiled loop {how}.")
         try:
@@ -291,13 +304,13 @@ class ActivationSampler:
 
     @staticmethod
     def _lengths(lengths: Any, forwards: Sequence[Forward]) -> list[np.ndarray | None]:
-        counts = [forward.tokens.shape[0] for forward in forwards]
-        if lengths is None or len(counts) == 1:
+        shapes = [forward.tokens.shape for forward in forwards]
+        if lengths is None or len(shapes) == 1:
             given = lengths[0] if isinstance(lengths, list | tuple) and np.ndim(lengths[0]) == 1 else lengths
-            return [check_lengths(given, count) for count in counts]
-        if len(lengths) != len(counts):
-            raise HookError(f"lengths has an entry for each of the {len(counts)} forward passes, got {len(lengths)}.")
-        return [check_lengths(given, count) for given, count in zip(lengths, counts, strict=True)]
+            return [check_lengths(given, shape) for shape in shapes]
+        if len(lengths) != len(shapes):
+            raise HookError(f"lengths has an entry for each of the {len(shapes)} forward passes, got {len(lengths)}.")
+        return [check_lengths(given, shape) for given, shape in zip(lengths, shapes, strict=True)]
 
 
 def _nothing() -> None:
