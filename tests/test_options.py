@@ -113,6 +113,10 @@ def test_options_of_analyses_are_kept_as_json() -> None:
         ({"analysis_options": {"magic": {}}}, "analysis_options must be"),
         ({"analysis_options": {"sae": {"k": object()}}}, "analysis_options['sae']['k'] is plain JSON: "),
         ({"storage_backend": "s3", "s3_bucket": "  "}, "s3_bucket has letters, digits, dots and hyphens, got '  '."),
+        ({"s3_prefix": " "}, "blanks around them, or \"\" for the bucket's root, got ' '."),
+        ({"s3_prefix": "/"}, "s3_prefix is a folder of the bucket, with no empty names"),
+        ({"s3_prefix": "a/ b"}, "got 'a/ b'."),
+        ({"s3_prefix": "a//b"}, "got 'a//b'."),
         ({"storage_path": "~no-such-person/captures"}, "storage_path names a folder, got '~no-such-person/captures'"),
     ],
 )

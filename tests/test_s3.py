@@ -652,6 +652,28 @@ def test_a_folder_of_ranks_is_uploaded(folder: RemoteFolder, tmp_path: Path) -> 
     assert len(ShardReader(folder.url).rows(0)) == 3
 
 
+@pytest.mark.parametrize("each_rank", [False, True])
+def test_captures_of_one_rank_and_of_all_are_not_mixed(each_rank: bool, folder: RemoteFolder, tmp_path: Path) -> None:
+    def written(name: str, each_rank: bool, step: int = 0, **options: Any) -> Path:
+        path = tmp_path / name
+        with ShardWriter(path, layers=LAYERS, each_rank=each_rank, **options) as writer:
+            write_step(writer, step)
+        return path
+
+    written("first", each_rank, remote=folder)
+    before = folder.names()
+    said = f"{folder.url} holds captures {'of all ranks' if each_rank else 'that one rank wrote'}: "
+    said += f"give those of {'one rank' if each_rank else 'all ranks'} another s3_prefix."
+    assert said in refusal(lambda: written("second", not each_rank, remote=folder))
+    assert not (tmp_path / "second").exists()
+    other = written("other", not each_rank)
+    assert said in refusal(lambda: upload(other, folder.url))
+    assert folder.names() == before
+    assert f"{other} holds captures " in refusal(lambda: fetch(folder.url, other))
+    written("first", each_rank, step=1, remote=folder)
+    assert len(ShardReader(folder.url).entries) == 2
+
+
 # --- Before training. ---
 
 
@@ -669,6 +691,11 @@ def test_a_configuration_leads_to_s3(s3: S3Server, tmp_path: Path) -> None:
             write_step(writer, 0)
         assert (folder / "cache" / SHARDS[0]).exists() is kept
         assert RemoteFolder(BUCKET, prefix).names() == [SHARDS[0], "manifest.json"]
+    for prefix in ("", "a b/c/"):
+        with open_writer(config(tmp_path / f"at {prefix[:1]}", s3_prefix=prefix), LAYERS) as writer:
+            write_step(writer, 0)
+        assert len(ShardReader(f"s3://{BUCKET}/{prefix}").rows(0)) == 6
+        assert RemoteFolder(BUCKET).read(f"{prefix}manifest.json") is not None
     ranks = config(tmp_path / "ranks", writing_ranks="all", s3_prefix="exp/all")
     with open_writer(ranks, LAYERS, rank=1, world_size=2) as writer:
         write_step(writer, 0)

@@ -192,6 +192,6 @@ def draw_heads(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
             axes.set_xlabel("training step", fontsize=9)
             axes.set_ylabel(f"{name.replace('_', '-')} score", fontsize=9)
         if len(names) <= len(COLOURS):
-            both[1].legend(fontsize=7, frameon=False)
+            both[1].legend(fontsize=7, frameon=False, loc="upper right")
         drawn.append(("Scores step by step", made))
     return drawn

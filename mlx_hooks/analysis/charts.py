@@ -53,7 +53,7 @@ def histogram(
     if rare:
         axes.set_yscale("log")
     if len(numbers) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper right")
 
 
 def heat_map(

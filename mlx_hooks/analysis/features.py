@@ -325,7 +325,7 @@ def draw_features(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
     left.set_ylim(0, 1.02)
     left.set_xlabel("component", fontsize=9)
     left.set_ylabel("share of the variance", fontsize=9)
-    left.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False, loc="center right")
     shown = result["projection"]
     if shown is not None:
         points = np.array(shown["points"])
@@ -336,7 +336,7 @@ def draw_features(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:
             name = f"cluster {cluster}" if cluster >= 0 else "none"
             right.scatter(own[:, 0], own[:, 1], s=8, color=colour, alpha=0.6, linewidths=0, label=name)
         if shown["clusters"] is not None:
-            right.legend(fontsize=7, frameon=False, markerscale=2)
+            right.legend(fontsize=7, frameon=False, markerscale=2, loc="upper right")
     right.set_xlabel("component 1", fontsize=9)
     right.set_ylabel("component 2", fontsize=9)
     return [("Components and clusters", made)]

@@ -577,5 +577,5 @@ def draw_probe(result: Mapping[str, Any]) -> list[tuple[str, "Figure"]]:
     axes.set_xticks(at, [found["layer"] or "layer" for found in results], rotation=20, ha="right", fontsize=8)
     axes.set_xlim(-0.5, len(results) - 0.5)
     axes.set_ylabel("accuracy" if name == "accuracy" else "R²", fontsize=9)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
     return [("How well the label is read", made)]

@@ -17,7 +17,6 @@ from .manifest import (
     COLUMNS,
     ENTRY,
     MANIFEST,
-    RANK_FOLDERS,
     Manifest,
     check_same_layers,
     is_entry,
@@ -30,7 +29,7 @@ from .manifest import (
 from .remote import Backlog, RemoteFolder
 from .rows import LABELS
 from .tensors import TensorFile, write_arrays
-from .uploads import Uploads, joined
+from .uploads import Uploads, check_ranks, joined
 
 
 class ShardWriter:
@@ -61,7 +60,8 @@ class ShardWriter:
 
     Raises:
         HookError: the folder cannot be written, is being written by another, or holds captures of other layers, sizes
-            or of another model's type; nothing can be uploaded; each before any rows are written.
+            or of another model's type; it or the place in S3 holds those of all ranks and this writes one's, or the
+            other way round; nothing can be uploaded; each before any rows are written.
     """
 
     def __init__(
@@ -80,7 +80,9 @@ class ShardWriter:
     ) -> None:
         if max_rows < 1:
             raise HookError(f"A file has room for at least one row, got max_rows {max_rows}.", field="max_rows")
-        _check_ranks(Path(folder), each_rank)
+        check_ranks(Path(folder), each_rank)
+        if remote is not None:
+            check_ranks(remote, each_rank)
         self.folder = Path(folder) / rank_folder(rank) if each_rank else Path(folder)
         self.max_rows, self.rank = max_rows, rank
         remote = remote.below(rank_folder(rank)) if remote and each_rank else remote
@@ -342,19 +344,6 @@ def hold(folder: Path) -> HeldFolder:
         ) from error
     except OSError as error:
         raise HookError(f"cannot read {folder}: {error.strerror or error}") from error
-
-
-def _check_ranks(folder: Path, each_rank: bool) -> None:
-    """Raises HookError where one rank has written what all are to write now, or the other way round."""
-    if each_rank and (folder / MANIFEST).exists():
-        raise HookError(
-            f"{folder} holds captures that one rank wrote: capture those of all ranks to another folder.",
-            field="storage_path",
-        )
-    if not each_rank and any(folder.glob(f"{RANK_FOLDERS}/{MANIFEST}")):
-        raise HookError(
-            f"{folder} holds captures of all ranks: capture those of one rank to another folder.", field="storage_path"
-        )
 
 
 def whole_step(step: Any) -> int:

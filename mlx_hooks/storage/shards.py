@@ -10,7 +10,6 @@ training writes, each has such a folder below: ``rank_000``, ``rank_001``, ... W
 the same way.
 """
 
-import fnmatch
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +25,12 @@ import numpy as np
 from ..errors import HookError, UnknownHookError, UnreadableShardWarning
 from ..hook_points import block_point, canonical_name, parse_layer_name
 from .files import writing
-from .manifest import COLUMNS, MANIFEST, RANK_FOLDERS, Manifest, check_same_layers, current, now, plain
+from .manifest import COLUMNS, MANIFEST, Manifest, check_same_layers, current, now, plain
 from .remote import SCHEME, RemoteFolder, cache_folder, file_sha256
 from .rows import LABELS, RowPart, Rows
 from .shard_writer import ShardWriter, complete, hold
 from .tensors import TensorFile
-from .uploads import Uploads, joined
+from .uploads import Uploads, check_ranks, folders_in, joined
 
 __all__ = ["Shard", "ShardReader", "ShardRows", "ShardWriter", "fetch", "record_analysis", "upload"]
 
@@ -310,14 +309,16 @@ def fetch(url: str, folder: str | Path, progress: Callable[[int, int], None] | N
         the folder.
 
     Raises:
-        HookError: nothing was captured there, it cannot be downloaded, or the folder holds other captures or is being
-            written.
+        HookError: nothing was captured there, it cannot be downloaded, or the folder holds other captures, those of one
+            rank where all wrote or the other way round, or is being written.
     """
     folder = Path(folder)
     remote = RemoteFolder.of_url(url)
     manifests = _remote_manifests(remote)
     if not manifests:
         raise HookError(f"There are no captured activations in {url}: it has no {MANIFEST}.")
+    for each_rank in {bool(below) for below in manifests}:
+        check_ranks(folder, each_rank)
     total = sum(len(manifest.entries) for manifest in manifests.values())
     done = 0
     for below, manifest in manifests.items():
@@ -357,14 +358,17 @@ def upload(
         keep_local: whether files stay when their upload is confirmed.
 
     Raises:
-        HookError: there are no captures, or they are being written; others are in that place, or another run writes
-            there; or a file cannot be uploaded. What was uploaded before it is there.
+        HookError: there are no captures, or they are being written; others are in that place, as those of one rank
+            where these are of all, or another run writes there; or a file cannot be uploaded. What was uploaded before
+            it is there.
     """
     folder = Path(folder)
     remote = RemoteFolder.of_url(url)
     names = list(_local_manifests(folder))
     if not names:
         raise HookError(f"There are no captured activations in {folder}: it has no {MANIFEST}.")
+    for each_rank in {bool(name) for name in names}:
+        check_ranks(remote, each_rank)
     with ExitStack() as held:
         found = []
         for name in names:
@@ -407,21 +411,20 @@ def record_analysis(folder: str | Path, record: Mapping[str, Any]) -> None:
 def _local_manifests(folder: Path) -> dict[str, Manifest]:
     """The manifests in a folder and in those of ranks below, by the folder's name: "" for itself."""
     found = {}
-    for inner in [folder, *sorted(folder.glob(RANK_FOLDERS))]:
-        if (manifest := Manifest.load(inner)) is not None:
-            found["" if inner == folder else inner.name] = manifest
+    for below in folders_in(folder):
+        if (manifest := Manifest.load(folder / below)) is not None:
+            found[below] = manifest
     return found
 
 
 def _remote_manifests(remote: RemoteFolder) -> dict[str, Manifest]:
     """The same of a folder in S3."""
     found = {}
-    for name in remote.names():
-        below, _, last = name.rpartition("/")
-        if last == MANIFEST and (not below or fnmatch.fnmatchcase(below, RANK_FOLDERS)):
-            text = remote.read(name)
-            if text is not None:
-                found[below] = Manifest.parse(text, f"{remote.url}/{name}")
+    for below in folders_in(remote):
+        inner = remote.below(below)
+        text = inner.read(MANIFEST)
+        if text is not None:
+            found[below] = Manifest.parse(text, f"{inner.url}/{MANIFEST}")
     return found
 
 

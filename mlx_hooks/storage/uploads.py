@@ -1,11 +1,12 @@
 """What a folder of shards has in S3: one folder's shards and manifest at one place, and nobody else's."""
 
+import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import HookError
-from .manifest import MANIFEST, Manifest
+from .manifest import MANIFEST, RANK_FOLDERS, Manifest
 from .remote import RemoteFolder, ReplacedError
 
 
@@ -110,6 +111,27 @@ class Uploads:
                 raise HookError("capturing has ended")
             yield
             self._manifest.save(self._folder)
+
+
+def folders_in(place: Path | RemoteFolder) -> list[str]:
+    """The folders of a place that have a manifest: "" for itself, ``rank_003`` and the like for those of ranks."""
+    if isinstance(place, RemoteFolder):
+        found = [below for below, _, last in (name.rpartition("/") for name in place.names()) if last == MANIFEST]
+        return [below for below in found if not below or fnmatch.fnmatchcase(below, RANK_FOLDERS)]
+    ranks = [path.parent.name for path in sorted(place.glob(f"{RANK_FOLDERS}/{MANIFEST}"))]
+    return [*([""] if (place / MANIFEST).exists() else []), *ranks]
+
+
+def check_ranks(place: Path | RemoteFolder, each_rank: bool) -> None:
+    """Raises HookError where one rank has written what all are to write now, or the other way round."""
+    name, field = (place.url, "s3_prefix") if isinstance(place, RemoteFolder) else (str(place), "storage_path")
+    found = folders_in(place)
+    if each_rank and "" in found:
+        raise HookError(
+            f"{name} holds captures that one rank wrote: give those of all ranks another {field}.", field=field
+        )
+    if not each_rank and any(found):
+        raise HookError(f"{name} holds captures of all ranks: give those of one rank another {field}.", field=field)
 
 
 def joined(folder: Path, remote: RemoteFolder) -> tuple[Manifest | None, str | None]:

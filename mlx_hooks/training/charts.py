@@ -32,7 +32,7 @@ def loss_charts(training: Sequence[Mapping[str, Any]]) -> "list[tuple[str, Figur
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3)
     _finish(axes, "loss (nats per token)", [step for points in lines.values() for step, _ in points])
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     return [("Loss while training", figure)]
 
 

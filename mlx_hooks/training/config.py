@@ -34,7 +34,7 @@ class MechIntConfig:
         analyses_to_run: which analyses ``EvalMechIntRunner`` runs, in this order.
         storage_backend: "local", "s3" (the local file goes once the upload is confirmed) or "both".
         storage_path: the local folder; ``~`` is the home folder.
-        s3_bucket, s3_prefix: where in S3.
+        s3_bucket, s3_prefix: where in S3; the prefix "" is the bucket's root.
         max_activations_per_shard: the most rows, which are tokens, in one file.
         enable_feature_steering: the ``sae`` analysis steers with the strongest features and tells what that did.
         verbose: show progress; what is captured is logged at level INFO by ``mlx_hooks.training``, which
@@ -72,6 +72,12 @@ class MechIntConfig:
         if self.s3_bucket and not _BUCKET.fullmatch(self.s3_bucket):
             raise HookError(
                 f"s3_bucket has letters, digits, dots and hyphens, got {self.s3_bucket!r}.", field="s3_bucket"
+            )
+        if self.s3_prefix and not all(name and name == name.strip() for name in self.s3_prefix.strip("/").split("/")):
+            raise HookError(
+                's3_prefix is a folder of the bucket, with no empty names and no blanks around them, or "" for the '
+                f"bucket's root, got {self.s3_prefix!r}.",
+                field="s3_prefix",
             )
         for name, values in (("sample_layers", self.sample_layers or ()), ("analyses_to_run", self.analyses_to_run)):
             if len(set(values)) < len(values):

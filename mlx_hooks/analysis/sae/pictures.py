@@ -45,7 +45,7 @@ def _training(result: dict[str, Any]) -> "Figure":
     sparsity.set_ylabel(f"latents that fire per row, of {result['d_sae']}", fontsize=9)
     for axes in (losses, sparsity):
         axes.set_xlabel("pass over the rows", fontsize=9)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper right")
     return made
 
 

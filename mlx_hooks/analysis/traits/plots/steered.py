@@ -184,7 +184,7 @@ class SteeringChart:
         upper.plot(coefficients, [run.mean for run in self.runs], "o-", color=LINE, markersize=4, label=own)
         upper.set_xlabel("coefficient", fontsize=8)
         upper.set_ylabel("mean score", fontsize=8)
-        upper.legend(fontsize=7, frameon=False)
+        upper.legend(fontsize=7, frameon=False, loc="upper right")
         if self.n_prompt:
             lower.axvspan(-0.5, self.n_prompt - 0.5, color=SHADE, linewidth=0)
         ends = []
