@@ -29,7 +29,7 @@ from .manifest import (
 from .remote import Backlog, RemoteFolder
 from .rows import LABELS
 from .tensors import TensorFile, write_arrays
-from .uploads import Uploads, check_ranks, joined
+from .uploads import Uploads, folders_in, joined
 
 
 class ShardWriter:
@@ -344,6 +344,18 @@ def hold(folder: Path) -> HeldFolder:
         ) from error
     except OSError as error:
         raise HookError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def check_ranks(place: Path | RemoteFolder, each_rank: bool) -> None:
+    """Raises HookError where one rank has written what all are to write now, or the other way round."""
+    name, field = (place.url, "s3_prefix") if isinstance(place, RemoteFolder) else (str(place), "storage_path")
+    found = folders_in(place)
+    if not each_rank and any(found):
+        raise HookError(f"{name} holds captures of all ranks: give those of one rank another {field}.", field=field)
+    if each_rank and "" in found:
+        raise HookError(
+            f"{name} holds captures that one rank wrote: give those of all ranks another {field}.", field=field
+        )
 
 
 def whole_step(step: Any) -> int:

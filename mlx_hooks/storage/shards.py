@@ -28,9 +28,9 @@ from .files import writing
 from .manifest import COLUMNS, MANIFEST, Manifest, check_same_layers, current, now, plain
 from .remote import SCHEME, RemoteFolder, cache_folder, file_sha256
 from .rows import LABELS, RowPart, Rows
-from .shard_writer import ShardWriter, complete, hold
+from .shard_writer import ShardWriter, check_ranks, complete, hold
 from .tensors import TensorFile
-from .uploads import Uploads, check_ranks, folders_in, joined
+from .uploads import Uploads, folders_in, joined
 
 __all__ = ["Shard", "ShardReader", "ShardRows", "ShardWriter", "fetch", "record_analysis", "upload"]
 

@@ -122,18 +122,6 @@ def folders_in(place: Path | RemoteFolder) -> list[str]:
     return [*([""] if (place / MANIFEST).exists() else []), *ranks]
 
 
-def check_ranks(place: Path | RemoteFolder, each_rank: bool) -> None:
-    """Raises HookError where one rank has written what all are to write now, or the other way round."""
-    name, field = (place.url, "s3_prefix") if isinstance(place, RemoteFolder) else (str(place), "storage_path")
-    found = folders_in(place)
-    if each_rank and "" in found:
-        raise HookError(
-            f"{name} holds captures that one rank wrote: give those of all ranks another {field}.", field=field
-        )
-    if not each_rank and any(found):
-        raise HookError(f"{name} holds captures of all ranks: give those of one rank another {field}.", field=field)
-
-
 def joined(folder: Path, remote: RemoteFolder) -> tuple[Manifest | None, str | None]:
     """The manifest of a folder and of its place in S3, as one, and the version of the latter; None where there is none.
 
