@@ -30,6 +30,7 @@ SHORTEST, LONGEST, MOST_BETWEEN = 8, 20, 4
 LENGTH = 1 + 2 * LONGEST + 2 * MOST_BETWEEN
 WIDTH, HEADS = 64, 2
 BATCH = 32
+PAIRS = 128
 
 Sequence = tuple[list[int], int]
 """Token ids, and how many at the start are not learned, as mlx-lm's training takes them."""
@@ -204,7 +205,17 @@ def workflow(output: Path, layers: int, steps: int, every: int, sae_steps: int, 
         storage_path=captured,
         analyses_to_run=["sae", "neuron", "feature", "probe", "heads", "causal", "circuit"],
         analysis_options={
-            "sae": {"architecture": "topk", "k": 4, "d_sae": 128, "held_out": 0.2, "max_steps": sae_steps}
+            # Each pair asks for one token alone: the loss in the model takes more of them.
+            "sae": {
+                "architecture": "topk",
+                "k": 4,
+                "d_sae": 128,
+                "held_out": 0.2,
+                "max_steps": sae_steps,
+                "eval_sequences": PAIRS,
+            },
+            "causal": {"max_examples": 32},
+            "circuit": {"max_examples": 32},
         },
         enable_feature_steering=True,
     )
@@ -217,7 +228,7 @@ def workflow(output: Path, layers: int, steps: int, every: int, sae_steps: int, 
     # Autoencoders are put into the model, so they are of rows with the weights that it has now, but for one small step.
     last = reader.steps[-1:]
     labels = came_before(reader.rows("blocks.0.hook_resid_post", last))
-    pairs = make_pairs(32)
+    pairs = make_pairs(PAIRS)
     runner = EvalMechIntRunner(model, config, tokenizer=Words(), labels=labels)
     results = runner.run_mechint_eval(hidden_shards_path=captured, eval_data=pairs, steps=last)
     print("\n3. Head scores and ablations at every captured step")

@@ -139,6 +139,8 @@ def test_the_example_of_capturing_goes_from_training_to_a_report(tmp_path: Path)
     assert re.search(r"blocks\.1\.attn\.hook_pattern( +0\.\d\d){3}$", shown, re.MULTILINE)
     text = report.read_text()
     assert "## What failed" not in text
+    assert "(128 of them) as it is" in text
+    assert "predicted tokens alone" not in text
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert len(pictures) > 20
     assert all((report.parent / path).stat().st_size > 3_000 for path in pictures)

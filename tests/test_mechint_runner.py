@@ -364,6 +364,61 @@ def test_features_steer_if_asked(captured: SimpleNamespace) -> None:
     assert "Steering by" in (captured.folder.parent / "steered" / "mechint_report.md").read_text()
 
 
+def test_steering_that_was_asked_for_and_cannot_be_done_is_told(captured: SimpleNamespace, tmp_path: Path) -> None:
+    runner = runner_of(captured, "sae", model=make_model("llama"), enable_feature_steering=True, sample_layers=[1])
+    found = runner.run_mechint_eval()["analyses"]["sae"][RESID]
+    assert "steering" not in found
+    assert "Nothing was steered: steering runs the model on data" in found["notes"][-1]
+    assert "Nothing was steered" in runner.export_results(tmp_path).read_text()
+
+
+def test_arrays_by_layer_are_rows(captured: SimpleNamespace) -> None:
+    runner, values = runner_of(captured, "neuron"), captured.arrays[0][RESID]
+    plain = runner.run_mechint_eval(hidden_shards_path={RESID: ArrayRows(values, RESID)})["analyses"]
+    assert set(plain["neuron"]) == {RESID}
+    assert "error" not in plain["neuron"][RESID]
+    for given in (values, mx.array(values)):
+        assert runner.run_mechint_eval(hidden_shards_path={RESID: given})["analyses"] == plain
+    narrow = runner.run_mechint_eval(hidden_shards_path={"x": mx.ones((4, 3), mx.bfloat16)})["analyses"]["neuron"]
+    assert narrow["x"]["mean_activation"] == [1.0] * 3
+
+
+@pytest.mark.parametrize("steps", [0, [], "0", "", [True], [0.0], ["0"], [None], {}])
+def test_steps_are_whole_numbers(steps: Any, captured: SimpleNamespace) -> None:
+    with pytest.raises(HookError, match="steps is a list of at least one training step, whole numbers; got ") as caught:
+        runner_of(captured, "neuron").run_mechint_eval(steps=steps)
+    assert caught.value.field == "steps"
+
+
+def test_steps_may_be_numpys(captured: SimpleNamespace) -> None:
+    runner = runner_of(captured, "neuron")
+    assert runner.run_mechint_eval(steps=np.array([10])) == runner.run_mechint_eval(steps=[10])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hidden_shards_path": 5}, "a ShardReader, or rows or arrays by layer; got int"),
+        ({"hidden_shards_path": []}, "a ShardReader, or rows or arrays by layer; got list"),
+        ({"hidden_shards_path": np.zeros((3, 4))}, "a ShardReader, or rows or arrays by layer; got ndarray"),
+        ({"hidden_shards_path": {RESID: [[1.0]]}}, f"for '{RESID}' it has list"),
+        ({"checkpoint_path": 5}, "checkpoint_path is a file or a folder, got 5"),
+    ],
+)
+def test_what_is_no_place_is_refused_in_a_sentence(
+    given: dict[str, Any], message: str, captured: SimpleNamespace
+) -> None:
+    for model in (None, make_model("llama")):
+        with pytest.raises(HookError, match=re.escape(message)) as caught:
+            runner_of(captured, "neuron", model=model).run_mechint_eval(**given)
+        assert caught.value.field == next(iter(given))
+
+
+def test_one_analysis_over_steps_is_named_as_such(captured: SimpleNamespace) -> None:
+    runner = runner_of(captured, "feature")
+    assert runner.run_over_steps(analyses="neuron") == runner.run_over_steps(analyses=["neuron"])
+
+
 def test_the_manifest_notes_what_was_analysed(captured: SimpleNamespace) -> None:
     before = len(ShardReader(captured.folder).description["analysis_history"])
     runner_of(captured, "neuron").run_mechint_eval()

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_hooks import HookedModel, HookError, SparseAutoencoder
 from mlx_hooks.analysis.eval_data import eval_data_of
+from mlx_hooks.analysis.sae import analysis
 from mlx_hooks.analysis.sae.analysis import analyse_sae
 from mlx_hooks.analysis.sae.effects import loss_recovered, steering_effects
 from mlx_hooks.analysis.sae.measures import measure_sae
@@ -233,6 +234,37 @@ def test_notes_say_what_the_numbers_do_not(rows: ArrayRows, llama: HookedModel) 
     assert "no tokens" not in notes(tokens=None)
     many = analyse_sae(np.random.default_rng(0).standard_normal((1000, 4)), asked)["notes"]
     assert [note[:30] for note in many] == ["Single rows were held out, sin"]
+
+
+@pytest.mark.parametrize("given", ["nothing", "a model", "data"])
+def test_steering_that_cannot_be_done_is_told(given: str, rows: ArrayRows, llama: HookedModel) -> None:
+    model, data = llama if given == "a model" else None, TEXTS[:2] if given == "data" else None
+    asked = {**OPTIONS, "max_steps": 2}
+    told = analyse_sae(rows, {**asked, "steering": True}, model=model, eval_data=data)
+    assert "steering" not in told
+    assert told["notes"][-1] == "Nothing was steered: steering runs the model on data, so give a model and eval_data."
+    assert not any("steer" in note for note in analyse_sae(rows, asked, model=model, eval_data=data)["notes"])
+
+
+def test_a_note_says_what_a_loss_in_the_model_is_worth(
+    rows: ArrayRows, llama: HookedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {**OPTIONS, "max_steps": 2}
+    few = "The loss in the model was measured on {} alone, which says little: give more or longer eval_data"
+    better = "The share of the loss that is recovered is 1.085: above 1, the model predicts these tokens better"
+
+    def notes(eval_data: Any, share: float | None = None) -> str:
+        with monkeypatch.context() as patch:
+            plain = analysis.loss_recovered
+            patch.setattr(analysis, "loss_recovered", lambda *a: plain(*a) | {"loss_recovered": share})
+            return " ".join(analyse_sae(rows, asked, model=llama, eval_data=eval_data)["notes"])
+
+    # Each text of 12 has 11 tokens to predict.
+    assert few.format("99 predicted tokens") in notes(TEXTS[:9])
+    assert few.format("1 predicted token") in notes([[1, 2]])
+    assert "loss" not in notes([*TEXTS[:8], TEXTS[8] + [1]])
+    assert "share of the loss" not in notes(TEXTS[:2], share=1.0)
+    assert better in notes(TEXTS[:2], share=1.085)
 
 
 def test_rows_that_are_none_of_the_models_are_not_trained_on(rows: ArrayRows, llama: HookedModel) -> None:

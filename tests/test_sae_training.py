@@ -458,6 +458,33 @@ def test_thresholds_learn_by_straight_through_estimators() -> None:
     assert not np.array(gradients["W_enc"]).any()
 
 
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+def test_what_the_optimizer_remembers_of_a_dead_latent_is_forgotten(architecture: str) -> None:
+    asked = training.SAETraining(architecture=architecture, d_sae=9, max_steps=40, dead_features="resample")
+    run = training._Training(ArrayRows(ROWS[:200]), asked, {})
+    dead = np.isin(np.arange(9), [2, 5, 8])
+    run.idle = mx.array(np.where(dead, run.patience, run.patience - 1))
+    moments = {
+        (name, moment): np.random.default_rng(i).uniform(1, 2, value.shape).astype(np.float32)
+        for i, (name, value) in enumerate(run.weights.items())
+        for moment in "mv"
+    }
+    for (name, moment), known in moments.items():
+        run.optimizer.state[name][moment] = mx.array(known)
+    run._resample(1)
+    assert run.n_resampled == 3
+    assert (len(moments), "threshold" in run.weights) == ((10, True) if architecture == "jumprelu" else (8, False))
+    for (name, moment), known in moments.items():
+        now = np.array(run.optimizer.state[name][moment])
+        if name == "b_dec":
+            expected = known
+        elif name == "W_dec":
+            expected = np.where(dead[:, None], 0, known)
+        else:
+            expected = np.where(dead, 0, known)
+        np.testing.assert_array_equal(now, expected, err_msg=f"{name} {moment}")
+
+
 def test_dead_latents_learn_what_the_others_leave_over() -> None:
     x = np.random.default_rng(5).standard_normal((7, 6)).astype(np.float32)
     weights = weights_of(width=6)

@@ -36,7 +36,8 @@ class MechIntConfig:
         storage_path: the local folder; ``~`` is the home folder.
         s3_bucket, s3_prefix: where in S3; the prefix "" is the bucket's root.
         max_activations_per_shard: the most rows, which are tokens, in one file.
-        enable_feature_steering: the ``sae`` analysis steers with the strongest features and tells what that did.
+        enable_feature_steering: the ``sae`` analysis steers with the strongest features and tells what that did, where
+            there are a model and eval data to run it on; a note of its result says where there are none.
         verbose: show progress; what is captured is logged at level INFO by ``mlx_hooks.training``, which
             ``neuroscope train`` shows.
         writing_ranks: in distributed training, "first" (rank 0 captures and writes) or "all" (each rank writes what it

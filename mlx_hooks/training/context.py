@@ -1,7 +1,8 @@
 """What an analysis is, and what it is made of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,8 +99,17 @@ class EvalContext:
         return self.rows[str(layer)]
 
     def at(self, steps: Sequence[int]) -> "EvalContext":
-        """The same, of the rows of some training steps."""
-        return replace(self, steps=tuple(steps))
+        """The same, of the rows of some training steps.
+
+        Raises:
+            HookError: for what is no list of at least one whole number.
+        """
+        wanted = tuple(steps) if isinstance(steps, Iterable) else ()
+        if not wanted or any(isinstance(step, bool) or not isinstance(step, Integral) for step in wanted):
+            raise HookError(
+                f"steps is a list of at least one training step, whole numbers; got {steps!r:.100}.", field="steps"
+            )
+        return replace(self, steps=tuple(map(int, wanted)))
 
     @property
     def lists_labels(self) -> bool:

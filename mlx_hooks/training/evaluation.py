@@ -13,14 +13,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from tqdm import tqdm
 
+from ..activations import to_numpy
 from ..errors import FailedAnalysisWarning, HookError
 from ..inference import computing_on
 from ..model import HookedModel
 from ..storage.manifest import MANIFEST, RANK_FOLDERS
-from ..storage.rows import Rows
+from ..storage.rows import ArrayRows, Rows
 from ..storage.shards import ShardReader, record_analysis
 from ..token_text import TokenText
 from .analyses import analysis_of, check_options, layers_for, run_analysis
@@ -33,7 +36,7 @@ from .trained import undisturbed
 
 logger = logging.getLogger(__name__)
 
-Captured = str | Path | ShardReader | Mapping[str, Rows] | None
+Captured = str | Path | ShardReader | Mapping[str, Rows | np.ndarray | mx.array] | None
 
 MOST_EXAMPLES = 1024
 """Examples that are kept of an iterator of eval data, which may have no end; a list is kept whole."""
@@ -97,7 +100,8 @@ class EvalMechIntRunner:
         Args:
             checkpoint_path: weights to put into the model first, which keeps them: a file, a folder of adapters, or the
                 folder of a whole model (which is loaded where the runner has none). None takes the model as it is.
-            hidden_shards_path: the folder of shards, an opened one, or rows by layer; None for ``config.storage_path``.
+            hidden_shards_path: the folder of shards, an opened one, or rows or arrays [row, feature] by layer; None for
+                ``config.storage_path``.
             eval_data: for ``causal`` and ``circuit``, and for what ``sae`` does to the model: texts, rows of ids,
                 batches as mlx-lm's, or prompts with ``clean``, ``corrupted``, ``answer`` and ``wrong``.
             steps: only the rows of these training steps; None takes those of all.
@@ -107,7 +111,7 @@ class EvalMechIntRunner:
             failed is ``{"error": sentence}`` in the place of a layer's result or of the analysis.
 
         Raises:
-            HookError: the checkpoint or the folder that was named cannot be read, or does not fit.
+            HookError: the checkpoint or the folder that was named cannot be read, or does not fit; ``steps`` are none.
 
         Warns:
             FailedAnalysisWarning: for each analysis that failed; the others go on.
@@ -155,7 +159,7 @@ class EvalMechIntRunner:
     def run_over_steps(
         self,
         hidden_shards_path: Captured = None,
-        analyses: Sequence[str] | None = None,
+        analyses: str | Sequence[str] | None = None,
         checkpoints: Mapping[int, str | Path] | str | Path | None = None,
         eval_data: Any = None,
     ) -> Curves:
@@ -166,7 +170,7 @@ class EvalMechIntRunner:
         autoencoder does to the model's loss is not followed: that would take the weights of its step.
 
         Args:
-            analyses: names; None for those of the configuration that can be made.
+            analyses: names, or one; None for those of the configuration that can be made.
             checkpoints: paths by the step after which they were saved, or the folder where mlx-lm saved numbered
                 adapters.
 
@@ -184,7 +188,8 @@ class EvalMechIntRunner:
         context = self._context(hidden_shards_path, eval_data)
         if self.results is None:
             self.context = context
-        names = self._names_over_steps(analyses, context, checkpoints)
+        asked = [analyses] if isinstance(analyses, str) else analyses
+        names = self._names_over_steps(asked, context, checkpoints)
         table = CurveTable()
         with self._computing():
             for name in names:
@@ -359,10 +364,9 @@ class EvalMechIntRunner:
             self.model = _current(self.model)
         if captured is None and _has_shards(self.config.storage_path):
             captured = self.config.storage_path
-        reader = ShardReader(captured) if isinstance(captured, str | Path) else captured
-        rows = None
-        if isinstance(reader, Mapping):
-            reader, rows = None, reader
+        reader, rows = _opened(captured), None
+        if isinstance(captured, Mapping):
+            rows = {str(layer): _rows(str(layer), given) for layer, given in captured.items()}
         return EvalContext(
             reader=reader,
             rows=rows,
@@ -378,6 +382,8 @@ class EvalMechIntRunner:
         return {**self.config.analysis_options}.get(name)  # type: ignore[call-overload]
 
     def _load(self, path: str | Path) -> None:
+        if not isinstance(path, str | Path):
+            raise HookError(f"checkpoint_path is a file or a folder, got {path!r:.100}.", field="checkpoint_path")
         if self.model is None:
             self.model = HookedModel.from_pretrained(path)
             self.tokenizer = self.tokenizer or self.model.tokenizer
@@ -434,6 +440,37 @@ def _spelling(tokenizer: Any) -> Spell | None:
 
 def _steps(context: EvalContext) -> list[int]:
     return [] if context.reader is None else context.reader.steps
+
+
+def _opened(captured: Any) -> ShardReader | None:
+    """The shards that are meant; None for rows by layer, and for nothing."""
+    if captured is None or isinstance(captured, ShardReader):
+        return captured
+    if isinstance(captured, str | Path):
+        return ShardReader(captured)
+    if isinstance(captured, Mapping):
+        return None
+    raise HookError(
+        "hidden_shards_path is a folder of shards, a ShardReader, or rows or arrays by layer; got "
+        f"{type(captured).__name__}.",
+        field="hidden_shards_path",
+    )
+
+
+def _rows(layer: str, given: Any) -> Rows:
+    """The rows of a layer, of an array too."""
+    if isinstance(given, Rows):
+        return given
+    if not isinstance(given, np.ndarray | mx.array):
+        raise HookError(
+            f"hidden_shards_path has rows or an array [row, feature] for each layer; for {layer!r} it has "
+            f"{type(given).__name__}.",
+            field="hidden_shards_path",
+        )
+    if isinstance(given, mx.array) and given.dtype == mx.bfloat16:
+        # NumPy has none.
+        given = to_numpy(given)
+    return ArrayRows(given, name=layer)
 
 
 def _has_shards(folder: str | Path) -> bool:

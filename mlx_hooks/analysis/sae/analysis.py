@@ -19,6 +19,8 @@ from .training import FEW_TEXTS, ChosenRows, Progress, SAETraining, TrainedSAE, 
 
 FEW_HELD_OUT = 100
 """With fewer rows held out, what is measured on them says little."""
+FEW_TARGETS = 100
+"""With fewer tokens to predict, what an autoencoder does to the loss is mostly chance."""
 
 
 @options
@@ -29,7 +31,8 @@ class SAEOptions(SAETraining):
         top_features: so many latents are told in full: those that add most to the rows that were held out.
         top_tokens: rows to name for each of them: those on which it fires most.
         save_to: a folder for the autoencoder, in SAELens' layout.
-        steering: steer the model with the strongest latents, and tell what that does to its predictions.
+        steering: steer the model with the strongest latents, and tell what that does to its predictions. Without a
+            model and ``eval_data`` a note says that it was left out.
         steering_features: how many.
         steering_strength: what is added, in units of the latent's largest activation on the rows that were held out.
         eval_sequences, eval_tokens: of ``eval_data``, no more sequences, and of each no more tokens, are read.
@@ -62,7 +65,8 @@ def analyse_sae(
     - ``dead_fraction``: the fraction of latents that fire on none of these rows; ``n_held_out`` says how many they are;
     - ``final_loss``: the objective, without an auxiliary loss;
     - ``held_out_by``: "text" (a text that was captured at several steps is held out at all of them), "sequence" or
-      "row", see :class:`TrainedSAE`; ``notes`` says what that, or too few rows, means for the numbers;
+      "row", see :class:`TrainedSAE`; ``notes`` says what that, too few rows or too few predicted tokens mean for the
+      numbers, and that steering was left out where there is nothing to steer;
     - ``firing_rates`` [d_sae]; ``features``: the strongest latents, each with firing rate, mean and largest activation
       and ``top_tokens``: what the model read at the rows where it fires most, with activation, position and step.
 
@@ -99,6 +103,8 @@ def analyse_sae(
     strongest = [int(i) for i in np.argsort(-measured.mean_activation, kind="stable") if not measured.dead[i]]
     result = _told(rows, trained, measured)
     result["notes"] = _notes(trained, in_model=data is not None)
+    if asked.steering and data is None:
+        result["notes"].append("Nothing was steered: steering runs the model on data, so give a model and eval_data.")
     shown = strongest[: asked.top_features]
     tops = measured.top.told(unseen, spell, shown) if asked.top_tokens and shown else [[] for _ in shown]
     result["features"] = [
@@ -116,6 +122,7 @@ def analyse_sae(
         result["saved_to"] = sae.save(asked.save_to).as_posix()
     if model is not None and data is not None:
         result["loss_recovered"] = loss_recovered(model, sae, data)
+        result["notes"] += _notes_on_loss(result["loss_recovered"])
         if asked.steering:
             pushes = {i: asked.steering_strength * float(measured.max_activation[i]) for i in strongest}
             chosen = {i: pushes[i] for i in strongest[: asked.steering_features]}
@@ -175,5 +182,22 @@ def _notes(trained: TrainedSAE, in_model: bool) -> list[str]:
         said.append(
             f"The rows are of {len(steps)} steps, {steps[0]} to {steps[-1]}, and what is told of the model is of its "
             "weights now: an autoencoder of the last step alone would fit them better."
+        )
+    return said
+
+
+def _notes_on_loss(recovered: Mapping[str, Any]) -> list[str]:
+    """The same of what :func:`.effects.loss_recovered` tells."""
+    said, count, share = [], recovered["n_targets"], recovered["loss_recovered"]
+    if count < FEW_TARGETS:
+        tokens = "1 predicted token" if count == 1 else f"{count} predicted tokens"
+        said.append(
+            f"The loss in the model was measured on {tokens} alone, which says little: give more or longer eval_data, "
+            "of which eval_sequences and eval_tokens say how much is read."
+        )
+    if share is not None and share > 1:
+        said.append(
+            f"The share of the loss that is recovered is {share:.3f}: above 1, the model predicts these tokens better "
+            "with what the autoencoder reads back than with its own activations."
         )
     return said
