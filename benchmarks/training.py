@@ -22,11 +22,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
-from neuroscope_tiny.train import make_batch, make_model, make_optimizer, make_step, parser
 from page import PAGE, busy, environment, write_section
 from tqdm import tqdm
 
 from mlx_hooks import MechIntHooks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from neuroscope_tiny.train import make_batch, make_model, make_optimizer, make_step, parser
 
 USUAL = 200
 """Steps from one capture to the next where nobody says otherwise."""
