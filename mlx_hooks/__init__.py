@@ -69,6 +69,23 @@ from .training.hooks import MechIntHooks
 from .training.sampler import ActivationSampler
 
 if TYPE_CHECKING:
+    from .analysis.attention_analysis import analyse_attention
+    from .analysis.circuits import (
+        Circuit,
+        EdgeRuns,
+        EdgeScores,
+        acdc,
+        activation_patching,
+        attribute_edges,
+        find_circuit,
+        smallest_circuit,
+        validate_circuit,
+    )
+    from .analysis.circuits.ablation_study import ablation_study
+    from .analysis.circuits.attribution_patching import attribution_patching
+    from .analysis.circuits.path_patching import path_patching
+    from .analysis.composition import composition_scores, copying_scores
+    from .analysis.head_detection import detect_heads
     from .training.callback import MechIntCallback
     from .training.evaluation import EvalMechIntRunner
 
@@ -88,6 +105,9 @@ __all__ = [
     "CapturedActivation",
     "Chat",
     "Check",
+    "Circuit",
+    "EdgeRuns",
+    "EdgeScores",
     "EvalMechIntRunner",
     "Experiment",
     "ExtractionConfig",
@@ -129,25 +149,61 @@ __all__ = [
     "UnsupportedModelError",
     "UntrustedHookWarning",
     "UploadWarning",
+    "ablation_study",
+    "acdc",
+    "activation_patching",
+    "analyse_attention",
+    "attribute_edges",
+    "attribution_patching",
     "attribution_points",
     "capture_all_layers",
     "capture_single_layer",
+    "composition_scores",
+    "copying_scores",
     "create_attention_extraction_hook",
+    "detect_heads",
     "direct_logit_attribution",
     "extract_vectors",
+    "find_circuit",
     "load_model",
     "monitor_dynamics",
+    "path_patching",
     "read_record",
     "run_generation",
+    "smallest_circuit",
     "steer",
     "train_sae",
     "trait_dynamics",
+    "validate_circuit",
     "verify_format",
     "watch_traits",
 ]
 
-_WHEN_USED = {"EvalMechIntRunner": "training.evaluation", "MechIntCallback": "training.callback"}
-"""Where what is imported when it is first used lives: mlx-lm's trainer and all analyses come with it."""
+_WHEN_USED = {
+    "EvalMechIntRunner": "training.evaluation",
+    "MechIntCallback": "training.callback",
+    "analyse_attention": "analysis.attention_analysis",
+    "composition_scores": "analysis.composition",
+    "copying_scores": "analysis.composition",
+    "detect_heads": "analysis.head_detection",
+} | dict.fromkeys(
+    (
+        "Circuit",
+        "EdgeRuns",
+        "EdgeScores",
+        "ablation_study",
+        "acdc",
+        "activation_patching",
+        "attribute_edges",
+        "attribution_patching",
+        "find_circuit",
+        "path_patching",
+        "smallest_circuit",
+        "validate_circuit",
+    ),
+    "analysis.circuits",
+)
+"""Where what is imported when it is first used lives: what comes with it takes a while to import."""
 
 
 if not TYPE_CHECKING:

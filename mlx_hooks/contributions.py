@@ -21,7 +21,7 @@ from .capture import CaptureRun
 from .errors import HookError
 from .hook_points import HookPoint, block_point
 from .hooks import Hook, Recorder
-from .instrument import Instrument
+from .instrument import Instrument, plainly
 
 
 class LinearNorm:
@@ -49,7 +49,11 @@ class LinearNorm:
         self.centred = not level > 1e-3 * scalar(mx.abs(self.weight).max())
 
     def _of(self, vector: mx.array) -> mx.array:
-        return self._norm(vector[None, None])[0, 0].astype(mx.float32)
+        return self._given(vector[None, None])[0, 0]
+
+    def _given(self, value: mx.array) -> mx.array:
+        norm = self._norm
+        return (plainly(norm, value) if isinstance(norm, nn.Module) else norm(value)).astype(mx.float32)
 
     def freeze(self, value: mx.array) -> "FrozenNorm":
         """The linear map that the norm is at ``value`` [batch, pos, width].
@@ -58,7 +62,7 @@ class LinearNorm:
             HookError: when it does not give what the norm gives.
         """
         value = value.astype(mx.float32)
-        given = self._norm(value).astype(mx.float32)
+        given = self._given(value)
         spread = self.spread(value)
         squares = mx.maximum((spread * spread).sum(axis=-1, keepdims=True), 1e-30)
         frozen = FrozenNorm(self, ((given - self.bias) * spread).sum(axis=-1, keepdims=True) / squares)
@@ -164,7 +168,7 @@ class HeadPath:
 
     def project_value(self, value: mx.array) -> mx.array:
         """The output projection of [batch, pos, head * d_head], in float32."""
-        return self.project(value).astype(mx.float32)
+        return plainly(self.project, value).astype(mx.float32)
 
 
 class HeadParts:
@@ -353,7 +357,8 @@ def _tokens(architecture: Architecture) -> mx.array:
 def _fit(given: mx.array, added: mx.array) -> tuple[float, float]:
     """The factor between two arrays, 1.0 where it is that within rounding, and how far they are off then."""
     a, b = given.astype(mx.float32), added.astype(mx.float32)
-    factor = scalar((a * b).sum() / mx.maximum((a * a).sum(), 1e-30))
+    # Of zeros no factor can be told.
+    factor = scalar(mx.where(mx.any(a != 0), (a * b).sum() / mx.maximum((a * a).sum(), 1e-30), 1.0))
     factor = factor if abs(factor - 1) > rounding(added.dtype) else 1.0
     return factor, relative_deviation(a * factor, b)
 

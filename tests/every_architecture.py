@@ -42,3 +42,7 @@ FALCON_H1 = pytest.param(
     marks=pytest.mark.skipif(IS_OLDER, reason="an older mlx-lm runs one layer of it only where there is no KV cache"),
 )
 """Blocks whose attention and mixer run side by side."""
+
+needs_block_sparse = pytest.mark.skipif(IS_OLDER, reason="an older mlx-lm ends the process in phi3small's attention")
+PHI3SMALL = pytest.param("phi3small", marks=needs_block_sparse)
+"""Block-sparse attention, which sees later keys."""

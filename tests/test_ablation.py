@@ -6,14 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from every_architecture import IS_OLDER, OLDER
-from known_models import KnownInduction
+from every_architecture import IS_OLDER, OLDER, PHI3SMALL
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.ablation import analyse_causal, draw_causal
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.intervals import few, means, ratios
+from mlx_hooks.analysis.known_models import KnownInduction
 from mlx_hooks.analysis.pictures import png
 from mlx_hooks.coverage.models import tiny_model
 
@@ -125,7 +125,7 @@ def test_corrupted_partners_and_answers(llama: HookedModel) -> None:
 
 
 @pytest.mark.skipif(IS_OLDER, reason=OLDER)
-@pytest.mark.parametrize("name", ["nanbeige", "mamba", "phi3small"])
+@pytest.mark.parametrize("name", ["nanbeige", "mamba", PHI3SMALL])
 def test_layers_that_run_twice_mixers_and_tokens_that_cannot_be(name: str) -> None:
     # Held against functions at the hook points, which share nothing with interventions.
     model = HookedModel(tiny_model(name))

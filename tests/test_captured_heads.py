@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from known_models import KnownInduction
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis import heads
 from mlx_hooks.analysis.captured_heads import SCORES, analyse_heads, draw_heads
+from mlx_hooks.analysis.known_models import KnownInduction
 from mlx_hooks.analysis.pictures import png
 from mlx_hooks.storage.rows import ArrayRows
 

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import reference
-from known_models import KnownInduction
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
@@ -17,6 +16,7 @@ from mlx_hooks.analysis.ablation import Bench
 from mlx_hooks.analysis.circuit_search import Search, analyse_circuit, draw_circuit, smallest
 from mlx_hooks.analysis.components import components_of
 from mlx_hooks.analysis.eval_data import eval_data_of
+from mlx_hooks.analysis.known_models import KnownInduction
 from mlx_hooks.analysis.pictures import png
 
 KNOWN = KnownInduction(n_heads=4, previous_head=3, induction_head=2)

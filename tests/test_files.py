@@ -18,6 +18,7 @@ from mlx_hooks.storage.files import (
     clear_left,
     is_temporary,
     locked,
+    reading,
     remove_folder,
     try_file,
     whole_file,
@@ -197,3 +198,29 @@ def test_a_folder_is_held_where_there_are_no_locks(tmp_path: Path, monkeypatch: 
     held = [HeldFolder(tmp_path), HeldFolder(tmp_path)]
     for each in held:
         each.release()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (HookError("it is of tomorrow.", field="format"), "DIR/a is no lens that can be read: it is of tomorrow."),
+        (FileNotFoundError(2, "No such file", "DIR/b"), "There is no file DIR/b."),
+        (FileNotFoundError("gone"), "There is no file DIR/a."),
+        (PermissionError(13, "Permission denied"), "DIR/a cannot be read: Permission denied."),
+        (KeyError("bias"), "DIR/a is no lens that can be read: its header lacks 'bias'."),
+        (ValueError("it is empty"), "DIR/a is no lens that can be read: it is empty."),
+        (RecursionError("too deep."), "DIR/a is no lens that can be read: too deep."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_goes_wrong_while_reading_is_told_of_the_file(error: Exception, message: str) -> None:
+    with pytest.raises(HookError) as caught, reading("DIR/a", "lens", "its header"):
+        raise error
+    assert str(caught.value) == message
+    assert caught.value.__cause__ is error
+    assert caught.value.field == getattr(error, "field", None)
+
+
+def test_what_is_no_fault_of_the_file_passes() -> None:
+    with pytest.raises(AssertionError), reading("a", "lens"):
+        raise AssertionError

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from every_architecture import FALCON_H1
+from every_architecture import FALCON_H1, needs_block_sparse
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from reference import forward
 from tiny_models import CONFIGS, make_model
@@ -502,6 +502,42 @@ def test_no_edit_reaches_keys_after_the_query(llama: HookedModel) -> None:
         future = np.triu(np.ones((6, 6), bool), k=1)
         assert (cache.numpy(name)[..., future] == (-np.inf if "scores" in name else 0)).all()
         assert (cache.numpy(name)[..., ~future] == 0.5).all()
+
+
+def expected_with_rows(model: HookedModel, name: str, rows: mx.array, head: int) -> np.ndarray:
+    """Logits with a head's rows replaced by a plain hook."""
+
+    def put(value: mx.array, point: HookPoint) -> mx.array:
+        return mx.concatenate([value[:, :head], rows[:, head : head + 1], value[:, head + 1 :]], axis=1)
+
+    return np.array(model.run_with_hooks(PROMPT, fwd_hooks=[(name, put)]))
+
+
+@needs_block_sparse
+@pytest.mark.parametrize("component", ["pattern", "attn_scores"])
+def test_edits_reach_the_later_keys_that_a_layer_sees(component: str) -> None:
+    model, name = HookedModel(tiny_model("phi3small")), f"blocks.0.attn.hook_{component}"
+    _, other = model.run_with_cache([7, 3, 1, 9, 2, 4], name)
+    plain, before = model.run_with_cache(PROMPT, name)
+    future = np.triu(np.ones((6, 6), bool), k=1)
+    assert np.isfinite(before.numpy(name)).all()
+    assert (before.numpy(name)[..., future] != 0).any()
+    spec = {"hook_point": name, "type": "patch", "source": other[name], "heads": [2]}
+    logits, cache = model.run_with_cache(PROMPT, name, interventions=[spec])
+    np.testing.assert_allclose(cache.numpy(name)[:, 2], other.numpy(name)[:, 2], rtol=1e-5)
+    spoken = np.isfinite(np.array(plain))
+    expected = expected_with_rows(model, name, other[name], 2)
+    np.testing.assert_allclose(np.array(logits)[spoken], expected[spoken], rtol=1e-4, atol=1e-4)
+    assert np.abs(np.array(logits)[spoken] - np.array(plain)[spoken]).max() > 1e-3
+    # Keys that are chosen are those up to the query's own position.
+    _, cache = model.run_with_cache(PROMPT, name, interventions=[{"hook_point": name, "type": "zero", "keys": [0, 3]}])
+    edited = np.tril(np.ones((6, 6), bool)) & np.isin(np.arange(6), [0, 3])
+    np.testing.assert_allclose(cache.numpy(name), np.where(edited, 0, before.numpy(name)), rtol=1e-5, atol=1e-6)
+    # Numbers for fewer keys than there are: no later one gets one that was given for another.
+    short = {"hook_point": name, "type": "set", "values": [0.2, 0.3, 0.5], "positions": [2]}
+    _, cache = model.run_with_cache(PROMPT, name, interventions=[short])
+    np.testing.assert_allclose(cache.numpy(name)[:, :, 2, :3], np.broadcast_to([0.2, 0.3, 0.5], (1, 4, 3)), rtol=1e-5)
+    np.testing.assert_allclose(cache.numpy(name)[:, :, 2, 3:], before.numpy(name)[:, :, 2, 3:], rtol=1e-5)
 
 
 # Chunks, order, several at once

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from known_models import FINAL, START, UNEMBED, KnownInduction
 
 from mlx_hooks import (
     AttentionExtractionHook,
@@ -12,6 +11,7 @@ from mlx_hooks import (
     direct_logit_attribution,
 )
 from mlx_hooks.analysis import heads
+from mlx_hooks.analysis.known_models.induction import FINAL, START, UNEMBED, KnownInduction
 
 KNOWN = KnownInduction()
 OUTPUT = KNOWN.read("output").T

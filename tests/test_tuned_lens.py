@@ -152,7 +152,7 @@ def test_what_is_no_tuned_lens_is_refused(tmp_path: Path) -> None:
             TunedLens.load(tmp_path / name, model)
     with pytest.raises(HookError, match=rf"^{tmp_path} cannot be read: Is a directory\.$"):
         TunedLens.load(tmp_path, model)
-    with pytest.raises(HookError, match="is of the format 'neuroscope.tuned_lens/9': this version reads"):
+    with pytest.raises(HookError, match="is of the format 'neuroscope.tuned_lens/9', and this version reads"):
         TunedLens.load(tmp_path / "later.safetensors", model)
     with pytest.raises(HookError, match=r"cannot be written to .*lens.safetensors: No such file or directory$"):
         TunedLens.identity(model).save(tmp_path / "no" / "folder" / "lens")

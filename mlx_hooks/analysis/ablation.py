@@ -25,7 +25,7 @@ from ..errors import HookError
 from ..model import HookedModel
 from ..options import options, options_of
 from .components import Component, Numbers, Part, Replacement, captured, components_of, edits, logits_of
-from .eval_data import MOST, NOTHING, EvalBatch, EvalData, eval_data_of
+from .eval_data import FIELD, MOST, NOTHING, EvalBatch, EvalData, eval_data_of
 from .intervals import CONFIDENCE, RESAMPLES, few, means
 
 if TYPE_CHECKING:
@@ -48,23 +48,18 @@ MEASURES = ("loss", "kl", "logit_difference")
 
 
 @options
-class CausalOptions:
-    """Options of :func:`analyse_causal`.
+class ExampleOptions:
+    """What runs over examples have in common.
 
     Args:
-        ablations: which replacements are made.
-        components: which parts; None for attention, mixers and MLPs of every layer. "heads" replaces each head's z,
-            "blocks" all that a block adds.
         mean_over: "all" takes one mean over all positions; "position" one per position, over the examples that have it.
         max_examples: the first so many examples are run.
         max_tokens: of longer texts the rest is left out; None for what the model reads at most.
         batch_size: examples of one length that run together.
         confidence, resamples: of the bootstrap intervals.
-        seed: of resampling, by ablation and by bootstrap.
+        seed: of all that is drawn: partners in resampling, resamples of the bootstrap, random sets.
     """
 
-    ablations: Sequence[Ablation] = ("zero", "mean", "resample")
-    components: Sequence[Part] | None = None
     mean_over: MeanOver = "all"
     max_examples: Count = MOST
     max_tokens: Annotated[int, Field(ge=2)] | None = None
@@ -72,6 +67,25 @@ class CausalOptions:
     confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
     resamples: Annotated[int, Field(ge=100)] = RESAMPLES
     seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def of_intervals(self) -> dict[str, Any]:
+        """What :mod:`intervals` takes."""
+        return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
+
+
+@options
+class CausalOptions(ExampleOptions):
+    """Options of :func:`analyse_causal`, besides those of :class:`ExampleOptions`.
+
+    Args:
+        ablations: which replacements are made.
+        components: which parts; None for attention, mixers and MLPs of every layer. "heads" replaces each head's z,
+            "blocks" all that a block adds.
+    """
+
+    ablations: Sequence[Ablation] = ("zero", "mean", "resample")
+    components: Sequence[Part] | None = None
 
     def __post_init__(self) -> None:
         for name in ("ablations", "components"):
@@ -124,7 +138,7 @@ class Bench:
         self.batches = list(data.batches(batch_size))
         self.mean_over = mean_over
         self.points = list(dict.fromkeys(name for component in components for name in component.points))
-        self.partners = _partners(data, seed)
+        self.partners = partners_of(data, seed)
         """The index of each example's partner in resampling; None where it has none."""
         self._means: dict[str, dict[int, Replacement]] | None = None
 
@@ -164,6 +178,8 @@ class Bench:
         }
 
     def _find_means(self) -> dict[str, dict[int, Replacement]]:
+        if self.mean_over == "position":
+            check_means(self.data)
         sums: dict[tuple[str, int], np.ndarray] = {}
         counts: dict[tuple[str, int], np.ndarray] = {}
         longest = max(batch.tokens.shape[1] for batch in self.batches)
@@ -227,7 +243,25 @@ def _means_of(values: np.ndarray, is_asked: np.ndarray) -> np.ndarray:
     return np.where(is_asked, values.astype(np.float64), 0).sum(axis=1) / is_asked.sum(axis=1)
 
 
-def _partners(data: EvalData, seed: int) -> list[int | None]:
+def check_means(data: EvalData) -> None:
+    """Raise HookError where means by position would put back what is there: at the last position that is asked for.
+
+    It is an error for any prompt with an answer; of texts, which are asked all along, for all of them.
+    """
+    own = []
+    for example in data.examples:
+        asked = max(i for i, target in enumerate(example.targets) if target != NOTHING) + 1
+        begun = {other.tokens[:asked] for other in data.examples if len(other.tokens) >= asked}
+        own.append(len(begun) == 1)
+    if all(own) or (data.kind == "answers" and any(own)):
+        raise HookError(
+            f"The mean by position of example {own.index(True)} is its own where it is asked: give other prompts that "
+            'are as long, mean_over "all", or another ablation.',
+            field=FIELD,
+        )
+
+
+def partners_of(data: EvalData, seed: int) -> list[int | None]:
     """For each example another one, drawn among those that are as long or longer and begin differently."""
     generator = np.random.default_rng(seed)
     found: list[int | None] = []
@@ -263,13 +297,10 @@ def analyse_causal(
     components = components_of(model, chosen.components)
     bench = Bench(model, data, components, batch_size=chosen.batch_size, mean_over=chosen.mean_over, seed=chosen.seed)
     plain, changes, left_out = _measure_all(bench, chosen.ablations, progress)
-    settings: dict[str, Any] = {
-        "confidence": chosen.confidence, "resamples": chosen.resamples, "seed": chosen.seed
-    }  # fmt: skip
     measured = [name for name in MEASURES if name != "logit_difference" or data.has_wrong]
-    estimates = dict(zip(changes, means(np.stack(list(changes.values()), axis=1), **settings), strict=True))
+    estimates = dict(zip(changes, means(np.stack(list(changes.values()), axis=1), **chosen.of_intervals), strict=True))
     at_first = [name for name in measured if name != "kl"]
-    before = means(np.stack([plain[name] for name in at_first], axis=1), **settings)
+    before = means(np.stack([plain[name] for name in at_first], axis=1), **chosen.of_intervals)
     return {
         "eval_data": data.to_dict(),
         "ablations": {ablation: bench.describe(ablation) for ablation in chosen.ablations},

@@ -21,16 +21,19 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any
 
+import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
 from ..errors import HookError
 from ..model import HookedModel
 from ..options import options, options_of
-from .ablation import Ablation, Bench, Count, MeanOver, Progress
+from .ablation import Ablation, Bench, ExampleOptions, Progress
 from .components import Component, Numbers, Part, components_of
-from .eval_data import FIELD, MOST, EvalBatch, eval_data_of
-from .intervals import CONFIDENCE, FEWEST, RESAMPLES, Estimate, few, means, ratios
+from .eval_data import FIELD, EvalBatch, eval_data_of
+from .faithfulness import check_differ, is_near, less_than_one
+from .intervals import FEWEST, Estimate, few, means, ratios
+from .patched_runs import Cell, PatchedRuns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,8 +45,6 @@ METRICS = {
 }
 _MOST_KEPT = 2**30
 """Bytes of replacements that are kept from run to run; more are made anew for each."""
-_SMALL = 1e-6
-"""A metric that changes by less, relative to its size, does not change."""
 _ENOUGH = 10
 """Different examples of which half are held out."""
 _MOST_SETS = 200
@@ -51,8 +52,8 @@ _MOST_SETS = 200
 
 
 @options
-class CircuitOptions:
-    """Options of :func:`analyse_circuit`.
+class CircuitOptions(ExampleOptions):
+    """Options of :func:`analyse_circuit`, besides those of :class:`ExampleOptions`.
 
     Args:
         faithfulness: what the circuit has to reach.
@@ -60,22 +61,13 @@ class CircuitOptions:
             replaced.
         ablation: what is put in the place of what is left out; None for resampling where there are corrupted prompts,
             else the mean.
-        mean_over: as in :class:`CausalOptions`.
         random_sets: as many sets of the circuit's size are drawn to compare.
-        max_examples, max_tokens, batch_size, confidence, resamples, seed: as in :class:`CausalOptions`.
     """
 
     faithfulness: Annotated[float, Field(gt=0, le=1)] = 0.9
     components: Sequence[Part] | None = None
     ablation: Ablation | None = None
-    mean_over: MeanOver = "all"
     random_sets: Annotated[int, Field(ge=0)] = 10
-    max_examples: Count = MOST
-    max_tokens: Annotated[int, Field(ge=2)] | None = None
-    batch_size: Count = 8
-    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
-    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
-    seed: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self) -> None:
         given = self.components
@@ -140,18 +132,24 @@ class Search:
     def patched(self) -> np.ndarray:
         """The metric [counted example, component] of the corrupted prompts, with one component as in the clean run."""
         found = np.zeros((len(self.bench.data), len(self.bench.components)))
+        cells = [Cell.of(component) for component in self.bench.components]
         for batch in self.bench.batches:
             assert batch.corrupted is not None
-            clean = self.bench.values(batch.tokens)
-            for i, component in enumerate(self.bench.components):
-                found[batch.indices, i] = self._score(batch.corrupted, batch, [component], clean)
+            plain = self._score(batch.corrupted, batch)
+            for indices, logits in PatchedRuns(self.bench.model, batch.corrupted, batch.tokens, cells).logits():
+                n = len(indices)
+                scores = np.tile(plain, n) if logits is None else self._told(logits, batch.repeated(n))
+                found[np.ix_(batch.indices, np.array(indices))] = scores.reshape(n, -1).T
         self._advance()
         return found[self.counted]
 
     def _score(
         self, tokens: np.ndarray, batch: EvalBatch, replaced: Sequence[Component] = (), numbers: Numbers | None = None
     ) -> np.ndarray:
-        measured = self.bench.measure(self.bench.run(tokens, replaced, numbers), batch)
+        return self._told(self.bench.run(tokens, replaced, numbers), batch)
+
+    def _told(self, logits: mx.array, batch: EvalBatch) -> np.ndarray:
+        measured = self.bench.measure(logits, batch)
         return -measured.loss if measured.logit_difference is None else measured.logit_difference
 
     def _replacements(self, i: int, batch: EvalBatch) -> Numbers | None:
@@ -225,10 +223,8 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
     whole, nothing = search.of(names), search.of([])
     choosing, judging = _halves(search, chosen.seed)
     no_circuit = "with all components ablated the metric is what it is without: there is no circuit"
-    _check_differ(whole[choosing], nothing[choosing], no_circuit)
-    settings: dict[str, Any] = {
-        "confidence": chosen.confidence, "resamples": chosen.resamples, "seed": chosen.seed
-    }  # fmt: skip
+    check_differ(whole[choosing], nothing[choosing], no_circuit)
+    settings = chosen.of_intervals
 
     def faithfulness(circuits: Sequence[Collection[str]]) -> list[Estimate]:
         scores = [(search.of(circuit) - nothing)[judging] for circuit in circuits]
@@ -242,7 +238,7 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
     corrupted = search.corrupted() if search.bench.data.has_corrupted else None
     if corrupted is not None:
         nothing_back = "clean and corrupted prompts have the same metric: nothing can be recovered"
-        _check_differ(whole[choosing], corrupted[choosing], nothing_back)
+        check_differ(whole[choosing], corrupted[choosing], nothing_back)
         effects["recovery"] = (search.patched() - corrupted[:, None], whole - corrupted)
     alone = {name: ratios(above, below, **settings) for name, (above, below) in effects.items()}
     sizes = [np.abs(above[choosing].mean(axis=0) / below[choosing].mean()) for above, below in effects.values()]
@@ -286,7 +282,7 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
         "asked_faithfulness": chosen.faithfulness,
         "faithfulness": own.to_dict(),
         "complement": complement.to_dict(),
-        "completeness": _less_than_one(complement).to_dict(),
+        "completeness": less_than_one(complement).to_dict(),
         "random": {
             "sets": len(drawn),
             "faithfulness": compared,
@@ -296,12 +292,6 @@ def _reported(search: Search, chosen: CircuitOptions) -> dict[str, Any]:
         "runs": search.n_runs,
         "notes": notes,
     }
-
-
-def _check_differ(first: np.ndarray, second: np.ndarray, what: str) -> None:
-    size = max(np.abs(first).mean(), np.abs(second).mean(), _SMALL)
-    if abs(first.mean() - second.mean()) <= _SMALL * size:
-        raise HookError(f"No circuit can be told: {what}.", field=FIELD)
 
 
 def _notes(search: Search, whole: np.ndarray, nothing: np.ndarray) -> list[str]:
@@ -323,7 +313,7 @@ def _notes_of_circuit(own: Estimate, asked: float, *, is_held_out: bool) -> list
             "Faithfulness is that of the examples with which the circuit was chosen, which flatters it; of at least "
             f"{_ENOUGH} different ones half are held out."
         )
-    elif own.mean is None or not _is_near(own.mean, asked):
+    elif own.mean is None or not is_near(own.mean, asked):
         notes.append("On the examples that were held out the circuit does not reach the faithfulness asked.")
     if own.low is None and own.n >= FEWEST:
         notes.append(
@@ -368,7 +358,7 @@ def smallest(
     ranked = sorted(names, key=lambda name: -importance[name])
 
     def is_faithful(circuit: Collection[str]) -> bool:
-        return _is_near(share(circuit), asked)
+        return is_near(share(circuit), asked)
 
     grown = next(ranked[:size] for size in range(1, len(ranked) + 1) if is_faithful(ranked[:size]))
     found = min((_pruned(start, importance, is_faithful) for start in (names, grown)), key=len)
@@ -378,11 +368,6 @@ def smallest(
         smaller = (some for size in sizes for some in combinations(ranked, size))
         found = list(next((some for some in smaller if is_faithful(some)), found))
     return [name for name in names if name in found], tries_all
-
-
-def _is_near(faithfulness: float, asked: float) -> bool:
-    """Whether it is as near to 1 as asked: a circuit that does better than the model lacks what holds it back."""
-    return abs(faithfulness - 1) <= 1 - asked + _SMALL
 
 
 def _pruned(
@@ -409,11 +394,6 @@ def _random_sets(names: Sequence[str], circuit: Collection[str], count: int, see
         if drawn != frozenset(circuit) and len(found) < count:
             found[drawn] = None
     return [[name for name in names if name in drawn] for drawn in found]
-
-
-def _less_than_one(estimate: Estimate) -> Estimate:
-    low, high = (None if end is None else 1 - end for end in (estimate.high, estimate.low))
-    return Estimate(None if estimate.mean is None else 1 - estimate.mean, low, high, estimate.n)
 
 
 def draw_circuit(result: dict[str, Any]) -> list[tuple[str, "Figure"]]:

@@ -5,7 +5,7 @@ all that a block adds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import numpy as np
 from ..capture import CaptureRun
 from ..errors import HookError
 from ..hook_points import block_point
+from ..hooks import Hook
 from ..model import HookedModel
 
 Part = Literal["attn_out", "mlp_out", "mixer_out", "side_out", "heads", "blocks"]
@@ -170,15 +171,26 @@ def edited(model: HookedModel, interventions: Sequence[dict[str, Any]]) -> Itera
         yield
 
 
-def logits_of(model: HookedModel, tokens: np.ndarray, interventions: Sequence[dict[str, Any]] = ()) -> mx.array:
+def logits_of(
+    model: HookedModel,
+    tokens: np.ndarray,
+    interventions: Sequence[dict[str, Any]] = (),
+    hooks: Sequence[Hook] = (),
+    kv_cache: list | None = None,
+) -> mx.array:
     """Logits [batch, pos, d_vocab] of tokens [batch, pos]; registered hooks do not record this run.
+
+    Args:
+        hooks: what else edits this run, after the interventions.
+        kv_cache: what the tokens continue.
 
     Raises:
         HookError: the model cannot read them.
     """
-    with edited(model, interventions):
+    inner = model.instrument.attached(model.instrument.plan(hooks)) if hooks else nullcontext()
+    with edited(model, interventions), inner:
         try:
-            found = model.model(mx.array(tokens))
+            found = model.model(mx.array(tokens), **({} if kv_cache is None else {"cache": kv_cache}))
         except ValueError as error:
             # Some models of mlx-lm cannot read several tokens at once.
             message = f"{model.cfg.model_type} cannot read tokens of shape {list(tokens.shape)}"

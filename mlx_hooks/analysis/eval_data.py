@@ -5,7 +5,7 @@ and nothing is padded again: examples of one length run together, so each is wha
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -63,6 +63,14 @@ class EvalBatch:
     def asked(self) -> np.ndarray:
         """The positions, ascending, at which some example has a target."""
         return np.flatnonzero((self.targets != NOTHING).any(axis=0))
+
+    def repeated(self, n: int) -> "EvalBatch":
+        """The batch with n copies of its rows, one after the other."""
+        if n == 1:
+            return self
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        more = {name: None if array is None else np.concatenate([array] * n) for name, array in arrays.items()}
+        return replace(self, **more)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,19 @@ def check_picture(n_positions: int, most: int) -> None:
     """
     if n_positions > most:
         raise HookError(f"A picture shows at most {most} positions, got {n_positions}: write HTML.")
+    check_matplotlib("write HTML")
+
+
+def check_matplotlib(otherwise: str) -> None:
+    """Say before the run that it cannot be drawn, and what can be done instead.
+
+    Raises:
+        HookError: without matplotlib.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise HookError("A picture needs matplotlib: pip install 'neuroscope-mlx[plot]', or write HTML.") from None
+        raise HookError(f"A picture needs matplotlib: pip install 'neuroscope-mlx[plot]', or {otherwise}.") from None
 
 
 def png(figure: "Figure", dpi: int = 150) -> bytes:

@@ -23,7 +23,7 @@ from .. import hook_points
 from ..activations import to_numpy
 from ..errors import HookError
 from ..model import HookedModel, Tokens
-from ..storage.files import try_file, whole_file
+from ..storage.files import reading, try_file, whole_file
 from .identity import ModelIdentity
 
 FORMAT = "neuroscope.tuned_lens/1"
@@ -233,22 +233,14 @@ class TunedLens:
         Raises:
             HookError: for a file that cannot be read or is no tuned lens, and for one of another model.
         """
-        try:
+        with reading(path, "tuned lens"):
             arrays, metadata = _load(path)
             about = json.loads(metadata["tuned_lens"])
             if about["format"] != FORMAT:
-                raise HookError(f"{path} is of the format {about['format']!r}: this version reads {FORMAT!r}.")
+                raise ValueError(f"it is of the format {about['format']!r}, and this version reads {FORMAT!r}")
             whose = ModelIdentity.from_dict(about)
             weight, bias = (_numbers(arrays, name) for name in ("weight", "bias"))
             report = _report(about["report"])
-        except KeyError as error:
-            raise HookError(f"{path} is no tuned lens that can be read: it lacks {error}.") from error
-        except FileNotFoundError as error:
-            raise HookError(f"There is no file {path}.") from error
-        except OSError as error:
-            raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, TypeError) as error:
-            raise HookError(f"{path} is no tuned lens that can be read: {error}") from error
         if (what := whose.difference(ModelIdentity.of(model))) is not None:
             raise HookError(f"{path} is a tuned lens of another model: {what}.")
         return cls(model, weight, bias, report)
@@ -262,7 +254,7 @@ def _check_whole(name: str, number: Any, lowest: int) -> None:
 def _numbers(arrays: dict[str, mx.array], name: str) -> mx.array:
     array = arrays[name]
     if not mx.issubdtype(array.dtype, mx.floating) or not mx.all(mx.isfinite(array)).item():
-        raise ValueError(f"its {name} is {array.dtype}, or not finite.")
+        raise ValueError(f"its {name} is {array.dtype}, or not finite")
     return array
 
 
@@ -289,5 +281,5 @@ def _load(path: str | Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
     try:
         found: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     except RuntimeError as error:
-        raise ValueError("it is no whole safetensors file.") from error
+        raise ValueError("it is no whole safetensors file") from error
     return found

@@ -10,5 +10,6 @@ what they are said to hold.
 from .architecture import Architecture
 from .config import ModelConfig
 from .places import Location, Sublayer
+from .views import Heads
 
-__all__ = ["Architecture", "Location", "ModelConfig", "Sublayer"]
+__all__ = ["Architecture", "Heads", "Location", "ModelConfig", "Sublayer"]

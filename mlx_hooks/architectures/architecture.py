@@ -40,6 +40,7 @@ from .finding import (
     source,
     sublayer_locations,
     sublayers_of,
+    value_location,
 )
 from .names import (
     D_MODEL,
@@ -312,6 +313,23 @@ class Architecture:
         """Values [batch, kv_head, ...] as each query head reads them, where they are not simply repeated in groups."""
         block = self.blocks[layer]
         return mx.tile(v, (1, n_heads // v.shape[1], 1, 1)) if source(block) in TILED_VALUES else v
+
+    def key_value_head(self, layer: int, head: int, n_heads: int) -> int:
+        """Which of a layer's ``n_heads`` key-value heads serves a query head."""
+        if source(self.blocks[layer]) in TILED_VALUES:
+            return head % n_heads
+        return head * n_heads // self.n_query_heads(layer)
+
+    def projection_of(self, layer: int, kind: str) -> Location | None:
+        """The module whose output holds a layer's queries, keys or values ("q", "k", "v") as they are projected."""
+        attending = [sublayer.module for sublayer in self.sublayers[layer] if sublayer.kind == "attn"]
+        if len(attending) != 1:
+            return None
+        if kind == "v":
+            return value_location(attending[0])
+        point = self.points.get(hook_points.block_point(kind, layer).name)
+        places = [] if point is None else self.locations[point]
+        return places[0] if len(places) == 1 and places[0].place == "output" else None
 
     def is_hand_written(self, attn: nn.Module) -> bool:
         """Whether an attention module writes out its softmax instead of calling the fused kernel."""

@@ -198,7 +198,9 @@ def _attention_locations(attn: nn.Module) -> Iterator[tuple[str, Location]]:
         assert out is not None
         yield "rot_q", Location(rope, "output", Transposed(), every=2, nth=0)
         yield "rot_k", Location(rope, "output", Transposed(), every=2, nth=1)
-        yield "v", _value_location(attn, n_heads, n_kv, d_head)
+        values = value_location(attn)
+        assert values is not None
+        yield "v", values
         yield "z", Location(out, "input", Heads(n_heads, d_head))
         return
     latent = "embed_q" in attn
@@ -235,14 +237,19 @@ def _projection_locations(attn: nn.Module, n_heads: int, n_kv: int, d_head: int)
         yield "k", Location(fused, "output", Heads(n_kv, d_head, start=n_heads * d_head))
 
 
-def _value_location(attn: nn.Module, n_heads: int, n_kv: int, d_head: int) -> Location:
+def value_location(attn: nn.Module) -> Location | None:
+    """The projection whose output holds the values; None where names show none."""
+    n_heads, n_kv, d_head = head_sizes(attn)
     values, fused = child(attn, VALUES), child(attn, FUSED)
     if values is not None:
         return Location(values, "output", Heads(n_kv, d_head))
-    assert fused is not None
+    if fused is None:
+        return None
     if source(attn) in GROUPED_PROJECTIONS:
         group = n_heads // n_kv + 2
         return Location(fused, "output", Heads(n_kv, d_head, (group - 1) * d_head, group * d_head))
+    if isinstance(getattr(fused, "output_dims", None), list):
+        return Location(fused, "output", Heads(n_kv, d_head), index=2)
     return Location(fused, "output", Heads(n_kv, d_head, start=(n_heads + n_kv) * d_head))
 
 

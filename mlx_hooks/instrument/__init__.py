@@ -7,7 +7,7 @@ Afterwards, whatever was raised, every class and function is the original again.
 """
 
 from .calls import follow_calls
-from .plan import Instrument, Plan
+from .plan import Instrument, Plan, plainly
 from .sites import kv_offset, remember_offset
 
-__all__ = ["Instrument", "Plan", "follow_calls", "kv_offset", "remember_offset"]
+__all__ = ["Instrument", "Plan", "follow_calls", "kv_offset", "plainly", "remember_offset"]

@@ -287,6 +287,12 @@ _instruments_lock = threading.Lock()
 _observing_classes: dict[type, type] = {}
 
 
+def plainly(module: nn.Module, *args: Any) -> Any:
+    """Call a module as it is without hooks: in the middle of a pass, in a hook of its own too."""
+    cls = type(module)
+    return (cls.__mro__[1] if _SITE in module.__dict__ else cls).__call__(module, *args)
+
+
 def without_checkpoint(call: Callable) -> Callable:
     """A block's own call where mlx-lm's ``grad_checkpoint`` wrapped it; any other is returned as it is.
 

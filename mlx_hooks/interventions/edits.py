@@ -174,20 +174,28 @@ class Edit:
     def _mask(self, value: mx.array, axes: tuple[str, ...], edited: list[int]) -> mx.array:
         """Which entries are edited, broadcastable to the value.
 
-        Keys after a query's own position are never edited: a later token may not speak to an earlier one, however
-        the sequence is cut into calls.
+        In scores and patterns only what attention sees is edited: a later token does not come to speak to an earlier
+        one, however the sequence is cut into calls.
         """
-        run = self.session.run
         mask = mx.array(True)
         for keep in self._kept(axes, value.shape, edited):
             mask = mask & mx.array(keep)
-        if axes and axes[-1] == "key":
-            queries = mx.arange(run.start, run.start + run.length)[:, None]
-            mask = mask & (mx.arange(value.shape[-1])[None] <= queries) & (value != -mx.inf)
-            if run.hidden is not None:
-                # A pattern does not say which of its zeros are keys that attention does not see.
-                mask = mask & ~run.hidden
-        return mask
+        return mask & self._seen(value) if axes and axes[-1] == "key" else mask
+
+    def _seen(self, value: mx.array) -> mx.array:
+        """Which keys of scores or a pattern an edit reaches, broadcastable to the value.
+
+        A few models attend to later keys. There an edit reaches these too, unless it chooses ``keys``, which are those
+        up to the query's own position, or what is put in ends before them.
+        """
+        run, n_keys = self.session.run, value.shape[-1]
+        # A pattern does not say which of its zeros are keys that attention does not see.
+        seen = value != -mx.inf if run.hidden is None else ~run.hidden
+        n_given = self.given.array.shape[-1] if self.given is not None and self.given.array.ndim else 1
+        if self.asked.keys is None and (n_given == 1 or n_given >= n_keys):
+            return seen
+        queries = mx.arange(run.start, run.start + run.length)[:, None]
+        return seen & (mx.arange(n_keys)[None] <= queries)
 
     def _change(self, old: mx.array, mask: mx.array, axes: tuple[str, ...], point: HookPoint) -> mx.array:
         asked: Any = self.asked

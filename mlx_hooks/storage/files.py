@@ -80,6 +80,34 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def reading(path: str | Path, what: str, where: str = "it") -> Iterator[None]:
+    """A block that reads a file or folder: what goes wrong there is told of it.
+
+        with reading(path, "circuit"):
+            return parse(json.loads(path.read_text()))
+
+    Args:
+        what: should be there, as a sentence has it.
+        where: the place in which a key is missing when one is.
+
+    Raises:
+        HookError: when the block finds no file, cannot read it, or stumbles over what it holds.
+    """
+    try:
+        yield
+    except HookError as error:
+        raise HookError(f"{path} is no {what} that can be read: {error}", field=error.field) from error
+    except FileNotFoundError as error:
+        raise HookError(f"There is no file {error.filename or path}.") from error
+    except OSError as error:
+        raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except KeyError as error:
+        raise HookError(f"{path} is no {what} that can be read: {where} lacks {error}.") from error
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise HookError(f"{path} is no {what} that can be read: {str(error).rstrip('.')}.") from error
+
+
+@contextmanager
 def whole_folder(path: Path, *, drafts: Path | None = None, durable: bool = True) -> Iterator[Path]:
     """A new folder to fill; when the block ends well, it gets the name ``path``, with all that is in it.
 

@@ -101,7 +101,7 @@ def load_sae(folder: str | Path, *, norm_scaling_factor: float | None = None) ->
             in a way that is not honoured; it is named.
     """
     folder = Path(folder)
-    try:
+    with files.reading(folder, "autoencoder", CONFIG):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no mapping")
@@ -119,16 +119,6 @@ def load_sae(folder: str | Path, *, norm_scaling_factor: float | None = None) ->
         arrays: dict[str, Any] = {**weights, **told}
         sae = SparseAutoencoder(**arrays, log_sparsity=_sparsity(folder / SPARSITY))
         return sae if scale is None else sae.with_scale(scale)
-    except HookError as error:
-        raise HookError(f"{folder} is no autoencoder that can be read: {error}", field=error.field) from error
-    except FileNotFoundError as error:
-        raise HookError(f"There is no file {error.filename}.") from error
-    except OSError as error:
-        raise HookError(f"{folder} cannot be read: {error.strerror or error}.") from error
-    except KeyError as error:
-        raise HookError(f"{folder} is no autoencoder that can be read: {CONFIG} lacks {error}.") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise HookError(f"{folder} is no autoencoder that can be read: {error}.") from error
 
 
 def _version(config: Mapping[str, Any]) -> Any:

@@ -209,7 +209,7 @@ class TraitVector:
             HookError: for a file that cannot be read, or is no such vector.
         """
         path = Path(path)
-        try:
+        with files.reading(path, "trait vector"):
             file = TensorFile(path)
             about = json.loads(file.notes[KEY])
             if about["format"] != FORMAT:
@@ -229,16 +229,6 @@ class TraitVector:
             if not _is_finite(norm) or not math.isclose(norm, vector.norm, rel_tol=1e-6):
                 raise ValueError(f"its norm is told to be {norm!r}, and is {vector.norm:g}")
             return vector
-        except HookError as error:
-            raise HookError(f"{path} is no trait vector that can be read: {error}") from error
-        except FileNotFoundError as error:
-            raise HookError(f"There is no file {path}.") from error
-        except OSError as error:
-            raise HookError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except KeyError as error:
-            raise HookError(f"{path} is no trait vector: it lacks {error}.") from error
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise HookError(f"{path} is no trait vector that can be read: {error}.") from error
 
 
 def check_vectors(vectors: Any, name: str = "vectors") -> None:

@@ -40,12 +40,16 @@ between heads of the two layers is from ``previous_head`` to the keys of ``induc
 what was written there: where the induction head has nothing to say, all logits are 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import gpt_bigcode
+
+from ...selftest import LENGTH as TESTED
+from .known import KnownModel, causal_softmax, check_heads, check_whole, distinct
 
 BALLAST = 1024.0
 EPSILON = 1e-5
@@ -54,19 +58,40 @@ MATCH = 34 * np.log(2)
 REST = 17 * np.log(2)
 FINAL = 4.0
 UNEMBED = 4.0
+WORDS = 3
+"""Different words that a prompt has at the least."""
 START = 0
 """The token that sequences begin with, and that has no value in the induction head."""
 
 
 @dataclass(frozen=True)
-class KnownInduction:
-    """The construction for a vocabulary, a greatest length and a number of heads per layer."""
+class KnownInduction(KnownModel):
+    """The construction for a vocabulary, a greatest length and a number of heads per layer.
+
+    Raises:
+        HookError: for fewer tokens or positions than prompts need, and heads that are not there.
+    """
+
+    name: ClassVar[str] = "induction"
+    description: ClassVar[str] = "A previous-token head and an induction head that reads it through its keys."
+    notes: ClassVar[str] = (
+        "Zeros are no ablation here: the stream has a ballast that keeps its norms constant. Each kind of prompts "
+        "shows other edges: 'match' corrupts the token that came before the answer, 'question' the last token, 'value' "
+        "the token that is to be repeated."
+    )
+    kinds: ClassVar[tuple[str, ...]] = ("match", "question", "value")
 
     vocabulary: int = 16
     length: int = 64
     n_heads: int = 2
     previous_head: int = 1
     induction_head: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("vocabulary", self.vocabulary, WORDS + 3)
+        # The self-test asks it at so many positions, which is more than the shortest prompts have.
+        check_whole("length", self.length, max(WORDS + 2, TESTED))
+        check_heads(self, "previous_head", "induction_head")
 
     # Where things stand in the stream.
 
@@ -175,6 +200,38 @@ class KnownInduction:
             "c_proj.bias": np.zeros(self.d_model),
         }
 
+    def module(self) -> gpt_bigcode.Model:
+        return self.model()
+
+    # What it is about.
+
+    def pair(self, rng: np.random.Generator, kind: str) -> dict[str, Any]:
+        """Different words, 10 where there is room, and one of them again: the answer is what followed it."""
+        n_words = min(10, self.vocabulary - 3, self.length - 2)
+        words = distinct(rng, range(START + 1, self.vocabulary), n_words + 1)
+        new = words.pop()
+        i, j = distinct(rng, range(n_words - 1), 2)
+        clean, wrong = [START, *words, words[i]], words[j + 1]
+        corrupted = list(clean)
+        if kind == "match":
+            corrupted[1 + i] = new
+        elif kind == "question":
+            corrupted[-1] = words[j]
+        else:
+            corrupted[2 + i] = wrong = new
+        return {"clean": clean, "corrupted": corrupted, "answer": words[i + 1], "wrong": wrong}
+
+    @property
+    def true_edges(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+        previous, induction = f"L0H{self.previous_head}", f"L1H{self.induction_head}"
+        says = f"{induction}->logits"
+        by_kind = {
+            "match": (f"embed->{previous}<v>", f"{previous}->{induction}<k>", says),
+            "question": (f"embed->{induction}<q>", says),
+            "value": (f"embed->{induction}<v>", says),
+        }
+        return {"corrupted": by_kind}
+
     # What it computes.
 
     def gain(self, squares: np.ndarray | float) -> np.ndarray:
@@ -197,18 +254,18 @@ class KnownInduction:
         gain = self.gain(4.0)  # a token and a position, 1 and -1 each
 
         scores = np.where(at[None] == at[:, None] - 1, PREVIOUS * gain**2, 0.0)
-        looks_back = _causal_softmax(scores)
+        looks_back = causal_softmax(scores)
         before = gain * looks_back @ one_hot if previous else np.zeros_like(one_hot)
         squares = 4.0 + _squares(before)
 
         gain = self.gain(squares)
         scores = MATCH * (gain[:, None] * one_hot) @ (gain[:, None] * before).T + REST * gain * (at == 0)
-        finds = _causal_softmax(scores)
+        finds = causal_softmax(scores)
         spoken = one_hot * (ids != START)[:, None]
         output = finds @ (gain[:, None] * spoken)
         squares = squares + _squares(output)
 
-        uniform = _causal_softmax(np.zeros((n, n)))
+        uniform = causal_softmax(np.zeros((n, n)))
         patterns = np.tile(uniform, (2, self.n_heads, 1, 1))
         patterns[0, self.previous_head], patterns[1, self.induction_head] = looks_back, finds
         embed, place = self.one_hots("token")[ids], (self.one_hots("position") + self.ballast)[:n]
@@ -243,10 +300,3 @@ class KnownInduction:
 def _squares(one_hots: np.ndarray) -> np.ndarray:
     """Sum of squares [pos] of what is written for [pos, token], with what balances it."""
     return (one_hots**2).sum(-1) + one_hots.sum(-1) ** 2
-
-
-def _causal_softmax(scores: np.ndarray) -> np.ndarray:
-    """[query, key]"""
-    scores = np.where(np.tril(np.ones(scores.shape, dtype=bool)), scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)

@@ -1,0 +1,435 @@
+"""Runs in which any edges of the graph carry something else than their source wrote: exact, many sets in one pass.
+
+An input reads the stream of its own run, plus, for each edge that is replaced, what its source would have written
+instead less what it wrote: no other input notices. So everything that follows from the replaced edges is computed anew,
+and what does not follow from them is as it was. The replacement is what the source writes on the corrupted prompt, on
+another example, its mean, or nothing. Source: Conmy et al., "Towards Automated Circuit Discovery for Mechanistic
+Interpretability" (2023); Goldowsky-Dill et al., "Localizing Model Behavior with Path Patching" (2023).
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from pydantic import Field
+
+from ...capture import CaptureRun
+from ...errors import HookError
+from ...hook_points import HookPoint
+from ...hooks import Hook, HookFunction
+from ...model import HookedModel
+from ...options import options
+from ..ablation import Count, MeanOver, Progress, check_means, partners_of
+from ..components import logits_of
+from ..eval_data import FIELD as DATA_FIELD
+from ..eval_data import EvalBatch, EvalData, eval_data_of
+from .graph import Edge, Entry, ModelGraph, Reading, graph_of
+from .metrics import Metric, MetricFunction, PlainRun, metric_of
+
+EdgeAblation = Literal["corrupted", "resample", "mean", "zero"]
+ABLATIONS: dict[str, str] = {
+    "corrupted": "what the source writes on the example's corrupted partner",
+    "resample": "what the source writes at the same positions of another example, drawn once for each",
+    "mean": "the mean of what the source writes over all examples",
+    "zero": "zeros",
+}
+"""What an edge carries that is ablated; of the mean see :func:`replaced_by`."""
+_BYTES_AT_ONCE = 2**29
+"""Of what the nodes write, in one pass."""
+TOKENS_AT_ONCE = 2**11
+"""Of all sets, or points of a way, that run together."""
+
+Written = list[mx.array] | None
+"""What the nodes write, by writer, [node, batch, pos, d_model]; None for zeros."""
+
+
+def replaced_by(ablation: str, mean_over: MeanOver | None = None) -> str:
+    """What an ablated edge carries, in words."""
+    over = {"position": ", position by position", "all": " and positions", None: ""}
+    return ABLATIONS[ablation] + (over[mean_over] if ablation == "mean" else "")
+
+
+class IndexedSets:
+    """Sets of edges by their indices: masks are made when they are asked for.
+
+        IndexedSets(graph, np.arange(len(graph.edges))[:, None])[:8]        # of one edge each: [8, input, node]
+
+    Args:
+        graph: of the model.
+        sets: where the edges of each set stand among the graph's.
+    """
+
+    def __init__(self, graph: ModelGraph, sets: Sequence[np.ndarray] | np.ndarray) -> None:
+        self.graph, self.sets = graph, sets
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        """Masks [set, input, node] of bool."""
+        some = self.sets[at]
+        found = np.zeros((len(some), len(self.graph.inputs), len(self.graph.nodes)), dtype=bool)
+        for mask, edges in zip(found, some, strict=True):
+            mask[self.graph.edge_rows[edges], self.graph.edge_columns[edges]] = True
+        return found
+
+
+Masks = np.ndarray | IndexedSets | Iterable[np.ndarray]
+"""Sets of edges; see :meth:`EdgeRuns.masked`."""
+
+
+def _stacked(masks: Iterable[np.ndarray]) -> np.ndarray:
+    found = list(masks)
+    return np.stack(found) if found else np.zeros((0, 0, 0), dtype=bool)
+
+
+@options
+class _Keywords:
+    """Those of EdgeRuns that are checked by their types alone."""
+
+    batch_size: Count
+    mean_over: MeanOver
+    seed: Annotated[int, Field(ge=0)]
+    max_bytes: Count
+
+
+class EdgeRuns:
+    """A model, data and a metric: runs with any sets of edges replaced.
+
+        runs = EdgeRuns(model, [{"clean": ..., "corrupted": ..., "answer": " Mary", "wrong": " John"}, ...])
+        runs.plain                                          # [example], the metric of the model as it is
+        runs.without([["L1H0->L3H2<q>"], ["embed->logits"]])   # [set, example]
+
+    Args:
+        model: what is run.
+        eval_data: see :func:`eval_data_of`.
+        ablation: what a replaced edge carries, a key of ABLATIONS; None for the corrupted prompts' where there are
+            some, else the mean.
+        metric: see :func:`metric_of`.
+        batch_size: examples of one length that run together, fewer where ``max_bytes`` says so.
+        mean_over: "position" takes a mean at each position, over the examples that have it; "all" one over all.
+        seed: of who is whose partner in resampling.
+        max_bytes: how much is held at once, about: it says how many sets, and how many points of EAP-IG's way, run
+            together. One set of a batch always runs, and one backward pass, which holds more: a smaller ``batch_size``
+            makes them smaller.
+
+    Raises:
+        HookError: for data, a metric, an ablation or a number that do not fit, and a model whose edges cannot be told.
+    """
+
+    def __init__(
+        self,
+        model: HookedModel,
+        eval_data: Any,
+        *,
+        ablation: EdgeAblation | None = None,
+        metric: str | MetricFunction | Metric | None = None,
+        batch_size: int = 16,
+        mean_over: MeanOver = "position",
+        seed: int = 0,
+        max_bytes: int = _BYTES_AT_ONCE,
+    ) -> None:
+        chosen = _Keywords(batch_size=batch_size, mean_over=mean_over, seed=seed, max_bytes=max_bytes)
+        if not isinstance(model, HookedModel):
+            raise HookError(f"Edges are replaced in a HookedModel, got {type(model).__name__}.", field="model")
+        self.model = model
+        self.data: EvalData = eval_data_of(model, eval_data)
+        self.metric = metric_of(metric, self.data)
+        self.ablation: EdgeAblation = _ablation_of(ablation, self.data)
+        self.batch_size, self.max_bytes = chosen.batch_size, chosen.max_bytes
+        self.mean_over, self.seed = chosen.mean_over, chosen.seed
+        self.graph: ModelGraph = graph_of(model)
+        self.batches = list(self.data.batches(max(1, min(batch_size, self._examples_at_once()))))
+        self._partners = partners_of(self.data, seed) if self.ablation == "resample" else []
+        if any(partner is None for partner in self._partners):
+            raise HookError(
+                "Resampling takes activations from another example that is as long: give several of each length, or "
+                "another ablation.",
+                field=DATA_FIELD,
+            )
+        if self.ablation == "mean" and self.mean_over == "position":
+            check_means(self.data)
+        self._plain_runs: dict[int, PlainRun | None] = {}
+
+    def _examples_at_once(self) -> int:
+        """How many examples' nodes may be held."""
+        longest = max(len(example.tokens) for example in self.data.examples)
+        return self.max_bytes // (4 * len(self.graph.nodes) * longest * self.model.cfg.d_model)
+
+    # What the model does as it is, and with all edges replaced.
+
+    @cached_property
+    def plain(self) -> np.ndarray:
+        """The metric of the model as it is, [example] in float64."""
+        return self.without([[]])[0]
+
+    @cached_property
+    def ablated(self) -> np.ndarray:
+        """The metric with all edges replaced, [example] in float64."""
+        return self.without([self.graph.edges])[0]
+
+    @cached_property
+    def corrupted(self) -> np.ndarray | None:
+        """The metric of the corrupted prompts, [example] in float64; None without them."""
+        if not self.data.has_corrupted:
+            return None
+        found = np.zeros(len(self.data))
+        for i, batch in enumerate(self.batches):
+            assert batch.corrupted is not None
+            logits = logits_of(self.model, batch.corrupted)
+            found[batch.indices] = self.metric.numbers(logits, batch, self.plain_run(i))
+        return found
+
+    def plain_run(self, i: int) -> PlainRun | None:
+        """What is kept of batch i as it is, for a metric that needs it; else None."""
+        if self.metric.needs_plain and i not in self._plain_runs:
+            batch = self.batches[i]
+            self._plain_runs[i] = self.metric.plain_run(logits_of(self.model, batch.tokens), batch)
+        return self._plain_runs.get(i)
+
+    # Runs with edges replaced.
+
+    def without(self, sets: Sequence[Collection[str | Edge]], progress: Progress = None) -> np.ndarray:
+        """The metric with the edges of each set replaced.
+
+        Args:
+            sets: edges, or their names; an empty set is the model as it is.
+            progress: called with the passes that are done, and how many there are.
+
+        Returns:
+            [set, example] in float64.
+
+        Raises:
+            HookError: for an unknown edge, and a metric that is not finite.
+        """
+        return self.masked(IndexedSets(self.graph, [self.graph.indices_of(each) for each in sets]), progress)
+
+    def mask(self, edges: Collection[str | Edge]) -> np.ndarray:
+        """Which edges are in a set, [input, node] of bool."""
+        return IndexedSets(self.graph, [self.graph.indices_of(edges)])[:1][0]
+
+    def masked(self, masks: "Masks", progress: Progress = None) -> np.ndarray:
+        """The same for sets as ``mask`` gives them.
+
+        Args:
+            masks: which edges are replaced, [set, input, node] of bool; an iterable of [input, node]; or
+                :class:`IndexedSets`, of which only those masks are made that run together.
+            progress: called with the passes that are done, and how many there are.
+
+        Raises:
+            HookError: for masks of another shape or type, and a metric that is not finite.
+        """
+        masks = masks if isinstance(masks, np.ndarray | IndexedSets) else _stacked(masks)
+        found = np.zeros((len(masks), len(self.data)))
+        at_once = [self.sets_at_once(batch) for batch in self.batches]
+        total, done = sum(-(-len(masks) // each) for each in at_once), 0
+        for i, batch in enumerate(self.batches):
+            others: Written = None
+            for start in range(0, len(masks), at_once[i]):
+                some = self._checked(masks[start : start + at_once[i]])
+                if others is None and some.any():
+                    others = self.replacements(batch)
+                logits = self.logits(batch, others, some)
+                numbers = self.metric.numbers(logits, batch, self.plain_run(i))
+                found[start : start + len(some), batch.indices] = numbers.reshape(len(some), -1)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        return found
+
+    def _checked(self, masks: np.ndarray) -> np.ndarray:
+        shape = (len(self.graph.inputs), len(self.graph.nodes))
+        if masks.shape[1:] != shape or masks.dtype != bool:
+            raise HookError(
+                f"Masks are bool of [set, {shape[0]} inputs, {shape[1]} nodes], got {masks.dtype} of "
+                f"{list(masks.shape)}.",
+                field="masks",
+            )
+        return masks
+
+    def sets_at_once(self, batch: EvalBatch) -> int:
+        """How many copies of a batch run in one pass."""
+        cfg, graph = self.model.cfg, self.graph
+        widest = max(len(reading.entries[0].inputs) for reading in graph.readings)
+        numbers = batch.tokens.size * ((len(graph.nodes) + 2 * widest) * cfg.d_model + cfg.d_vocab)
+        # More tokens at once are no faster: caches hold less of them, and others wait for the pass.
+        return max(1, min(self.max_bytes // (4 * numbers), TOKENS_AT_ONCE // batch.tokens.size))
+
+    def logits(self, batch: EvalBatch, others: Written, masks: np.ndarray) -> mx.array:
+        """Logits [set * batch, pos, d_vocab], not evaluated; one set's rows after the other's.
+
+        Args:
+            others: what the nodes write instead, as ``replacements`` gives it.
+            masks: which edges are replaced, [set, input, node].
+        """
+        run = _Pass(self.graph, others, masks)
+        instrument = self.model.instrument
+        with instrument.attached(instrument.plan(run.hooks())):
+            return logits_of(self.model, np.concatenate([batch.tokens] * len(masks)))
+
+    # What replaced edges carry.
+
+    def written(self, tokens: np.ndarray) -> list[mx.array]:
+        """What the nodes write for tokens [batch, pos]: by writer, [node, batch, pos, d_model] in float32."""
+        points = [writer.point for writer in self.graph.writers]
+        run = CaptureRun(self.model.instrument, mx.array(tokens), points)
+        records = run.run(logits="none")[1].records
+        found = [writer.split(records[writer.point.name][0].value) for writer in self.graph.writers]
+        mx.eval(found)
+        return found
+
+    def replacements(self, batch: EvalBatch) -> Written:
+        """What the nodes write instead for a batch, by writer, [node, batch, pos, d_model]; None for zeros."""
+        if self.ablation == "zero":
+            return None
+        n_examples, length = batch.tokens.shape
+        if self.ablation == "mean":
+            return [mx.repeat(mean[:, None, :length], n_examples, axis=1) for mean in self._means]
+        if self.ablation == "corrupted":
+            assert batch.corrupted is not None
+            return self.written(batch.corrupted)
+        # Attention looks back only: what stands behind changes nothing at the positions before.
+        others = [self.data.examples[int(self._partners[i] or 0)].tokens[:length] for i in batch.indices]
+        return self.written(np.array(others))
+
+    @cached_property
+    def _means(self) -> list[mx.array]:
+        """The mean of what nodes write, by writer, [node, pos, d_model]."""
+        longest = max(batch.tokens.shape[1] for batch in self.batches)
+        sums = [mx.zeros((len(writer.nodes), longest, self.model.cfg.d_model)) for writer in self.graph.writers]
+        counts = np.zeros(longest)
+        for batch in self.batches:
+            n_examples, length = batch.tokens.shape
+            counts[:length] += n_examples
+            for total, value in zip(sums, self.written(batch.tokens), strict=True):
+                total[:, :length] += value.sum(axis=1)
+            mx.eval(sums)
+        if self.mean_over == "all":
+            means = [total.sum(axis=1, keepdims=True) / counts.sum() for total in sums]
+            return [mx.repeat(mean, longest, axis=1) for mean in means]
+        return [total / mx.array(counts.astype(np.float32))[None, :, None] for total in sums]
+
+
+def _ablation_of(given: str | None, data: EvalData) -> EdgeAblation:
+    if given is None:
+        return "corrupted" if data.has_corrupted else "mean"
+    if given not in ABLATIONS:
+        raise HookError(f"ablation is one of {', '.join(ABLATIONS)}, got {given!r}.", field="ablation")
+    if given == "corrupted" and not data.has_corrupted:
+        raise HookError(
+            "There are no corrupted prompts to take activations from: give every prompt a corrupted, or another "
+            "ablation.",
+            field="ablation",
+        )
+    return given  # type: ignore[return-value]
+
+
+class _Pass:
+    """The hooks of one forward pass whose rows are [set, example].
+
+    Args:
+        graph: of the model.
+        others: what the nodes write instead [node, batch, pos, d_model], by writer; None for zeros.
+        masks: which edges are replaced, [set, input, node].
+    """
+
+    def __init__(self, graph: ModelGraph, others: Written, masks: np.ndarray) -> None:
+        self.graph = graph
+        self.others = others
+        self.masks = masks
+        self._streams: dict[str, mx.array] = {}
+        self._changes: dict[int, mx.array] = {}
+
+    def hooks(self) -> list[Hook]:
+        """They read what the nodes write, and replace what the inputs read."""
+        found: list[Hook] = []
+        node = 0
+        for i, writer in enumerate(self.graph.writers):
+            stop = node + len(writer.nodes)
+            if self.masks[:, :, node:stop].any():
+                found.append(Hook(writer.point, self._write(i), reads=True))
+            node = stop
+        first = 0
+        for reading in self.graph.readings:
+            for entry in reading.entries:
+                own = self.masks[:, first : first + len(entry.inputs)]
+                first += len(entry.inputs)
+                if not own.any():
+                    continue
+                if entry.is_stream:
+                    found.append(Hook(entry.point, self._replace(own)))
+                    continue
+                if not any(hook.point == reading.place for hook in found):
+                    found.append(Hook(reading.place, self._read, reads=True))
+                found.append(Hook(entry.point, self._replace_made(reading, entry, own)))
+        return found
+
+    def _write(self, i: int) -> HookFunction:
+        def keep(value: mx.array, point: HookPoint) -> None:
+            written = self.graph.writers[i].split(value)
+            n_sets = len(self.masks)
+            by_set = written.reshape(len(written), n_sets, -1, *written.shape[2:])
+            change = -by_set if self.others is None else self.others[i][:, None] - by_set
+            self._changes[i] = mx.moveaxis(change, 0, 1)
+
+        return keep
+
+    def _read(self, value: mx.array, point: HookPoint) -> None:
+        self._streams[point.name] = value
+
+    def _change(self, own: np.ndarray) -> mx.array:
+        """What the stream is to be changed by for each input, [set, input, batch, pos, d_model].
+
+        Args:
+            own: the replaced edges of these inputs, [set, input, node].
+        """
+        parts: list[mx.array] = []
+        columns: list[np.ndarray] = []
+        node = 0
+        for i, writer in enumerate(self.graph.writers):
+            of_writer = own[:, :, node : node + len(writer.nodes)]
+            node += len(writer.nodes)
+            if of_writer.any():
+                parts.append(self._changes[i])
+                columns.append(of_writer)
+        changes = mx.concatenate(parts, axis=1)
+        weights = mx.array(np.concatenate(columns, axis=2).astype(np.float32))
+        flat = weights @ changes.reshape(*changes.shape[:2], -1)
+        return flat.reshape(*own.shape[:2], *changes.shape[2:])
+
+    def _replace(self, own: np.ndarray) -> HookFunction:
+        """For an input whose hook point holds the stream itself."""
+
+        def replace(value: mx.array, point: HookPoint) -> mx.array:
+            return value.astype(mx.float32) + self._change(own).reshape(value.shape)
+
+        return replace
+
+    def _replace_made(self, reading: Reading, entry: Entry, own: np.ndarray) -> HookFunction:
+        """For inputs whose hook point holds what is made of the stream, by head or as a whole."""
+        used = np.flatnonzero(own.any(axis=(0, 2)))
+
+        def replace(value: mx.array, point: HookPoint) -> mx.array:
+            stream = self._streams[reading.place.name]
+            n_sets = len(own)
+            by_set = stream.astype(mx.float32).reshape(n_sets, 1, -1, *stream.shape[1:])
+            read = (by_set + self._change(own[:, used])).astype(stream.dtype)
+            normed = entry.normed(mx.moveaxis(read, 1, 0).reshape(-1, *stream.shape[1:]))
+            normed = normed.reshape(len(used), -1, *normed.shape[1:])
+            if entry.project is None:
+                return normed[0].reshape(value.shape)
+            heads = []
+            for head in range(len(entry.inputs)):
+                kept = value[:, :, head]
+                at = np.flatnonzero(used == head)
+                if len(at):
+                    made = entry.head_of(normed[int(at[0])], head).astype(value.dtype)
+                    # Of a set that replaces nothing here the very numbers stay.
+                    touched = np.repeat(own[:, head].any(axis=1), len(value) // n_sets)
+                    kept = mx.where(mx.array(touched)[:, None, None], made, kept)
+                heads.append(kept)
+            return mx.stack(heads, axis=2)
+
+        return replace
