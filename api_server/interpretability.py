@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, get_args, get_type_hints
+from typing import IO, Any, TypeVar, get_args, get_type_hints
 
 from mlx_hooks import HookError, HookPoint, UnknownHookError
 from mlx_hooks.options import options_of
@@ -30,6 +30,8 @@ from .jobs import Job, Work
 from .models import LoadedModel
 from .uploads import read_upload
 from .worker import ModelWorker
+
+T = TypeVar("T")
 
 MAX_RUNNING = 2
 """Analyses of rows that compute at a time."""
@@ -77,7 +79,7 @@ class Asked:
 
 
 class Interpretability:
-    """What the addresses under ``/interpret`` work with.
+    """What the addresses under ``/interpret``, and the causal ones under ``/v1/analysis``, work with.
 
     Args:
         worker: owns the models, and shows the jobs.
@@ -173,9 +175,13 @@ class Interpretability:
             return lambda: self._aside.beside(analyse)
         if loaded is None:
             raise NoModelLoaded(self._to_load)
-        model, instrument = loaded.model, loaded.model.instrument
-        context = replace(context, model=model)
+        context = replace(context, model=loaded.model)
         analyse = partial(self._analyse, asked, self._layers(asked, context), context, options)
+        return self.on_model(loaded, analyse)
+
+    def on_model(self, loaded: LoadedModel, analyse: Callable[[Report], T]) -> Work[T]:
+        """What the job is to do for an analysis that runs a model: others get a turn at each of its reports."""
+        instrument = loaded.model.instrument
         return lambda: self._aside.in_turns(analyse, lambda: instrument.is_attached, lambda: instrument.holder)
 
     def _source(self, file: IO[bytes] | None) -> dict[str, Any]:

@@ -89,7 +89,12 @@ class Server:
         deadline = time.monotonic() + drain
         while time.monotonic() < deadline and any(self._is_busy(channel) for channel in self._channels()):
             time.sleep(0.02)
-        self._server.trigger.pull_trigger(self._leave)
+        try:
+            self._server.trigger.pull_trigger(self._leave)
+        except OSError:
+            # Woken by somebody else's pull, the loop may have left and closed its pipe meanwhile.
+            if self._server._map:
+                raise
 
     def _channels(self) -> list[Channel]:
         # A copy made by one C call: the loop adds and removes channels meanwhile.

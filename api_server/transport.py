@@ -1,6 +1,7 @@
 """What every view needs from HTTP: the body as a checked request, the worker, whether the caller is still there."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from flask import Response, current_app, g, request, url_for
@@ -8,10 +9,13 @@ from pydantic import BaseModel, ValidationError
 from werkzeug.datastructures import FileStorage
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from mlx_hooks import HookedModel
 from neuroscope_bridge import payload
 
+from .aside import Report
 from .captures import CaptureStore
 from .config import ServerConfig
+from .downloads import large_json
 from .errors import ApiError, BodyTooLarge, describe, invalid_request, json_reply
 from .interpretability import Interpretability
 from .jobs import Job
@@ -195,6 +199,26 @@ def call(function: Callable[[], T], kind: str, model: LoadedModel | None = None)
 def in_background(job: Job[Any]) -> Response:
     """202 and the job, which goes on without its caller."""
     return json_reply(worker().shown(job), 202, {"Location": url_for(_part("job_endpoint"), job_id=job.id)})
+
+
+def answer_of_model(asked: Any, kind: str, analyse: Callable[[HookedModel, Any, Report], dict[str, Any]]) -> Response:
+    """What a long analysis of a loaded model finds, or the job that looks for it.
+
+    Args:
+        asked: a request with ``model`` and ``background``.
+        kind: what the job is.
+        analyse: is given the model, the request, and what to tell how far it has come.
+    """
+    loaded = worker().get(asked.model)
+    service = interpretability()
+    work = service.on_model(loaded, partial(analyse, loaded.model, asked))
+
+    def body(found: dict[str, Any]) -> dict[str, Any]:
+        return found | {"model": loaded.model_id}
+
+    render: Callable[..., Any] | None = body if asked.background else None
+    job = service.submit(partial(submit, work, kind, loaded, render=render))
+    return in_background(job) if asked.background else large_json(body(job.result(reader_gone())))
 
 
 def read_query(model: type[M]) -> M:

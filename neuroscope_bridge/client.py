@@ -22,6 +22,7 @@ Messages = Sequence[Mapping[str, Any]]
 Hooks = Sequence[Mapping[str, Any]]
 Interventions = Sequence[Mapping[str, Any]]
 Vectors = Sequence[Mapping[str, Any]]
+Prompts = Iterable[Mapping[str, Any]]
 Indices = int | str | slice | Sequence[int]
 ReadPositions = Indices | None
 Token = int | str
@@ -658,6 +659,274 @@ class LMStudioNeuroScopeClient(Connection):
         route, params = "/v1/analysis/traits", {"experiment": experiment}
         return cast("list[Reply]", self._field("GET", route, "experiments", list, params=params))
 
+    # -- heads -----------------------------------------------------------------------------------
+
+    def analyse_attention(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        messages: Messages | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """What each head attends to in a prompt, and what flows from token to token.
+
+            found = client.analyse_attention("When Mary and John went to the store , John gave a drink to")
+            [(head["name"], head["pattern_type"]) for head in found["attention_heads"]]
+            found["how_computed"]["classes"]["induction"]
+
+        Args:
+            prompt: A text or token ids; or give `messages`.
+            layers: All by default; negative numbers count from the last.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: threshold, broad, local, top_k (edges of each head), dependencies.
+
+        Raises:
+            ValueError: both or neither of `prompt` and `messages`.
+        """
+        _require_one(prompt=prompt, messages=messages)
+        asked = prompt if prompt is None or isinstance(prompt, str) else _token_ids(prompt)
+        body = {"prompt": asked, "messages": messages, "layers": _optional_ids(layers), "model": model, **options}
+        return self._large_json("POST", "/v1/analysis/attention", body | {"background": background or None})
+
+    def detect_heads(
+        self,
+        prompts: Iterable[str | Sequence[int]] | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """Which heads attend to the previous token, look for what followed before, copy, and so on.
+
+            found = client.detect_heads()
+            max(found["heads"], key=lambda head: head["scores"]["induction"]["mean"])["name"]
+
+        Args:
+            prompts: Texts or token ids, in the place of random tokens that are said twice.
+            layers: All by default.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: sequences and length of the random tokens, copying, confidence, resamples, seed,
+                batch_size.
+        """
+        rows = None if prompts is None else [row if isinstance(row, str) else _token_ids(row) for row in prompts]
+        body = {"prompts": rows, "layers": _optional_ids(layers), "model": model, **options}
+        return self._large_json("POST", "/v1/analysis/heads", body | {"background": background or None})
+
+    def composition(
+        self,
+        *,
+        layers: Sequence[int] | None = None,
+        top: int | None = None,
+        model: str | None = None,
+        background: bool = False,
+    ) -> Reply:
+        """Which heads could read, with queries, keys or values, what earlier heads write: from the weights alone.
+
+            client.composition(top=1)["strongest"]      # [{'edge': 'L0H1->L1H0<k>', 'score': 0.41, ...}]
+
+        Args:
+            layers: All by default.
+            top: How many scores, the highest first; 50 by default.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+        """
+        body = {"layers": _optional_ids(layers), "top": top, "model": model, "background": background or None}
+        return self._large_json("POST", "/v1/analysis/composition", body)
+
+    # -- circuits --------------------------------------------------------------------------------
+
+    def ablation(
+        self,
+        eval_data: Prompts,
+        *,
+        ablations: Sequence[str] | None = None,
+        components: Sequence[str] | None = None,
+        groups: str | Sequence[str | Sequence[str]] | None = None,
+        metric: str | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """What a model loses without each of its components, or without groups of them.
+
+            prompts = [{"clean": "The capital of France is", "answer": "Paris", "wrong": "Rome"}]
+            found = client.ablation(prompts, components=["heads"], ablations=["zero"])
+            found["components"][0]["ablations"]["zero"]["logit_difference_change"]["mean"]
+            found = client.ablation(prompts, groups=[["L2H1"], ["L2H1", "L3 mlp"]])
+            found["groups"]["zero"]["groups"][1]["values"]       # the metric of each prompt, without both
+
+        Args:
+            eval_data: Prompts with `clean` (a text or token ids) and `answer` (a token), and if wished `corrupted`, of
+                as many tokens, and `wrong`.
+            ablations: Of "zero", "mean" and "resample": all three by default, of groups "zero".
+            components: Kinds of components, by default attention, mixers and MLPs: "heads", "attn_out", "mlp_out",
+                "mixer_out", "side_out", "blocks".
+            groups: Names of components, each group ablated together, in the place of `components`. A name alone is a
+                group of one.
+            metric: Of groups: "logit_difference", "logit", "probability", "log_probability", "loss" or "kl".
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: mean_over, confidence, resamples, seed, batch_size.
+
+        Raises:
+            ValueError: a prompt that is no mapping, or whose token ids are no whole numbers.
+        """
+        named = _groups(groups)
+        body = {"ablations": ablations, "components": components, "groups": named, "metric": metric, **options}
+        return self._causal("ablation", eval_data, model, background, body)
+
+    def activation_patching(
+        self,
+        eval_data: Prompts,
+        sweep: str | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        cells: Sequence[Mapping[str, Any]] | None = None,
+        groups: str | Sequence[str | Sequence[str]] | None = None,
+        direction: str = "denoising",
+        metric: str | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """What activations of the clean run bring back in the corrupted one, place by place.
+
+            pairs = [{"clean": "The capital of France is", "corrupted": "The capital of Italy is",
+                      "answer": "Paris", "wrong": "Rome"}]
+            found = client.activation_patching(pairs, "layer x head")
+            np.array(found["effects"]).shape                     # (4, 4): 1 is all of it, 0 nothing
+
+        Args:
+            eval_data: Prompts with `clean`, `corrupted`, `answer` and if wished `wrong`, as in `ablation`.
+            sweep: "layer x position", which is the default, "layer x head", "layer x head x position" or "component".
+                Or `cells`, which the engine takes here.
+            cells: Places of one's own: `{"hook_point": "blocks.2.attn.hook_z", "heads": [1], "positions": [3]}`.
+            groups: Names of components, each group patched together, as in `ablation`.
+            direction: "denoising" puts the clean run's activations into the corrupted one, "noising" the other way.
+            metric: As in `ablation`.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: component (of sweeps over layers: "resid_pre", "z" and so on), components (of the
+                sweep "component"), align ("start" or "end", for prompts of several lengths), method ("attribution"
+                estimates all places at once by a gradient), batch_size.
+
+        Raises:
+            ValueError: cells given twice, a cell that is no mapping, and as `ablation`.
+        """
+        if sweep is not None and not isinstance(sweep, str):
+            if cells is not None:
+                raise ValueError("Give cells once: in the place of the sweep, or as cells.")
+            cells = list(sweep)
+            sweep = None
+        places = None if cells is None else [_cell(cell) for cell in cells]
+        put = {"sweep": sweep, "cells": places, "groups": _groups(groups)}
+        body = {**put, "direction": direction, "metric": metric, **options}
+        return self._causal("patching", eval_data, model, background, body)
+
+    def path_patching(
+        self,
+        eval_data: Prompts,
+        receivers: str | Sequence[str | Sequence[str]],
+        *,
+        senders: str | Sequence[str] | None = None,
+        direction: str = "noising",
+        metric: str | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """What one part of the model tells another directly: the receiver alone reads the other run's part of a sender.
+
+            found = client.path_patching(pairs, ["L3H0<q>", "L3H0<k>", "L3H0<v>", "logits"])
+            np.array(found["effects"])[found["axes"]["sender"].index("L2H1")]      # one per receiver
+
+        Args:
+            eval_data: As in `activation_patching`.
+            receivers: Inputs ("L3H0<q>", "L1KV0<k>", "L1 mlp", "logits"), or a node for all that it reads: one, or
+                several. Of a list in the list all read together.
+            senders: "embed", "L0H1", "L0 mlp", one or several; all that are before some receiver by default.
+            direction: "noising" tells what is lost, "denoising" what is regained.
+            metric: As in `ablation`.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: batch_size.
+        """
+        named = [receivers] if isinstance(receivers, str) else receivers
+        read = [one if isinstance(one, str) else list(one) for one in named]
+        write = [senders] if isinstance(senders, str) else senders
+        body = {"receivers": read, "senders": write, "direction": direction, "metric": metric, **options}
+        return self._causal("path_patching", eval_data, model, background, body)
+
+    def edge_scores(
+        self,
+        eval_data: Prompts,
+        method: str = "eap-ig",
+        *,
+        metric: str | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """How much each edge of the model's graph matters, by gradients or by exact runs.
+
+            found = client.edge_scores(pairs, top=10)
+            [(edge["edge"], edge["score"]) for edge in found["edges"]]      # [("L3H0->logits", -6.4), ...]
+
+        Args:
+            eval_data: As in `activation_patching`; `corrupted` is needed only where ablated edges carry it.
+            method: "eap", "eap-ig" or "exact", a run per edge.
+            metric: As in `ablation`.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: ablation (what an ablated edge carries: "corrupted", "resample", "mean", "zero"),
+                steps, rule, mean_over, seed, top (how many edges the reply lists), batch_size.
+        """
+        return self._causal("edges", eval_data, model, background, {"method": method, "metric": metric, **options})
+
+    def find_circuit(
+        self,
+        eval_data: Prompts,
+        method: str = "eap-ig",
+        *,
+        size: int | None = None,
+        threshold: float | None = None,
+        faithfulness: float | None = None,
+        metric: str | None = None,
+        model: str | None = None,
+        background: bool = False,
+        **options: Any,
+    ) -> Reply:
+        """Find the circuit that some prompts need, and judge it.
+
+            found = client.find_circuit(pairs, faithfulness=0.9, formats=["neuroscope-circuit", "graphml"])
+            found["nodes"]                                           # ['embed', 'L0H1', ...]
+            found["validation"]["faithfulness"]["mean"]
+            NeuroScopeActivationBridge().find_causal_circuits(found)
+
+        Args:
+            eval_data: As in `edge_scores`.
+            method: "eap", "eap-ig" or "exact" scores, or "acdc", which needs `threshold`.
+            size, threshold, faithfulness: One of them: as many of the strongest edges, those that score as much, or the
+                fewest that reach it; a faithfulness of 0.9 by default.
+            metric: As in `ablation`.
+            background: Answer the job at once; `wait_for_job` answers the reply.
+            options: Further fields: judge_by (other prompts to judge it by), formats ("neuroscope-circuit",
+                "neuronpedia", "graphml"), name, random_circuits, and those of `edge_scores`.
+
+        Returns:
+            `circuit` as the engine saves and loads it, `nodes`, `validation`, and what `formats` asks for.
+        """
+        if (judge_by := options.get("judge_by")) is not None:
+            options["judge_by"] = [_eval_prompt(one) for one in judge_by]
+        limits = {"size": size, "threshold": threshold, "faithfulness": faithfulness}
+        body = {"method": method, "metric": metric, **limits, **options}
+        return self._causal("circuit", eval_data, model, background, body)
+
+    def _causal(
+        self, analysis: str, eval_data: Prompts, model: str | None, background: bool, body: Mapping[str, Any]
+    ) -> Reply:
+        prompts = [_eval_prompt(one) for one in eval_data]
+        asked = {"eval_data": prompts, "model": model, "background": background or None, **body}
+        return self._large_json("POST", f"/v1/analysis/{analysis}", asked)
+
     # -- activations captured during training ----------------------------------------------------
 
     def interpret_layers(self, model: str | None = None) -> Reply:
@@ -871,6 +1140,38 @@ def _token_ids(tokens: Iterable[Any]) -> list[int]:
             raise ValueError(f"tokens must be whole numbers, got {token!r}.")
         ids.append(operator.index(token))
     return ids
+
+
+def _optional_ids(numbers: Iterable[Any] | None) -> list[int] | None:
+    return None if numbers is None else _token_ids(numbers)
+
+
+def _eval_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt whose token ids, in arrays too, are lists of Python's integers; what else it has stays."""
+
+    def plain(name: str, value: Any) -> Any:
+        if value is None or isinstance(value, str):
+            return value
+        return _token_ids(value) if name in ("clean", "corrupted") else _token_ids([value])[0]
+
+    if not isinstance(prompt, Mapping):
+        raise ValueError(f"A prompt is a mapping with clean and answer, got {prompt!r}.")
+    return {name: plain(name, value) for name, value in prompt.items()}
+
+
+def _groups(given: str | Sequence[str | Sequence[str]] | None) -> list[list[str]] | None:
+    """Lists of names; a name alone is a list of it."""
+    if given is None:
+        return None
+    listed = [given] if isinstance(given, str) else given
+    return [[group] if isinstance(group, str) else list(group) for group in listed]
+
+
+def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell whose ranges of heads and positions are lists."""
+    if not isinstance(cell, Mapping):
+        raise ValueError(f"A cell is a mapping with hook_point, got {cell!r}.")
+    return {name: list(value) if isinstance(value, range) else value for name, value in cell.items()}
 
 
 def indices(value: Indices, name: str) -> str:

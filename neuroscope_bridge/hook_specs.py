@@ -1,7 +1,8 @@
-"""Hook specs for common questions, activations in NeuroScope's shape, and the circuits that one capture shows."""
+"""Hook specs for common questions, activations in NeuroScope's shape, and the circuits that replies show."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -165,6 +166,31 @@ class NeuroScopeActivationBridge:
         circuits = [*_head_circuits(tensors), *_write_circuits(tensors)]
         return sorted(circuits, key=lambda circuit: (-circuit["confidence"], circuit["name"]))
 
+    @staticmethod
+    def find_causal_circuits(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the server found by changing something in the model, in the shape of `find_circuits`.
+
+            found = client.find_circuit(pairs)
+            find_causal_circuits(found)[0]["pathway"][0]      # {'source': 'L3H0', 'target': 'logits', 'strength': 6.4}
+            found = client.ablation(prompts, components=["heads"], ablations=["zero"])
+            [(one["name"], one["confidence"]) for one in find_causal_circuits(found)]
+
+        Args:
+            reply: That of `find_circuit` with the format `neuroscope-circuit`, which is one circuit; or that of
+                `ablation`, where each component, or group of them, by each ablation is one: its confidence is the size
+                of the effect on the logit difference, or on the loss where there is none (of groups on their metric),
+                relative to the model's own, at most 1. A loss or a divergence has no upper end, and may be 0: there the
+                largest effect of the reply is 1 if it is more than the model's own.
+
+        Returns:
+            Circuits by falling confidence, then by name.
+
+        Raises:
+            PayloadError: a reply to something else, without that format, or that lacks what these have.
+        """
+        circuits = _causal_circuits(reply)
+        return sorted(circuits, key=lambda circuit: (-circuit["confidence"], circuit["name"]))
+
 
 def _spec(layer: int, component: str) -> dict[str, Any]:
     return {
@@ -322,6 +348,105 @@ def _write_circuits(tensors: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, 
             "description": f"Mean L2 norm of the {component} output of layer {layer}, relative to {against}. "
             "Correlational: it shows how much is written, not what that causes.",
         }
+
+
+_PART_TYPES = {"heads": "attention_head", "attn_out": "attention", "mlp_out": "mlp"}
+_PART_NAMES = {"mixer_out": "mixer", "side_out": "side", "blocks": "block"}
+_COMPONENT = re.compile(r"L(\d+)(?:H(\d+)| (\w+))?")
+_WRITTEN = {"attn": "attention", "resid": "residual", None: "block"}
+"""How the words of a name are called here, where otherwise; a layer alone is all that its block adds."""
+
+
+def _causal_circuits(reply: Any) -> list[dict[str, Any]]:
+    """As they come; raises PayloadError where the reply has none."""
+    given = reply if isinstance(reply, Mapping) else {}
+    try:
+        if given.get("neuroscope_circuit") is not None:
+            return [dict(given["neuroscope_circuit"])]
+        if isinstance(given.get("components"), list) and isinstance(given.get("plain"), Mapping):
+            return list(_ablated_circuits(given))
+        if isinstance(given.get("groups"), Mapping) and given.get("ablations") is not None:
+            return list(_ablated_groups(given))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"is of another shape ({error})"
+        raise PayloadError(f"Causal circuits cannot be read: the reply {what}.") from error
+    has = ", ".join(map(str, given)) if isinstance(reply, Mapping) else type(reply).__name__
+    raise PayloadError(
+        "Causal circuits are in the reply of find_circuit with the format neuroscope-circuit, or of ablation; this one "
+        f"has {has or 'nothing'}."
+    )
+
+
+def _ablated_groups(reply: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A circuit of a group's components for each group and ablation."""
+    largest = max(
+        (
+            abs(group["mean"] - float(np.mean(effects["plain"])))
+            for effects in reply["groups"].values()
+            for group in effects["groups"]
+        ),
+        default=0.0,
+    )
+    for ablation, effects in reply["groups"].items():
+        before, words = float(np.mean(effects["plain"])), effects["metric"].replace("_", " ")
+        for group in effects["groups"]:
+            names = " + ".join(group["components"])
+            yield {
+                "name": f"{names} ({ablation} ablation)",
+                "confidence": _share(group["mean"] - before, before, effects["metric"], largest),
+                "components": [_component_of(name) for name in group["components"]],
+                "pathway": [],
+                "description": f"Causal: {ablation} ablation of {names} changes the {words} from {before:.3f} to "
+                f"{group['mean']:.3f} (mean over {len(group['values'])} prompts).",
+            }
+
+
+def _component_of(name: str) -> dict[str, Any]:
+    """Of the server's name for it: `L2H1`, `L0 attn`, `L0`."""
+    found = _COMPONENT.fullmatch(name)
+    if found is None:
+        raise ValueError(f"no component is called {name!r}")
+    layer, head, part = found.groups()
+    kind = "attention_head" if head else _WRITTEN.get(part, part)
+    return {"layer": int(layer), "componentType": kind, "index": int(head) if head else None}
+
+
+_WITHOUT_END = ("loss", "kl")
+"""Measures that may be about 0 in the model as it is, and rise to anything."""
+
+
+def _share(change: float, before: float, measure: str, largest: float) -> float:
+    """The size of a change relative to what was there, or to the largest change where that tells nothing; at most 1."""
+    whole = max(abs(before), largest) if measure in _WITHOUT_END else abs(before) or largest
+    return min(abs(change) / whole, 1.0) if whole else 0.0
+
+
+def _ablated_circuits(reply: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A circuit of one component for each component and ablation."""
+    measure = "logit_difference" if "logit_difference" in reply["plain"] else "loss"
+    before = reply["plain"][measure]["mean"]
+    words, unit = measure.replace("_", " "), "logits" if measure == "logit_difference" else "nats"
+    found = [
+        changes[f"{measure}_change"]["mean"]
+        for component in reply["components"]
+        for changes in component["ablations"].values()
+    ]
+    largest = max((abs(change) for change in found if change is not None), default=0.0)
+    for component in reply["components"]:
+        kind = _PART_TYPES.get(component["part"], _PART_NAMES.get(component["part"], component["part"]))
+        place = f"L{component['layer']}" + ("" if component["head"] is None else f"H{component['head']}")
+        for ablation, changes in component["ablations"].items():
+            change = changes[f"{measure}_change"]["mean"]
+            if change is None:
+                continue
+            yield {
+                "name": f"{kind} {place} ({ablation} ablation)",
+                "confidence": _share(change, before, measure, largest),
+                "components": [{"layer": component["layer"], "componentType": kind, "index": component["head"]}],
+                "pathway": [],
+                "description": f"Causal: {ablation} ablation of {kind} {place} changes the {words} from {before:.3f} "
+                f"to {before + change:.3f} {unit} (mean over {changes[f'{measure}_change']['n']} prompts).",
+            }
 
 
 def _mean_norms(tensors: Sequence[Mapping[str, Any]], component: str) -> dict[int, float]:

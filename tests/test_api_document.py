@@ -63,13 +63,13 @@ def test_the_python_blocks_run_with_the_values_that_they_name(live_server: Simpl
             assert eval(expression, names) == eval(value), expression
             checked += 1
     names["client"].close()
-    assert checked == DOCUMENT.count("# -> ") == 16
+    assert checked == DOCUMENT.count("# -> ") == 21
 
 
 def test_the_smalltalk_blocks_run(live_server: SimpleNamespace, tmp_path: Path) -> None:
     with Image(write_client(tmp_path, live_server.base_url)) as image:
         values = [image.evaluate(block) for block in blocks("docs/api.md", "smalltalk")]
-    assert values == [128, "is", 6, 128]
+    assert values == [128, "is", 6, 5, 128]
 
 
 def test_the_example_of_an_error_is_one() -> None:

@@ -130,6 +130,16 @@ def test_a_long_wait_for_an_answer_closes_nothing(worker: ModelWorker) -> None:
         thread.join(10)
 
 
+def test_a_server_may_be_stopped_that_has_ended_meanwhile() -> None:
+    server = Server(Flask("ends"), ServerConfig(port=0))
+    thread = server.start()
+    server.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+    # Its pipe is closed.
+    server.stop()
+
+
 @pytest.mark.parametrize("reads", [False, True])
 def test_a_reader_that_takes_nothing_is_not_waited_for(reads: bool) -> None:
     app, gone = Flask("large"), []

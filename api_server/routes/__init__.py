@@ -1,6 +1,20 @@
 """One blueprint per resource."""
 
-from . import analysis, captures, chat, completions, description, health, hooks, interpret, jobs, models, tokens
+from . import (
+    analysis,
+    captures,
+    chat,
+    circuits,
+    completions,
+    description,
+    heads,
+    health,
+    hooks,
+    interpret,
+    jobs,
+    models,
+    tokens,
+)
 
 BLUEPRINTS = (
     health.blueprint,
@@ -11,6 +25,8 @@ BLUEPRINTS = (
     hooks.blueprint,
     captures.blueprint,
     analysis.blueprint,
+    heads.blueprint,
+    circuits.blueprint,
     interpret.blueprint,
     jobs.blueprint,
     description.blueprint,
