@@ -1,6 +1,8 @@
 """Analysis in Smalltalk, run by Amber: its numbers are NumPy's from the same capture, and Python's."""
 
+import json
 import re
+import urllib.request
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,6 +23,9 @@ from smalltalk_packages import write_client
 
 from api_server import ModelWorker, ServerConfig
 from mlx_hooks.analysis import heads
+from mlx_hooks.analysis.circuits.circuit import Circuit
+from mlx_hooks.analysis.circuits.edge_attribution import attribute_edges
+from mlx_hooks.analysis.circuits.validation import validate_circuit
 from neuroscope_bridge.hook_specs import NeuroScopeActivationBridge
 from neuroscope_bridge.payload import PayloadError
 
@@ -592,7 +597,7 @@ def test_what_is_not_finite_has_no_score_in_either_language(image, server, compo
 @pytest.mark.parametrize(
     ("send", "complaint"),
     [
-        ("discoverCircuitsUsingGradients: 'x' inputExamples: #() gradientThreshold: 0.1", "computes no gradients"),
+        ("discoverCircuitsUsingGradients: 'x' inputExamples: #() gradientThreshold: 0.1", "I have no model"),
         ("trackCircuitEvolution: #x acrossCheckpoints: #() usingMetric: #y", "no checkpoints of its training"),
         ("loadCircuitTemplates: 'standard'", "no templates of circuits to load"),
         ("findCircuitsMatchingTemplates: #() similarityThreshold: 0.7", "I hold no templates"),
@@ -740,12 +745,12 @@ def test_what_ablation_does_is_pythons(live, tiny, strategy, kind):
         f" validationDataset: {texts_in_smalltalk(TEXTS)}."
         "{ c collect: [ :each | { each components first asDictionary."
         " each effects first baseline. each effects first changed. each confidence. each isCausal."
-        " each description } ]. done last. done size. c first printString }"
+        " each description } ]. done last. done allSatisfy: [ :n | n between: 0 and: 40 ]. c first printString }"
     )
     circuits = found[0]
     baseline = np.mean([difference(tiny, logits_after(tiny, text)) for text in TEXTS])
     assert len(circuits) == 4 * 4 + 4
-    assert found[1:3] == [(20 + 1) * 2, (20 + 1) * 2 * 2]
+    assert found[1:3] == [20 * 2, True]
     for component, ours, changed, confidence, is_causal, description in circuits:
         edit = {"hook_point": f"blocks.{component['layer']}.hook_mlp_out", "type": kind}
         if component["componentType"] == "attention_head":
@@ -862,6 +867,46 @@ def test_the_patching_table_of_heads_is_pythons(live, tiny):
     assert found[0] == [f"attention_head H{head}" for head in range(4)]
     np.testing.assert_allclose(found[1], (np.array(patched) - corrupted) / (clean - corrupted), atol=1e-5)
     assert np.ptp(found[1], axis=0).max() > 0.01
+
+
+def test_a_circuit_of_edges_is_pythons(live, tiny):
+    found = live(
+        f"c := (CircuitFinder for: model) findCircuitFor: 'Mary' -> 'John' examples: {{ {literal(CLEAN)} ->"
+        f" {literal(CORRUPTED)} }} method: 'eap-ig' threshold: 0.5. e := c effects first."
+        "{ c pathway collect: [ :each | { each source. each target. each strength } ]. c components collect:"
+        " [ :each | each name ]. c confidence. e baseline. e changed. c isCausal. e description }"
+    )
+    pair = {"clean": CLEAN, "corrupted": CORRUPTED, "answer": token_id(tiny, "Mary"), "wrong": token_id(tiny, "John")}
+    scores = attribute_edges(tiny, [pair])
+    circuit = Circuit.of_scores(scores, tiny, threshold=0.5)
+    judged = validate_circuit(tiny, circuit, [pair])
+    assert {f"{source}->{target}" for source, target, _ in found[0]} == set(circuit.edges)
+    strengths = {f"{source}->{target}": strength for source, target, strength in found[0]}
+    # A score is what ablation changes, a strength what the edge adds.
+    np.testing.assert_allclose([-strengths[edge] for edge in circuit.edges], list(circuit.edges.values()), rtol=1e-3)
+    assert len(found[1]) == len([node for node in circuit.nodes if node != "embed"])
+    assert found[2] == pytest.approx(min(1, max(0, judged.faithfulness.mean)), abs=1e-4)
+    assert found[3:6] == [pytest.approx(judged.plain.mean, abs=1e-4), pytest.approx(judged.kept.mean(), abs=1e-4), True]
+    assert "ablation of all other edges than those of" in found[6]
+
+
+def test_a_sweep_is_one_request(live, live_server):
+    """However many components there are."""
+
+    def jobs():
+        with urllib.request.urlopen(f"{live_server.base_url}/v1/jobs") as reply:
+            return {job["id"]: job["kind"] for job in json.load(reply)["data"]}
+
+    before = jobs()
+    live(
+        "f := CircuitFinder for: model. f discoverCircuitsThroughIntervention: 'Mary' interventionStrategy:"
+        f" 'zeroAblation' validationDataset: {{ {literal(CLEAN)} }}."
+        f"f causalPatchingTableFrom: {literal(CLEAN)} to: {literal(CORRUPTED)} measureUsing: 'Mary'. nil"
+    )
+    # The server forgets old ones.
+    made = [kind for job, kind in jobs().items() if job not in before]
+    assert [kind for kind in made if kind in ("ablation", "patching")] == ["patching", "ablation"]
+    assert len(made) < 12
 
 
 LARGE = [

@@ -28,17 +28,28 @@ EVERYWHERE = "(Dictionary new at: 'positions' put: 'all'; yourself)"
 STORED = "(Dictionary new at: 'experiment' put: 'moods'; at: 'traits' put: #('angry'); yourself)"
 VECTORS = "(Array with: (c traitVector: 'polite' layer: 1 numbers: #(1 2)))"
 PLAIN = "(Dictionary new at: 'max_tokens' put: 2; at: 'seed' put: 1; yourself)"
+EXAMPLES = "(Array with: (c example: 'a' corrupted: #(5) answer: 'b' wrong: 7))"
+SWEEP = "(Dictionary new at: 'sweep' put: 'layer x head'; yourself)"
+GROUPS = "(Dictionary new at: 'groups' put: #(#('L0H1' 'L0 mlp')); at: 'metric' put: 'logit'; yourself)"
+CIRCUIT = "(Dictionary new at: 'method' put: 'acdc'; at: 'threshold' put: 0.5; yourself)"
+SENDERS = "(Dictionary new at: 'senders' put: #('L0H1'); yourself)"
+LAYERS = "(Dictionary new at: 'layers' put: #(0 1); yourself)"
 KEPT = "(Dictionary new at: 'capture_id' put: 'cap-1'; yourself)"
 
 # What each public selector is sent with, by receiver: c is a client of a model, m one that has chosen none,
 # k a capture, j a job. The operations that it then asks for.
 SENDS = {
     # LMStudioRESTClient
+    f"c ablation: {EXAMPLES} options: {GROUPS}": ["ablation"],
     "c activationEncoding": [],
     "c activationEncoding: 'base64'": [],
+    f"c activationPatching: {EXAMPLES} options: {SWEEP}": ["patching"],
     "c activationsIn: (STONJSON fromString: '{\"activations\": {}}')": [],
+    f"c analysisInBackground: 'circuit' of: {EXAMPLES} options: {CIRCUIT}": ["circuit"],
     "c apiDescription": [],
     "c apiKey: 'secret'": [],
+    f"c attention: 'Hi' options: {LAYERS}": ["attention"],
+    f"c attention: {MESSAGES} options: nil": ["attention"],
     "c attentionPatterns: 'Hi'": ["complete_with_activations"],
     "c baseUrl": [],
     "c baseUrl: c baseUrl": [],
@@ -60,11 +71,16 @@ SENDS = {
     "c detokenize: #(1 2)": ["detokenize"],
     "c directLogitAttribution: 'Hi' token: 5": ["direct_logit_attribution"],
     f"c directLogitAttribution: {MESSAGES} token: #(5 6) options: {EVERYWHERE}": ["direct_logit_attribution"],
+    f"c edgeScores: {EXAMPLES} options: nil": ["edges"],
+    "c example: 'a' corrupted: nil answer: 'b' wrong: nil": [],
+    f"c findCircuit: {EXAMPLES} options: {CIRCUIT}": ["circuit"],
     f"c forward: 'Hi' hooks: {HOOKS}": ["complete_with_activations"],
     f"c forward: #(1 2) hooks: nil interventions: {EDITS}": ["complete_with_activations"],
     f"c generateWithActivations: 'Hi' hooks: {HOOKS}": ["chat_with_activations"],
     "c generateWithActivations: 'Hi' hooks: nil maxTokens: 0 temperature: 0": ["chat_with_activations"],
     f"c generateWithActivations: {MESSAGES} hooks: {HOOKS} options: {OPTIONS}": ["chat_with_activations"],
+    f"c headComposition: {LAYERS}": ["composition"],
+    f"c headScores: {LAYERS}": ["heads"],
     "c health": ["health"],
     "c hookPoints": ["hook_points"],
     "c hookPoints: 'org/other'": ["hook_points"],
@@ -91,6 +107,7 @@ SENDS = {
     "c modelId: 'org/tiny'": [],
     "c modelInfo": ["get_model"],
     "c modelInfo: 'other'": ["get_model"],
+    f"c pathPatching: {EXAMPLES} receivers: #('logits') options: {SENDERS}": ["path_patching"],
     f"c registerHooks: {HOOKS}": ["register_hooks"],
     "c registeredHooks": ["list_hooks"],
     "c printString": [],
