@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,43 @@ def test_what_goes_wrong_in_an_example_is_one_sentence(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert re.search(message, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_the_example_of_circuits_finds_judges_predicts_and_draws(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    shown = run(str(ROOT / "examples/ioi_circuit.py"), "--output", "found/ioi", cwd=tmp_path)
+    assert time.perf_counter() - started < 120
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, shown)
+        assert found is not None, shown
+        return float(found[1])
+
+    plain, ablated = number(r"Logit difference +(\S+), answer"), number(r"all edges ablated +(\S+),")
+    assert plain > 5
+    assert ablated == pytest.approx(-plain, abs=0.5)
+    # A third of the edges at the most keep nine tenths, on names that the circuit was not found with too.
+    assert number(r"The circuit .*\((\S+)%\)") < 100 / 3
+    assert 0.9 <= number(r"faithfulness +(\S+);") <= 1.1
+    assert 0.85 <= number(r"on other names (\S+)") <= 1.1
+    assert number(r"completeness +(\S+)") > 0.9
+    assert number(r"random circuits +(\S+)") < 0.2
+    # Five points tell the order of the edges, and their sum within a tenth.
+    assert number(r"of the embedding +(\S+),") == pytest.approx(number(r"whole change, (\S+)"), rel=0.1)
+    assert "seconds, on 6 of the prompts" in shown
+    assert number(r"(\d+)% of the circuit's") == pytest.approx(
+        100 * number(r"in both circuits +(\d+)") / number(r"The circuit +(\d+) of"), abs=1
+    )
+    both, kept, chance = number(r"in both circuits +(\d+)"), number(r"ACDC.* (\d+) edges"), number(r"by chance (\d+)")
+    assert both > 0.8 * kept
+    assert both > 4 * chance
+    # Gradients foretell what ablating the name mover costs.
+    predicted, measured = number(r"ablated, predicted +(\S+),"), number(r"ablated, measured +(\S+)")
+    assert measured < -5
+    assert predicted == pytest.approx(measured, rel=0.15)
+    assert number(r"second mention, (\d+)%") > 80
+    folder = tmp_path / "found" / "ioi"
+    names = ["circuit.dot", "circuit.graphml", "circuit.json", "circuit.png", "neuronpedia.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert (folder / "circuit.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads((folder / "circuit.json").read_text())["edges"]) < 479 / 3

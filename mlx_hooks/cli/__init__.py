@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import HookError
-from . import coverage, generate, info, lens, selftest, smalltalk, train, traits
+from . import circuits, coverage, generate, info, lens, selftest, smalltalk, train, traits
 
-COMMANDS = (info, generate, lens, traits, train, selftest, coverage, smalltalk)
+COMMANDS = (info, generate, lens, traits, circuits, train, selftest, coverage, smalltalk)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
