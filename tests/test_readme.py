@@ -74,6 +74,18 @@ def test_the_block_of_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_the_block_of_circuits_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in blocks("python") if "smallest_circuit" in block)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    (name, score), n_edges = names["scores"].ranked[0], len(names["scores"].edges)
+    assert f"# ({name!r}, {score:.1f}): what ablating it changes" in block
+    assert f"all {n_edges} edges" in block
+    assert len(names["circuit"]) < n_edges / 3
+    assert {path.name for path in tmp_path.iterdir()} == {"circuit.json", "circuit.png"}
+
+
 def test_the_block_of_observers_lens_and_runs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
