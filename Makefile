@@ -32,10 +32,8 @@ $(AMBER): tests/smalltalk/package.json
 demo: $(STAMP)  ## serve the bundled model, capture through the client, print what was found
 	$(RUN)$(BIN)/python examples/demo.py
 
-# Schemathesis gives the tests of all operations one name, by which two processes cannot tell them apart.
 test: setup  ## all tests, the Smalltalk ones included, in two processes; ARGS="tests/test_server.py" for some
-	$(PYTEST) $(or $(ARGS),-n 2 --dist loadfile --ignore tests/test_description.py)
-	$(if $(ARGS),,$(PYTEST) tests/test_description.py)
+	$(PYTEST) $(or $(ARGS),-n 2 --dist loadfile)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

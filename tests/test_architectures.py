@@ -190,11 +190,21 @@ def test_sizes_are_those_of_the_values() -> None:
         assert model.hook_points["blocks.0.hook_resid_post"].size("d_model") == model.cfg.d_model
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gemma3", "qwen3_next", "mixtral", "deepseek_v3", "gpt_oss", "mamba2"]
-)
+# The CPU build multiplies quantised weights in half precision number by number: not every type has every combination.
+IN_FULL = ["llama", "gemma2"]
+QUANTISED = [
+    *((name, dtype, bits) for name in IN_FULL for dtype in (mx.float32, mx.bfloat16, mx.float16) for bits in (4, 8)),
+    *(
+        (name, dtype, bits)
+        for name in ("gemma3", "qwen3_next", "mixtral", "deepseek_v3", "gpt_oss", "mamba2")
+        for dtype, bits in ((mx.float32, 4), (mx.bfloat16, 8))
+    ),
+    ("mamba2", mx.float16, 4),
+    ("mixtral", mx.float16, 4),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "bits"), QUANTISED, ids=str)
 def test_a_quantised_model_of_any_type_passes_the_selftest(name: str, dtype: mx.Dtype, bits: int) -> None:
     raw = tiny_model(name, dtype=dtype)
     nn.quantize(raw, group_size=32, bits=bits)

@@ -57,8 +57,8 @@ def expected_stream(values: dict[str, mx.array], batch: mx.array, layer: int = 1
 # Loops
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
+# On Linux MLX compiles a compiled step with g++, the longer the more weights are trained.
+@pytest.mark.parametrize(("kind", "compiled"), [("full", False), ("lora", False), ("lora", True)])
 def test_a_loop_that_gives_its_batches(kind: str, compiled: bool, tmp_path: Path) -> None:
     plain, model = prepared(kind), prepared(kind)
     adapt(plain, kind)

@@ -47,7 +47,7 @@ KINDS = {
     "full": {"kind": "full"},
     "lora": {"kind": "lora"},
     "dora": {"kind": "dora"},
-    "qlora": {"kind": "qlora"},
+    "qlora": {"kind": "qlora", "iters": 5},
     "checkpointed": {"kind": "full", "grad_checkpoint": True},
     "accumulating": {"kind": "lora", "grad_accumulation_steps": 3},
 }
@@ -65,7 +65,7 @@ def test_training_does_not_notice(options: dict[str, Any], tmp_path: Path) -> No
     assert same(captured.weights, plain.weights)
     assert all(same(one[0], other[0]) for one, other in zip(captured.seen, plain.seen, strict=True))
     found = folder_of(tmp_path / "shards")
-    assert found.steps == [0, 4, 8]
+    assert found.steps == [0, 4, 8][: 1 + options.get("iters", 9) // 4]
     for step, (shard,) in found.shards.items():
         weights, batch, lengths = plain.seen[step]
         check_rows(shard, options["kind"], weights, batch, lengths)
