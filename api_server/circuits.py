@@ -15,7 +15,7 @@ from mlx_hooks.analysis.circuits.finding import find_circuit
 from mlx_hooks.analysis.circuits.graph import graph_of
 from mlx_hooks.analysis.circuits.graphml import graphml
 from mlx_hooks.analysis.circuits.groups import GroupEffects, Putting, replace_groups
-from mlx_hooks.analysis.circuits.neuronpedia import to_neuronpedia
+from mlx_hooks.analysis.circuits.neuronpedia import slug_of, to_neuronpedia
 from mlx_hooks.analysis.circuits.patching import activation_patching
 from mlx_hooks.analysis.circuits.path_patching import path_patching as patch_paths
 from mlx_hooks.analysis.circuits.pharo import to_neuroscope
@@ -25,7 +25,6 @@ from mlx_hooks.analysis.eval_data import FIELD, EvalData, eval_data_of
 from .aside import Report
 from .errors import ApiError
 from .schemas.circuits import (
-    MAX_ROWS,
     MAX_RUNS,
     AblationRequest,
     CircuitRequest,
@@ -122,7 +121,7 @@ def circuit(model: HookedModel, asked: CircuitRequest, report: Report) -> dict[s
     if "neuroscope-circuit" in asked.formats:
         written["neuroscope_circuit"] = to_neuroscope(found, asked.name, validation.faithfulness.mean)
     if "neuronpedia" in asked.formats:
-        written["neuronpedia"] = to_neuronpedia(found, model, runs.data.examples[0], slug=asked.name)
+        written["neuronpedia"] = to_neuronpedia(found, model, runs.data.examples[0], slug=slug_of(asked.name))
     if "graphml" in asked.formats:
         written["graphml"] = graphml(found)
     return {
@@ -188,17 +187,8 @@ def _runs(model: HookedModel, asked: "EdgesRequest | CircuitRequest", prompts: l
 def _edge_runs(
     model: HookedModel, data: EvalData, asked: "EdgesRequest | CircuitRequest", ablation: Any, metric: Any
 ) -> EdgeRuns:
-    # A way has as many rows as points, and ACDC begins with such scores. How many prompts run together changes no
-    # result.
-    most = max(1, MAX_ROWS // asked.steps) if asked.method in ("eap-ig", "acdc") else MAX_ROWS
     return EdgeRuns(
-        model,
-        data,
-        ablation=ablation,
-        metric=metric,
-        batch_size=min(asked.batch_size, most),
-        mean_over=asked.mean_over,
-        seed=asked.seed,
+        model, data, ablation=ablation, metric=metric, **asked.model_dump(include={"batch_size", "mean_over", "seed"})
     )
 
 

@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 from mlx_hooks import HookError
 from mlx_hooks.analysis.circuits.circuit import Circuit
 from mlx_hooks.analysis.circuits.evaluation import chance_auc, edge_auc, permuted_answers, permuted_auc, share_kept
+from mlx_hooks.analysis.circuits.model_graph import Edge
 from mlx_hooks.analysis.eval_data import NOTHING, EvalData, EvalExample
 
 EDGES = [f"embed->L0H{head}<{kind}>" for head in range(20) for kind in "qkv"]
@@ -49,6 +50,13 @@ def test_forced_edges_are_left_out() -> None:
     assert edge_auc(scored(values), TRUE, forced=[EDGES[0], EDGES[-1]]) == 1
 
 
+def test_edges_stand_for_their_names() -> None:
+    scores, true = scored(np.arange(len(EDGES), dtype=float)), [Edge(*name.split("->")) for name in TRUE]
+    assert edge_auc(scores, true, forced=true[:3]) == edge_auc(scores, TRUE, forced=TRUE[:3])
+    assert chance_auc(scores, true) == chance_auc(scores, TRUE)
+    assert permuted_auc(scores, true) == permuted_auc(scores, TRUE)
+
+
 def test_scores_are_read_from_a_circuit() -> None:
     circuit = Circuit({"embed->logits": 1.0, "embed->L0H0<v>": -2.0}, {"L0H0<v>": ("L0H0",)})
     assert edge_auc(circuit, {"embed->L0H0<v>"}) == 1
@@ -68,9 +76,10 @@ def test_the_controls_are_about_one_half() -> None:
         ([], [], "An AUC needs edges of the circuit and others: of 60, none are true."),
         (EDGES, [], "An AUC needs edges of the circuit and others: of 60, all are true."),
         (TRUE, TRUE, "of 48, none are true"),
-        (None, [], "true is a collection of edges' names, got None."),
-        ([1], [], "true is a collection of edges' names, got [1]."),
-        (TRUE, 5, "forced is a collection of edges' names, got 5."),
+        (None, [], "true is a collection of edges or their names, got None."),
+        ([1], [], "true is a collection of edges or their names, got [1]."),
+        (TRUE, 5, "forced is a collection of edges or their names, got 5."),
+        (EDGES[0], [], "true is a collection of edges or their names, got 'embed->L0H0<q>'."),
         (["L9H9->logits"], [], "There is no score of the edge 'L9H9->logits'."),
     ],
 )

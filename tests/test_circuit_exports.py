@@ -17,7 +17,7 @@ from mlx_hooks.analysis.charts import FAINT
 from mlx_hooks.analysis.circuits.circuit import Circuit
 from mlx_hooks.analysis.circuits.drawing import dot, draw_graph, save_picture
 from mlx_hooks.analysis.circuits.graphml import as_graph, graphml, save_graphml
-from mlx_hooks.analysis.circuits.neuronpedia import save_neuronpedia, to_neuronpedia, visible_token
+from mlx_hooks.analysis.circuits.neuronpedia import save_neuronpedia, slug_of, to_neuronpedia, visible_token
 from mlx_hooks.analysis.circuits.pharo import to_neuroscope
 from mlx_hooks.analysis.circuits.places import place_of, steps_of
 from mlx_hooks.analysis.known_models import KNOWN_MODELS, KnownLinear
@@ -211,7 +211,12 @@ def test_nodes_stand_where_they_are_placed(circuit: Circuit, model: HookedModel)
         ({"supernodes": ["L1H0"]}, "supernodes are lists of nodes by what they are called, got ['L1H0']."),
         ({"supernodes": {"movers": "L1H0"}}, "supernodes are lists of nodes"),
         ({"positions": 5}, "positions are whole numbers by node, got 5."),
-        ({"slug": None}, "slug is a text, got None."),
+        ({"slug": None}, "slug is letters, digits, '-', '_' and '.', got None."),
+        ({"slug": "a b"}, "slug is letters, digits, '-', '_' and '.', got 'a b'."),
+        ({"slug": "a/b"}, "slug is letters"),
+        ({"slug": ".."}, "slug is letters"),
+        ({"slug": ""}, "slug is letters"),
+        ({"slug": "ioi\n"}, "slug is letters"),
         ({"created": float("nan")}, "created is in seconds since 1970, got nan."),
         ({"created": "x" * 1000}, "created is in seconds since 1970, got 'xxx"),
     ],
@@ -221,6 +226,22 @@ def test_nodes_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(HookError, match=re.escape(message)):
         to_neuronpedia(circuit, model, PROMPT, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("Who gives, to whom?", "Who-gives-to-whom"),
+        ("ioi_2.1", "ioi_2.1"),
+        ("../etc", "etc"),
+        ("a/b", "a-b"),
+        ("…", "circuit"),
+        ("", "circuit"),
+    ],
+)
+def test_any_name_has_a_slug(name: str, slug: str, circuit: Circuit, model: HookedModel) -> None:
+    assert slug_of(name) == slug
+    assert to_neuronpedia(circuit, model, PROMPT, slug=slug)["metadata"]["slug"] == slug
 
 
 def test_a_text_without_an_answer_is_refused(circuit: Circuit, model: HookedModel) -> None:

@@ -40,6 +40,7 @@ def test_a_circuit_is_found_shown_and_written(prompts: Path, tmp_path: Path, cap
     assert len(circuit) < 479 / 3
     assert networkx.read_graphml(written["graphml"], force_multigraph=True).number_of_edges() == len(circuit)
     assert json.loads(written["neuronpedia"].read_text())["metadata"]["prompt_tokens"][2] == "Mary"
+    assert json.loads(written["neuronpedia"].read_text())["metadata"]["slug"] == written["neuronpedia"].stem
     assert written["picture"].read_text().startswith("digraph")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_hooks import HookedModel, HookError
+from mlx_hooks.analysis import eval_data
 from mlx_hooks.analysis.eval_data import NOTHING, EvalData, EvalExample, eval_data_of
 
 PARIS = {"clean": "The capital of France is", "corrupted": "The capital of Italy is"}
@@ -69,6 +70,13 @@ def test_batches_hold_examples_of_one_length_and_leave_none_out(tiny: HookedMode
     assert [batch.indices.tolist() for batch in batches] == [[0, 2], [4], [1, 5], [3]]
     assert all(batch.tokens.shape == (len(batch.indices), len(rows[batch.indices[0]])) for batch in batches)
     assert batches[0].asked.tolist() == [0, 1]
+
+
+def test_of_long_examples_fewer_run_at_once(tiny: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eval_data, "TOKENS_AT_ONCE", 9)
+    data = eval_data_of(tiny, [[1] * n for n in (3, 3, 3, 3, 12, 12, 4)])
+    assert [batch.indices.tolist() for batch in data.batches(8)] == [[0, 1, 2], [3], [4], [5], [6]]
+    assert [batch.indices.tolist() for batch in data.batches(2)] == [[0, 1], [2, 3], [4], [5], [6]]
 
 
 def test_long_texts_lose_their_ends_and_keep_what_they_are_asked(tiny: HookedModel) -> None:

@@ -10,6 +10,7 @@ from graph_reference import GraphReference
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.circuits.attribution_patching import attribution_patching
+from mlx_hooks.analysis.circuits.edge_runs import EdgeRuns
 from mlx_hooks.analysis.circuits.patching import PatchingOptions, activation_patching, draw_patching, grid_of
 from mlx_hooks.analysis.circuits.path_patching import path_patching
 from mlx_hooks.analysis.eval_data import eval_data_of
@@ -70,6 +71,19 @@ def _is_before(sender: str, receiver: str, order: list[str]) -> bool:
     if reader.endswith("mlp"):
         before += [name for name in order if name.startswith(f"L{layer}H")]
     return sender in before
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_how_many_prompts_run_together_changes_nothing(
+    llama: HookedModel, direction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"senders": ["L0H1", "L1 mlp"], "direction": direction, "metric": "kl"}
+    together = path_patching(llama, PAIRS, RECEIVERS, **options)
+    # Prompts of one length, which so long ones would leave alone.
+    monkeypatch.setattr(EdgeRuns, "_examples_at_once", lambda runs: 1)
+    alone = path_patching(llama, PAIRS, RECEIVERS, **options)
+    np.testing.assert_allclose(alone.patched, together.patched, rtol=1e-4, atol=1e-6)
+    assert np.nanmax(np.abs(together.patched)) > 1e-3
 
 
 @pytest.mark.parametrize("direction", ["noising", "denoising"])

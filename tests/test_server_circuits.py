@@ -234,7 +234,9 @@ def test_sweeps_are_limited_by_their_cells(
 
 
 def test_a_graph_for_neuronpedia_is_of_the_first_prompt(client: FlaskClient, tiny: HookedModel) -> None:
-    found = asked(client, "circuit", {"eval_data": PAIRS, "size": 60, "random_circuits": 0, "formats": ["neuronpedia"]})
+    body = {"eval_data": PAIRS, "size": 60, "random_circuits": 0, "formats": ["neuronpedia"], "name": "Who? To whom?"}
+    found = asked(client, "circuit", body)
+    assert found["neuronpedia"]["metadata"]["slug"] == "Who-To-whom"
     tokens = tiny.tokenizer.encode(PAIRS[0]["clean"])
     assert found["neuronpedia"]["metadata"]["prompt_tokens"] == [tiny.tokenizer.decode([one]) for one in tokens]
 

@@ -21,8 +21,6 @@ MAX_CELLS = 20_000
 MAX_EDGES = 100_000
 """That a reply lists."""
 MAX_STEPS = 64
-MAX_ROWS = 512
-"""Rows of a backward pass: prompts of a batch, at each point of a way."""
 MAX_RESAMPLES = 10_000
 MAX_SEED = 2**32 - 1
 

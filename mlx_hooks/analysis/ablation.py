@@ -26,7 +26,8 @@ from ..model import HookedModel
 from ..options import options, options_of
 from .components import Component, Numbers, Part, Replacement, captured, components_of, edits, logits_of
 from .eval_data import FIELD, MOST, NOTHING, EvalBatch, EvalData, eval_data_of
-from .intervals import CONFIDENCE, RESAMPLES, few, means
+from .intervals import IntervalOptions, few, means
+from .measures import at_targets, divergences, log_probabilities, logit_differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,15 +49,14 @@ MEASURES = ("loss", "kl", "logit_difference")
 
 
 @options
-class ExampleOptions:
-    """What runs over examples have in common.
+class ExampleOptions(IntervalOptions):
+    """What runs over examples have in common, besides :class:`IntervalOptions`.
 
     Args:
         mean_over: "all" takes one mean over all positions; "position" one per position, over the examples that have it.
         max_examples: the first so many examples are run.
         max_tokens: of longer texts the rest is left out; None for what the model reads at most.
         batch_size: examples of one length that run together.
-        confidence, resamples: of the bootstrap intervals.
         seed: of all that is drawn: partners in resampling, resamples of the bootstrap, random sets.
     """
 
@@ -64,14 +64,6 @@ class ExampleOptions:
     max_examples: Count = MOST
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     batch_size: Count = 8
-    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
-    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def of_intervals(self) -> dict[str, Any]:
-        """What :mod:`intervals` takes."""
-        return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
 
 
 @options
@@ -205,37 +197,23 @@ class Bench:
         """Logits [batch, pos, d_vocab] with some components replaced."""
         return logits_of(self.model, tokens, edits(replaced, numbers))
 
-    def log_probabilities(self, logits: mx.array, batch: EvalBatch) -> mx.array:
-        """Of every token at the positions that are asked of the batch, [batch, asked, d_vocab] in float32."""
-        asked = logits[:, mx.array(batch.asked)].astype(mx.float32)
-        return asked - mx.logsumexp(asked, axis=-1, keepdims=True)
-
     def measure(self, logits: mx.array, batch: EvalBatch, plain: mx.array | None = None) -> Measured:
         """Loss, divergence from the plain run's log probabilities, and logit difference, of each example.
 
         Raises:
             HookError: for numbers that are not finite.
         """
-        targets = batch.targets[:, batch.asked]
-        is_asked = targets != NOTHING
-        here = self.log_probabilities(logits, batch)
-        losses = -mx.take_along_axis(here, mx.array(np.maximum(targets, 0))[..., None], axis=-1)[..., 0]
-        divergences = mx.zeros_like(losses) if plain is None else _divergences(plain, here)
-        loss, kl = (_means_of(to_numpy(each), is_asked) for each in (losses, divergences))
+        is_asked = batch.targets[:, batch.asked] != NOTHING
+        here = log_probabilities(logits, batch)
+        losses = -at_targets(here, batch)
+        changes = mx.zeros_like(losses) if plain is None else divergences(plain, here)
+        loss, kl = (_means_of(to_numpy(each), is_asked) for each in (losses, changes))
         difference = None
         if batch.wrong is not None:
-            # The asked position of an answer is the last.
-            pair = mx.array(np.stack([batch.targets[:, -1], batch.wrong], axis=1))
-            picked = to_numpy(mx.take_along_axis(logits[:, -1].astype(mx.float32), pair, axis=-1)).astype(np.float64)
-            difference = picked[:, 0] - picked[:, 1]
+            difference = to_numpy(logit_differences(logits, batch)).astype(np.float64)
         if not all(np.isfinite(each).all() for each in (loss, kl, difference) if each is not None):
             raise HookError("The model's logits are not finite on the eval data: nothing can be measured.")
         return Measured(loss, np.maximum(kl, 0), difference)
-
-
-def _divergences(p: mx.array, q: mx.array) -> mx.array:
-    """KL(p || q) in nats over the last axis, from log probabilities; a token that p rules out adds nothing."""
-    return mx.where(p == -mx.inf, 0.0, mx.exp(p) * (p - q)).sum(axis=-1)
 
 
 def _means_of(values: np.ndarray, is_asked: np.ndarray) -> np.ndarray:
@@ -380,7 +358,7 @@ def _measure_all(
     done, total, left_out = 0, len(bench.batches) * len(bench.components) * len(ablations), 0
     for batch in bench.batches:
         logits = bench.run(batch.tokens)
-        here, log_probabilities = bench.measure(logits, batch), bench.log_probabilities(logits, batch)
+        here, before = bench.measure(logits, batch), log_probabilities(logits, batch)
         for name in measures:
             plain[name][batch.indices] = getattr(here, name)
         for ablation in ablations:
@@ -388,7 +366,7 @@ def _measure_all(
             counted = bench.is_resampled(batch) if ablation == "resample" else np.ones(len(batch.indices), dtype=bool)
             left_out += int((~counted).sum())
             for i, component in enumerate(bench.components):
-                found = bench.measure(bench.run(batch.tokens, [component], numbers), batch, log_probabilities)
+                found = bench.measure(bench.run(batch.tokens, [component], numbers), batch, before)
                 for name in measures:
                     change = getattr(found, name) - (0 if name == "kl" else getattr(here, name))
                     changes[i, ablation, name][batch.indices] = np.where(counted, change, np.nan)

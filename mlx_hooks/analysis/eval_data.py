@@ -21,6 +21,8 @@ NOTHING = -1
 """In the place of a target where nothing is asked."""
 MOST = 64
 """Examples that are taken unless told otherwise: training batches have no end."""
+TOKENS_AT_ONCE = 2**11
+"""Of all that runs in one pass. More are no faster: caches hold less of them, and others wait for the pass."""
 FIELD = "eval_data"
 _KEYS = ("clean", "corrupted", "answer", "wrong")
 
@@ -106,13 +108,17 @@ class EvalData:
         return self.examples[0].wrong is not None
 
     def batches(self, size: int) -> Iterator[EvalBatch]:
-        """The examples, at most ``size`` at once, those of one length together; lengths as they first appear."""
+        """The examples, at most ``size`` at once, those of one length together; lengths as they first appear.
+
+        Of long examples fewer run at once, so that a batch has at most TOKENS_AT_ONCE tokens, or one example.
+        """
         by_length: dict[int, list[int]] = {}
         for i, example in enumerate(self.examples):
             by_length.setdefault(len(example.tokens), []).append(i)
-        for indices in by_length.values():
-            for start in range(0, len(indices), size):
-                yield self._batch(indices[start : start + size])
+        for length, indices in by_length.items():
+            at_once = max(1, min(size, TOKENS_AT_ONCE // length))
+            for start in range(0, len(indices), at_once):
+                yield self._batch(indices[start : start + at_once])
 
     def _batch(self, indices: list[int]) -> EvalBatch:
         chosen = [self.examples[i] for i in indices]

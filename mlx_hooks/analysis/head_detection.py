@@ -21,7 +21,7 @@ from ..options import options, options_of
 from .composition import copying_scores
 from .head_weights import chosen_layers
 from .heads import DETECTORS, HeadScore, mean_attention
-from .intervals import CONFIDENCE, RESAMPLES, Estimate, few, means
+from .intervals import Estimate, IntervalOptions, few, means
 from .patterns import has_pattern, layer_patterns
 from .top_rows import Progress
 
@@ -32,8 +32,8 @@ HOW = {name: f"mean attention to {detector.looks_at}" for name, detector in DETE
 
 
 @options
-class DetectionOptions:
-    """Options of :func:`detect_heads`.
+class DetectionOptions(IntervalOptions):
+    """Options of :func:`detect_heads`, besides those of :class:`IntervalOptions`.
 
     Args:
         layers: whose heads; None for all.
@@ -41,7 +41,6 @@ class DetectionOptions:
         length: different random tokens, which are said twice; fewer where the model has fewer tokens or positions.
         copying: whether the copying score is told as well.
         batch_size: sequences that run at once.
-        confidence, resamples: of the intervals.
         seed: of the tokens and the resamples.
     """
 
@@ -50,9 +49,6 @@ class DetectionOptions:
     length: Annotated[int, Field(ge=2, le=1024)] = 25
     copying: bool = True
     batch_size: Annotated[int, Field(ge=1, le=256)] = 8
-    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
-    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
-    seed: Annotated[int, Field(ge=0)] = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +170,7 @@ def detect_heads(
         if not np.isfinite(values[rule]).any():
             reasons[rule] = detector.needs
     told: dict[str, Sequence[Estimate]] = {
-        rule: means(values[rule], confidence=chosen.confidence, resamples=chosen.resamples, seed=chosen.seed)
-        for rule in DETECTORS
-        if rule not in reasons
+        rule: means(values[rule], **chosen.of_intervals) for rule in DETECTORS if rule not in reasons
     }
     by_chance = {rule: float(np.nanmean(chance[rule])) for rule in told}
     if chosen.copying:

@@ -8,9 +8,12 @@ Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993).
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
+
+from ..options import options
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -20,6 +23,25 @@ ENOUGH = 20
 """From so many on, bootstrap intervals are about as wide as they claim to be."""
 _NUMBERS_AT_ONCE = 5_000_000
 """Resampled numbers that are held at once."""
+
+
+@options
+class IntervalOptions:
+    """What options of analyses with intervals have in common.
+
+    Args:
+        confidence, resamples: of the bootstrap intervals.
+        seed: of the resamples.
+    """
+
+    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
+    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def of_intervals(self) -> dict[str, Any]:
+        """What :func:`means` and :func:`ratios` take."""
+        return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
 
 
 @dataclass(frozen=True)

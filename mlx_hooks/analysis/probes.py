@@ -25,7 +25,7 @@ from ..activations import to_numpy
 from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import RowPart, Rows
-from .intervals import CONFIDENCE, RESAMPLES, Estimate, few, ratios
+from .intervals import Estimate, IntervalOptions, few, ratios
 from .threads import one_thread
 from .top_rows import Progress, Spell, check_vectors, finite
 from .traits.methods import usual_distance
@@ -43,8 +43,8 @@ _STEPS = 1000
 
 
 @options
-class ProbeOptions:
-    """Options of :func:`analyse_probe`.
+class ProbeOptions(IntervalOptions):
+    """Options of :func:`analyse_probe`, besides those of :class:`IntervalOptions`.
 
     Args:
         task: "classes" (logistic regression), "numbers" (ridge regression), or "auto": numbers where some label has a
@@ -55,7 +55,6 @@ class ProbeOptions:
         folds: of the cross-validation that chooses it.
         controls: probes trained on shuffled labels.
         max_rows: of more labelled rows so many are drawn.
-        confidence, resamples: of the bootstrap interval over texts.
         seed: of all that is drawn.
     """
 
@@ -65,8 +64,6 @@ class ProbeOptions:
     folds: Annotated[int, Field(ge=2)] = 3
     controls: Annotated[int, Field(ge=0)] = 3
     max_rows: Annotated[int, Field(ge=4)] = 10_000
-    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
-    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def __post_init__(self) -> None:

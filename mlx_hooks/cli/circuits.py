@@ -215,12 +215,14 @@ def _show(circuit: Any, found: Any) -> None:
 def _write(options: argparse.Namespace, circuit: Any, model: Any, prompts: Any) -> None:
     from ..analysis.circuits.drawing import save_picture
     from ..analysis.circuits.graphml import save_graphml
-    from ..analysis.circuits.neuronpedia import save_neuronpedia, to_neuronpedia
+    from ..analysis.circuits.neuronpedia import save_neuronpedia, slug_of, to_neuronpedia
 
     writers = {
         "save": circuit.save,
         "graphml": lambda path: save_graphml(circuit, path),
-        "neuronpedia": lambda path: save_neuronpedia(to_neuronpedia(circuit, model, prompts[0]), path),
+        "neuronpedia": lambda path: save_neuronpedia(
+            to_neuronpedia(circuit, model, prompts[0], slug=slug_of(path.stem)), path
+        ),
         "picture": lambda path: save_picture(circuit, path),
     }
     for name, write in writers.items():

@@ -37,8 +37,8 @@ from ...model import HookedModel
 from ...options import options, options_of
 from ..ablation import Count, MeanOver, Progress
 from ..components import logits_of
-from ..eval_data import EvalBatch
-from .edge_runs import TOKENS_AT_ONCE, EdgeAblation, EdgeRuns, IndexedSets, Written, replaced_by
+from ..eval_data import TOKENS_AT_ONCE, EvalBatch
+from .edge_runs import EdgeAblation, EdgeRuns, IndexedSets, Written, replaced_by
 from .gradients import Gradients, gradients
 from .metrics import MetricFunction
 from .model_graph import Entry, ModelGraph, Reading

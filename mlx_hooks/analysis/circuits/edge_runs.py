@@ -24,7 +24,7 @@ from ...options import options
 from ..ablation import Count, MeanOver, Progress, check_means, partners_of
 from ..components import logits_of
 from ..eval_data import FIELD as DATA_FIELD
-from ..eval_data import EvalBatch, EvalData, eval_data_of
+from ..eval_data import TOKENS_AT_ONCE, EvalBatch, EvalData, eval_data_of
 from .graph import Edge, Entry, ModelGraph, Reading, graph_of
 from .metrics import Metric, MetricFunction, PlainRun, metric_of
 
@@ -38,8 +38,6 @@ ABLATIONS: dict[str, str] = {
 """What an edge carries that is ablated; of the mean see :func:`replaced_by`."""
 _BYTES_AT_ONCE = 2**29
 """Of what the nodes write, in one pass."""
-TOKENS_AT_ONCE = 2**11
-"""Of all sets, or points of a way, that run together."""
 
 Written = list[mx.array] | None
 """What the nodes write, by writer, [node, batch, pos, d_model]; None for zeros."""
@@ -108,7 +106,7 @@ class EdgeRuns:
         ablation: what a replaced edge carries, a key of ABLATIONS; None for the corrupted prompts' where there are
             some, else the mean.
         metric: see :func:`metric_of`.
-        batch_size: examples of one length that run together, fewer where ``max_bytes`` says so.
+        batch_size: examples of one length that run together, fewer of long ones and where ``max_bytes`` says so.
         mean_over: "position" takes a mean at each position, over the examples that have it; "all" one over all.
         seed: of who is whose partner in resampling.
         max_bytes: how much is held at once, about: it says how many sets, and how many points of EAP-IG's way, run
@@ -254,7 +252,6 @@ class EdgeRuns:
         cfg, graph = self.model.cfg, self.graph
         widest = max(len(reading.entries[0].inputs) for reading in graph.readings)
         numbers = batch.tokens.size * ((len(graph.nodes) + 2 * widest) * cfg.d_model + cfg.d_vocab)
-        # More tokens at once are no faster: caches hold less of them, and others wait for the pass.
         return max(1, min(self.max_bytes // (4 * numbers), TOKENS_AT_ONCE // batch.tokens.size))
 
     def logits(self, batch: EvalBatch, others: Written, masks: np.ndarray) -> mx.array:

@@ -13,9 +13,13 @@ import numpy as np
 
 from ...errors import HookError
 from ..eval_data import NOTHING, EvalData, EvalExample
+from .model_graph import Edge
 
 SEEDS = 100
 """Over which random controls are averaged."""
+
+Names = Collection[str | Edge]
+"""Edges, or their names."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Chance:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
-def edge_auc(scores: Any, true: Collection[str], forced: Collection[str] = ()) -> float:
+def edge_auc(scores: Any, true: Names, forced: Names = ()) -> float:
     """The area under the ROC curve of edge scores.
 
         edge_auc({"embed->L0H0<q>": 0.1, "L0H0->L1H0<k>": -2.0, ...}, true={"L0H0->L1H0<k>"})
@@ -44,7 +48,7 @@ def edge_auc(scores: Any, true: Collection[str], forced: Collection[str] = ()) -
     Args:
         scores: by the edges' names; or what has ``edges`` and ``values`` (edge scores), or ``edges`` with scores (a
             circuit).
-        true: the edges of the known circuit.
+        true: the edges of the known circuit, or their names.
         forced: edges to which there is no alternative; they are left out.
 
     Raises:
@@ -54,14 +58,14 @@ def edge_auc(scores: Any, true: Collection[str], forced: Collection[str] = ()) -
     return _auc(sizes, labels)
 
 
-def chance_auc(scores: Any, true: Collection[str], forced: Collection[str] = (), seeds: int = SEEDS) -> Chance:
+def chance_auc(scores: Any, true: Names, forced: Names = (), seeds: int = SEEDS) -> Chance:
     """The control: the AUC with random numbers in the place of the scores. Arguments as of :func:`edge_auc`."""
     sizes, labels = _labelled(scores, true, forced)
     rngs = [np.random.default_rng(seed) for seed in range(seeds)]
     return _chance([_auc(rng.random(len(sizes)), labels) for rng in rngs])
 
 
-def permuted_auc(scores: Any, true: Collection[str], forced: Collection[str] = (), seeds: int = SEEDS) -> Chance:
+def permuted_auc(scores: Any, true: Names, forced: Names = (), seeds: int = SEEDS) -> Chance:
     """The control: the AUC with as many edges drawn at random called true. Arguments as of :func:`edge_auc`."""
     sizes, labels = _labelled(scores, true, forced)
     rngs = [np.random.default_rng(seed) for seed in range(seeds)]
@@ -122,23 +126,26 @@ def scores_by_name(scores: Any) -> dict[str, float]:
     return found
 
 
-def _labelled(scores: Any, true: Collection[str], forced: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(scores: Any, true: Names, forced: Names) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of scores, and whether the edges are true, [edge] of those that are not forced."""
-    found = scores_by_name(scores)
-    for field, given in (("true", true), ("forced", forced)):
-        if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
-            raise HookError(f"{field} is a collection of edges' names, got {given!r:.100}.", field=field)
-    unknown = sorted({*true, *forced} - set(found))
+    found, of_circuit, without = scores_by_name(scores), _names("true", true), _names("forced", forced)
+    unknown = sorted((of_circuit | without) - set(found))
     if unknown:
         raise HookError(f"There is no score of the edge {unknown[0]!r}.", field="scores")
-    free = [name for name in found if name not in set(forced)]
-    labels = np.array([name in set(true) for name in free])
+    free = [name for name in found if name not in without]
+    labels = np.array([name in of_circuit for name in free])
     if labels.all() or not labels.any():
         which = "all" if len(labels) and labels.all() else "none"
         raise HookError(
             f"An AUC needs edges of the circuit and others: of {len(free)}, {which} are true.", field="true"
         )
     return np.abs([found[name] for name in free]), labels
+
+
+def _names(field: str, given: Names) -> set[str]:
+    if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(e, str | Edge) for e in given):
+        raise HookError(f"{field} is a collection of edges or their names, got {given!r:.100}.", field=field)
+    return {each if isinstance(each, str) else each.name for each in given}
 
 
 def _auc(sizes: np.ndarray, labels: np.ndarray) -> float:

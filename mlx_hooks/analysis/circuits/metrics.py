@@ -15,6 +15,7 @@ import numpy as np
 from ...activations import to_numpy
 from ...errors import HookError
 from ..eval_data import NOTHING, EvalBatch, EvalData
+from ..measures import at_targets, divergences, log_probabilities, logit_differences
 
 METRICS = {
     "logit_difference": "the answer's logit less the wrong answer's; higher is better",
@@ -75,7 +76,7 @@ class Metric:
         """What to keep of the clean run's logits [batch, pos, d_vocab], evaluated; None where nothing is needed."""
         if not self.needs_plain:
             return None
-        found = _log_probabilities(logits, batch)
+        found = log_probabilities(logits, batch)
         mx.eval(found)
         return PlainRun(found)
 
@@ -98,14 +99,15 @@ class Metric:
         if self.fn is not None:
             return _checked(self.fn(logits, rows), self.name, n_rows)
         if self.name == "logit_difference":
-            return _logit_difference(logits, rows)
+            return logit_differences(logits, rows)
         if self.name == "logit":
-            return _mean(_at_targets(logits[:, mx.array(rows.asked)].astype(mx.float32), rows), rows)
+            return _mean(at_targets(logits[:, mx.array(rows.asked)].astype(mx.float32), rows), rows)
         if self.name == "kl":
             if plain is None:
                 raise HookError("The metric kl compares with the clean run: give its logits as plain.", field=FIELD)
-            before = plain.log_probabilities if isinstance(plain, PlainRun) else _log_probabilities(plain, batch)
-            return _divergence(mx.tile(before, (n_rows // len(before), 1, 1)), _log_probabilities(logits, rows), rows)
+            before = plain.log_probabilities if isinstance(plain, PlainRun) else log_probabilities(plain, batch)
+            before = mx.tile(before, (n_rows // len(before), 1, 1))
+            return _mean(divergences(before, log_probabilities(logits, rows)), rows)
         found = _mean(_of_targets(logits, rows, exponential=self.name == "probability"), rows)
         return -found if self.name == "loss" else found
 
@@ -171,35 +173,10 @@ def check_differ(clean: np.ndarray, corrupted: np.ndarray) -> None:
         )
 
 
-def _logit_difference(logits: mx.array, batch: EvalBatch) -> mx.array:
-    assert batch.wrong is not None
-    # The asked position of an answer is the last.
-    pair = mx.array(np.stack([batch.targets[:, -1], batch.wrong], axis=1))
-    picked = mx.take_along_axis(logits[:, -1], pair, axis=-1).astype(mx.float32)
-    return picked[:, 0] - picked[:, 1]
-
-
-def _log_probabilities(logits: mx.array, batch: EvalBatch) -> mx.array:
-    """Of every token at the positions that are asked of the batch, [rows, asked, d_vocab]."""
-    asked = logits[:, mx.array(batch.asked)].astype(mx.float32)
-    return asked - mx.logsumexp(asked, axis=-1, keepdims=True)
-
-
 def _of_targets(logits: mx.array, batch: EvalBatch, *, exponential: bool) -> mx.array:
     """The log probability, or probability, of each target, [rows, asked]."""
-    found = _at_targets(_log_probabilities(logits, batch), batch)
+    found = at_targets(log_probabilities(logits, batch), batch)
     return mx.exp(found) if exponential else found
-
-
-def _at_targets(values: mx.array, batch: EvalBatch) -> mx.array:
-    """Of values [rows, asked, d_vocab] that of each target, [rows, asked]."""
-    targets = mx.array(np.maximum(batch.targets[:, batch.asked], 0))
-    return mx.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
-
-
-def _divergence(p: mx.array, q: mx.array, batch: EvalBatch) -> mx.array:
-    """KL(p || q) of log probabilities [rows, asked, d_vocab]; a token that p rules out adds nothing."""
-    return _mean(mx.where(p == -mx.inf, 0.0, mx.exp(p) * (p - q)).sum(axis=-1), batch)
 
 
 def _mean(values: mx.array, batch: EvalBatch) -> mx.array:

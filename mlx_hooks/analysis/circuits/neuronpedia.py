@@ -10,6 +10,7 @@ Source: Neuronpedia's graph-schema.json, version 1.0.0; circuit-tracer's graph_m
 """
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .circuit import Circuit
 
 SCHEMA_VERSION = 1
+_SLUG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 _ALWAYS = {"token_prob": 0.0, "is_target_logit": False, "run_idx": 0, "reverse_ctx_idx": 0}
 """What circuit-tracer's nodes have besides what the schema asks for."""
 _WHITESPACE = {"\n": "⏎", "\t": "→", "\r": "↵"}
@@ -55,7 +57,7 @@ def to_neuronpedia(
 
     Args:
         example: one prompt with its answer, as :func:`eval_data_of` takes a list of, or an ``EvalExample``.
-        slug: the graph's name in addresses.
+        slug: the graph's name in addresses and of files; of letters, digits, "-", "_" and ".". See :func:`slug_of`.
         positions: where nodes stand, by name ("L0H1"), from 0; negative ones count from the end. Default: the last.
         supernodes: groups of nodes by what they are called, {"name movers": ["L3H0"]}; those of "embed" are one anyway.
         created: seconds since 1970; default: now.
@@ -68,10 +70,10 @@ def to_neuronpedia(
 
     Raises:
         HookError: for an example without an answer, for positions and supernodes of nodes that the circuit has not, a
-            slug that is no text, and a time that is none.
+            slug with other characters, and a time that is none.
     """
-    if not isinstance(slug, str):
-        raise HookError(f"slug is a text, got {slug!r}.", field="slug")
+    if not isinstance(slug, str) or not _SLUG.fullmatch(slug):
+        raise HookError(f"slug is letters, digits, '-', '_' and '.', got {slug!r:.100}.", field="slug")
     if created is not None and not is_finite(created):
         raise HookError(f"created is in seconds since 1970, got {created!r:.100}.", field="created")
     chosen = _example(model, example)
@@ -101,6 +103,11 @@ def to_neuronpedia(
         "nodes": nodes,
         "links": links,
     }
+
+
+def slug_of(name: str) -> str:
+    """What a graph of any name may be called in addresses: "Who gives, to whom?" is "Who-gives-to-whom"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "circuit"
 
 
 def save_neuronpedia(graph: Mapping[str, Any], path: str | Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import HookError
 from ...model import HookedModel
 from ...options import options
-from ..eval_data import MOST, EvalData
+from ..eval_data import MOST, EvalBatch, EvalData
 from .edge_runs import EdgeRuns
 from .metrics import Metric
 from .model_graph import Input, ModelGraph
@@ -86,9 +86,9 @@ def path_patching(
     patched = np.full((len(data), len(senders), len(names)), np.nan)
     stacked, places = np.stack(list(masks.values())), list(masks)
     done, total = 0, len(stacked) * len(runs.batches)
-    # Swapped or not, batches hold the same examples.
-    for batch, own in zip(runs.batches, pairs.batches, strict=True):
-        others, at_once, plain = runs.replacements(batch), runs.sets_at_once(batch), pairs.plain(own)
+    for batch in runs.batches:
+        others, at_once = runs.replacements(batch), runs.sets_at_once(batch)
+        plain = pairs.plain(_swapped_batch(batch) if pairs.is_denoising else batch)
         for start in range(0, len(stacked), at_once):
             some = stacked[start : start + at_once]
             found = pairs.metric.numbers(runs.logits(batch, others, some), batch, plain)
@@ -104,6 +104,11 @@ def _swapped(data: EvalData) -> EvalData:
     """The corrupted prompts, with the clean ones as their partners."""
     swapped = [replace(each, tokens=each.corrupted or (), corrupted=each.tokens) for each in data.examples]
     return replace(data, examples=tuple(swapped))
+
+
+def _swapped_batch(batch: EvalBatch) -> EvalBatch:
+    assert batch.corrupted is not None
+    return replace(batch, tokens=batch.corrupted, corrupted=batch.tokens)
 
 
 def _receivers(graph: ModelGraph, given: Any) -> tuple[list[str], list[list[Input]]]:

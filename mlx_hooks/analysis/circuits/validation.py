@@ -22,7 +22,7 @@ from ...options import options, options_of
 from ..ablation import Count, MeanOver, Progress
 from ..faithfulness import check_differ, is_near, less_than_one
 from ..identity import ModelIdentity
-from ..intervals import CONFIDENCE, FEWEST, RESAMPLES, Estimate, few, means, ratios
+from ..intervals import FEWEST, Estimate, IntervalOptions, few, means, ratios
 from .circuit import Circuit, grown, is_finite, is_whole, on_paths, with_more
 from .edge_runs import ABLATIONS, EdgeAblation, EdgeRuns, IndexedSets, replaced_by
 from .metrics import METRICS, Metric
@@ -37,8 +37,10 @@ _CLOSER = 32
 
 
 @options
-class RunOptions:
-    """What runs with edges replaced have in common; edge runs that are given have their own of the first four.
+class RunOptions(IntervalOptions):
+    """What runs with edges replaced have in common, besides :class:`IntervalOptions`.
+
+    Edge runs that are given have their own ablation, metric, mean_over and batch_size.
 
     Args:
         ablation: what replaced edges carry, a key of ``ABLATIONS``; None for what the circuit was found with, or else
@@ -46,7 +48,6 @@ class RunOptions:
         metric: as in :func:`metric_of`; None in the same way, where that was one of ``METRICS``.
         mean_over: of the mean, "position" or "all"; None in the same way.
         batch_size: examples of one length that run together, which changes no result.
-        confidence, resamples: of the bootstrap intervals.
         seed: of random circuits, of the bootstrap, and of who is whose partner in resampling, which edge runs that are
             given have drawn already.
     """
@@ -55,14 +56,6 @@ class RunOptions:
     metric: Any = None
     mean_over: MeanOver | None = None
     batch_size: Count = 16
-    confidence: Annotated[float, Field(gt=0, lt=1)] = CONFIDENCE
-    resamples: Annotated[int, Field(ge=100)] = RESAMPLES
-    seed: Annotated[int, Field(ge=0)] = 0
-
-    @property
-    def of_intervals(self) -> dict[str, Any]:
-        """What :mod:`intervals` takes."""
-        return {"confidence": self.confidence, "resamples": self.resamples, "seed": self.seed}
 
 
 @options
