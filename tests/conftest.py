@@ -5,6 +5,7 @@ import os
 # No test may reach for a model hub; set before any Hugging Face library is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,12 @@ from smalltalk_packages import write_client
 from tiny_models import CONFIGS, make_model
 
 from mlx_hooks import HookedModel, ModelLoadError
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: the garbage collector need not look at it ever again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
