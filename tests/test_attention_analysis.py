@@ -20,6 +20,7 @@ from mlx_hooks.analysis.attention_analysis import (
     draw_patterns,
 )
 from mlx_hooks.analysis.head_detection import HeadDetection, detect_heads
+from mlx_hooks.analysis.intervals import Estimate, means
 from mlx_hooks.analysis.known_models import KNOWN_MODELS, KnownInduction
 from mlx_hooks.analysis.pictures import png
 from mlx_hooks.coverage.models import tiny_model
@@ -367,6 +368,26 @@ def test_detection_is_the_mean_over_sequences(llama: HookedModel) -> None:
         np.testing.assert_allclose([one.mean for one in found.scores[rule]], np.mean(told, axis=0), rtol=1e-5)
     assert found.warnings == ["Confidence intervals need at least 5 sequences, got 4."]
     assert "copying" not in found.scores
+
+
+def test_intervals_of_detection_are_those_that_are_asked_for(llama: HookedModel) -> None:
+    rng = np.random.default_rng(4)
+    prompts = [rng.integers(1, 60, 9).tolist() * 2 for _ in range(24)]
+    rule = "previous_token"
+
+    def told(**options: Any) -> list[Estimate]:
+        return detect_heads(llama, prompts, {"layers": [1], "copying": False, "sequences": 24, **options}).scores[rule]
+
+    patterns = [llama.run_with_cache(ids, "blocks.1.attn.hook_pattern")[1] for ids in prompts]
+    own = [
+        by_hand(one.numpy("blocks.1.attn.hook_pattern")[0], ids, rule)
+        for one, ids in zip(patterns, prompts, strict=True)
+    ]
+    for options in ({}, {"confidence": 0.5}, {"resamples": 150}, {"seed": 3}):
+        expected = means(np.array(own), **options)
+        for one, other in zip(told(**options), expected, strict=True):
+            np.testing.assert_allclose([one.mean, one.low, one.high], [other.mean, other.low, other.high], rtol=1e-5)
+    assert told(seed=3) != told()
 
 
 def test_random_tokens_are_said_twice_after_one_that_does_not_come_again(tiny: HookedModel, known: HookedModel) -> None:
