@@ -28,7 +28,7 @@ from ...options import options
 from ...token_text import TokenText
 from ..components import Part, components_of, logits_of
 from ..eval_data import FIELD, EvalBatch, EvalData, eval_data_of
-from ..intervals import CONFIDENCE, RESAMPLES, Estimate, ratios
+from ..intervals import CONFIDENCE, RESAMPLES, Estimate, IntervalOptions, ratios
 from ..patched_runs import Cell, PatchedRuns
 from ..spelling import shortened
 from .metrics import Metric, check_differ, metric_of
@@ -136,11 +136,16 @@ class PatchingResult:
     def estimates(
         self, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
     ) -> dict[tuple[str, ...], Estimate]:
-        """The effects with bootstrap intervals over examples, by the labels of their places."""
+        """The effects with bootstrap intervals over examples, by the labels of their places.
+
+        Raises:
+            HookError: for what :class:`IntervalOptions` does not allow.
+        """
+        chosen = IntervalOptions(confidence=confidence, resamples=resamples, seed=seed)
         above, below = self._parts()
         there = self._places()
         columns = above[:, np.isfinite(self.patched[0])]
-        found = ratios(columns, below, confidence=confidence, resamples=resamples, seed=seed)
+        found = ratios(columns, below, **chosen.of_intervals)
         return {self._labels(at): estimate for at, estimate in zip(there, found, strict=True)}
 
     def top(self, n: int = 10) -> list[tuple[tuple[str, ...], float]]:
