@@ -276,7 +276,7 @@ def test_a_circuit_of_another_model_is_refused_and_one_of_other_weights_is_said(
         ((runs, "c.json"), r"circuit is a Circuit, as Circuit.load\(path\) gives it, got str"),
         ((model, circuit), "Give the eval data on which the metric is measured"),
         ((runs, circuit, pairs), "Edge runs have their own eval data: give them alone"),
-        ((1, circuit), "Edges are replaced in a model or its edge runs, got int"),
+        ((1, circuit), "Edges are replaced in a HookedModel or its edge runs, got int"),
     ]:
         with pytest.raises(HookError, match=message):
             validate_circuit(*given)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..encoding import encode_text
 from ..errors import HookError
-from ..model import HookedModel
+from ..model import HookedModel, check_hooked
 from .directions import token_id
 
 NOTHING = -1
@@ -164,6 +164,7 @@ def eval_data_of(
         HookError: for no examples, what is none of these, with its index, a text of one token, ids that the model does
             not have, and prompts that are too long, not as long as their partner, or the same.
     """
+    check_hooked(model)
     for name, asked in (("max_examples", max_examples), ("max_tokens", max_tokens)):
         if asked is not None and (type(asked) is not int or asked < 1):
             raise HookError(f"{name} is a whole number from 1 up, or None, got {asked!r}.", field=name)

@@ -206,7 +206,7 @@ def runs_of(model: Any, eval_data: Any, chosen: RunOptions, found_with: Mapping[
             not those of the edge runs.
     """
     if not isinstance(model, HookedModel):
-        runs = check_runs(model, "Edges are replaced in a model or its edge runs")
+        runs = check_runs(model, "Edges are replaced in a HookedModel or its edge runs")
         if eval_data is not None:
             raise HookError("Edge runs have their own eval data: give them alone.", field="eval_data")
         _check_same(runs, chosen)
