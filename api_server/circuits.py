@@ -40,7 +40,6 @@ def ablation(model: HookedModel, asked: AblationRequest, report: Report) -> dict
     data = _data(model, asked.eval_data)
     if asked.groups is None:
         options = {
-            "max_examples": len(data),
             "ablations": asked.chosen,
             **asked.model_dump(include={"components", "mean_over", "batch_size"}),
             **asked.model_dump(include={"confidence", "resamples", "seed"}),
@@ -142,7 +141,7 @@ def _data(model: HookedModel, prompts: list[EvalPrompt], name: str = FIELD) -> E
     """As the engine takes them; what is wrong with one is told with its place."""
     given = [one.model_dump(exclude_none=True) for one in prompts]
     try:
-        return eval_data_of(model, given, max_examples=len(given))
+        return eval_data_of(model, given)
     except HookError as error:
         at = _EXAMPLE.search(str(error))
         param = name if at is None else f"{name}[{at[1]}]"

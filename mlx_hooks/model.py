@@ -796,6 +796,16 @@ def load_model(name_or_path: str | Path) -> HookedModel:
     return HookedModel.from_pretrained(name_or_path)
 
 
+def check_hooked(given: Any) -> None:
+    """Raise HookError for what is no HookedModel, as a model of mlx-lm's or its name."""
+    if not isinstance(given, HookedModel):
+        raise HookError(
+            "model is a HookedModel, as HookedModel(model) or HookedModel.from_pretrained(name) gives it, got "
+            f"{type(given).__name__}.",
+            field="model",
+        )
+
+
 def _sampling(options: dict[str, Any]) -> Sampling:
     unknown = sorted(set(options) - set(Sampling.__dataclass_fields__))
     if unknown:

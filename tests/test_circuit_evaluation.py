@@ -1,13 +1,15 @@
 """How edge scores are held against a known circuit, and that the controls fail."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from mlx_hooks import HookError
+from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis.circuits.circuit import Circuit
+from mlx_hooks.analysis.circuits.edge_attribution import attribute_edges
 from mlx_hooks.analysis.circuits.evaluation import chance_auc, edge_auc, permuted_answers, permuted_auc, share_kept
 from mlx_hooks.analysis.circuits.model_graph import Edge
 from mlx_hooks.analysis.eval_data import NOTHING, EvalData, EvalExample
@@ -55,6 +57,45 @@ def test_edges_stand_for_their_names() -> None:
     assert edge_auc(scores, true, forced=true[:3]) == edge_auc(scores, TRUE, forced=TRUE[:3])
     assert chance_auc(scores, true) == chance_auc(scores, TRUE)
     assert permuted_auc(scores, true) == permuted_auc(scores, TRUE)
+
+
+def test_scores_by_edges_and_by_the_eap_librarys_names_are_the_same() -> None:
+    scores = scored(np.arange(len(EDGES), dtype=float)[::-1] % 7)
+    theirs = {name.replace("embed", "input").replace("L0H", "a0.h"): score for name, score in scores.items()}
+    by_edge = {Edge(*name.split("->")): score for name, score in scores.items()}
+    true = list(theirs)[:12]
+    for given in (scores, theirs, by_edge):
+        assert edge_auc(given, true, forced=list(theirs)[:2]) == edge_auc(scores, TRUE, forced=TRUE[:2])
+    with pytest.raises(HookError, match=re.escape("Every edge has one score; embed->L0H0<q> has two.")):
+        edge_auc(scores | theirs, TRUE)
+
+
+def test_scores_that_know_their_graph_read_the_key_value_heads_of_query_heads(llama: HookedModel) -> None:
+    found = attribute_edges(llama, [[1, 2, 3]], {"method": "random", "ablation": "zero"})
+    true = ["L0H1->L1KV1<k>", "L1 mlp->logits"]
+    assert edge_auc(found, ["a0.h1->a1.h3<k>", "m1->logits"]) == edge_auc(found, true)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (5, "scores are edge scores, an ACDC result or a circuit, got int."),
+        ([("a", 1.0)], "scores are edge scores, an ACDC result or a circuit, got list."),
+        ({5: 1.0}, "scores are by edges or their names, got 5."),
+        ({"a": "x"}, "Every edge needs a finite score; a has none."),
+    ],
+)
+def test_what_is_no_scores_is_refused(scores: Any, message: str) -> None:
+    with pytest.raises(HookError, match=re.escape(message)) as caught:
+        edge_auc(scores, ["a"])
+    assert caught.value.field == "scores"
+
+
+@pytest.mark.parametrize("seeds", [0, -1, 2.0, True])
+def test_controls_take_at_least_one_seed(seeds: Any) -> None:
+    for control in (chance_auc, permuted_auc):
+        with pytest.raises(HookError, match="seeds is a whole number from 1 on, got "):
+            control(scored(np.arange(len(EDGES), dtype=float)), TRUE, seeds=seeds)
 
 
 def test_scores_are_read_from_a_circuit() -> None:

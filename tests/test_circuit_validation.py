@@ -11,10 +11,12 @@ from circuit_graphs import Graph, Runs
 
 from mlx_hooks import HookedModel
 from mlx_hooks.analysis.circuits import circuit as circuit_module
+from mlx_hooks.analysis.circuits.ablation_study import ablate_edges
 from mlx_hooks.analysis.circuits.circuit import Circuit
 from mlx_hooks.analysis.circuits.edge_attribution import attribute_edges
 from mlx_hooks.analysis.circuits.edge_runs import EdgeRuns
 from mlx_hooks.analysis.circuits.evaluation import edge_auc
+from mlx_hooks.analysis.circuits.finding import find_circuit
 from mlx_hooks.analysis.circuits.metrics import Metric
 from mlx_hooks.analysis.circuits.pruning import acdc, acdc_sweep
 from mlx_hooks.analysis.circuits.validation import (
@@ -274,7 +276,7 @@ def test_a_circuit_of_another_model_is_refused_and_one_of_other_weights_is_said(
         ((runs, "c.json"), r"circuit is a Circuit, as Circuit.load\(path\) gives it, got str"),
         ((model, circuit), "Give the eval data on which the metric is measured"),
         ((runs, circuit, pairs), "Edge runs have their own eval data: give them alone"),
-        ((1, circuit), "Edges are replaced in a model or its edge runs, got int"),
+        ((1, circuit), "Edges are replaced in a HookedModel or its edge runs, got int"),
     ]:
         with pytest.raises(HookError, match=message):
             validate_circuit(*given)
@@ -385,6 +387,23 @@ def test_options_that_are_not_those_of_the_edge_runs_are_refused(
             validate_circuit(runs, circuit, None, given)
     same = {"ablation": "corrupted", "metric": "logit_difference", "mean_over": "position"}
     assert validate_circuit(runs, circuit, None, HALVES | same).metric == "logit_difference"
+
+
+@pytest.mark.parametrize("metric", ["", [], 0, "blue", np.ones(2)])
+def test_what_is_no_metric_is_no_other_one(
+    metric: Any, induction: tuple[HookedModel, list[dict[str, Any]], Circuit]
+) -> None:
+    model, pairs, circuit = induction
+    for given in ((model, pairs), (EdgeRuns(model, pairs), None)):
+        for call in (
+            lambda given=given: validate_circuit(given[0], circuit, given[1], {"metric": metric}),
+            lambda given=given: find_circuit(*given, {"metric": metric}),
+            lambda given=given: ablate_edges(given[0], ["L0H0"], given[1], {"metric": metric}),
+            lambda given=given: attribute_edges(*given, metric=metric),
+        ):
+            with pytest.raises(HookError, match="metric is a function or one of logit_difference, ") as caught:
+                call()
+            assert caught.value.field == "metric"
 
 
 def test_scores_and_a_model_in_the_place_of_edge_runs_are_refused(

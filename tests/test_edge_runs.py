@@ -1,6 +1,8 @@
 """Runs with edges replaced are what an independent forward pass over the graph gives, on every architecture."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,11 +14,24 @@ from mlx_lm.models import llama as llama_of_mlx_lm
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
+from mlx_hooks.analysis.attention_analysis import analyse_attention
+from mlx_hooks.analysis.circuit_search import analyse_circuit
 from mlx_hooks.analysis.circuits import model_graph
+from mlx_hooks.analysis.circuits.ablation_study import ablation_study
+from mlx_hooks.analysis.circuits.attribution_patching import attribution_patching
+from mlx_hooks.analysis.circuits.circuit import Circuit
 from mlx_hooks.analysis.circuits.edge_attribution import attribute_edges
 from mlx_hooks.analysis.circuits.edge_runs import EdgeRuns, IndexedSets
+from mlx_hooks.analysis.circuits.gradients import gradients
 from mlx_hooks.analysis.circuits.graph import graph_of
+from mlx_hooks.analysis.circuits.groups import replace_groups
+from mlx_hooks.analysis.circuits.neuronpedia import to_neuronpedia
+from mlx_hooks.analysis.circuits.patching import activation_patching
+from mlx_hooks.analysis.circuits.path_patching import path_patching
 from mlx_hooks.analysis.components import logits_of
+from mlx_hooks.analysis.composition import composition_scores, copying_scores
+from mlx_hooks.analysis.head_detection import detect_heads
+from mlx_hooks.analysis.head_weights import head_weights
 from mlx_hooks.analysis.known_models import KnownFraction
 from mlx_hooks.coverage.models import tiny_model
 
@@ -343,10 +358,37 @@ def test_what_runs_are_given_is_checked(llama: HookedModel, given: dict, said: s
         EdgeRuns(llama, PAIRS, **given)
 
 
-def test_edges_are_those_of_a_hooked_model(llama: HookedModel) -> None:
-    for other in ("x", llama.model):
-        with pytest.raises(HookError, match="Edges are replaced in a HookedModel, got"):
-            EdgeRuns(other, PAIRS)  # type: ignore[arg-type]
+TAKE_A_MODEL: dict[str, Callable[[Any], object]] = {
+    "EdgeRuns": lambda m: EdgeRuns(m, PAIRS),
+    "attribute_edges": lambda m: attribute_edges(m, PAIRS),
+    "activation_patching": lambda m: activation_patching(m, PAIRS),
+    "attribution_patching": lambda m: attribution_patching(m, PAIRS),
+    "path_patching": lambda m: path_patching(m, PAIRS, "logits"),
+    "ablation_study": lambda m: ablation_study(m, PAIRS),
+    "replace_groups": lambda m: replace_groups(m, PAIRS, [["L0"]]),
+    "analyse_circuit": lambda m: analyse_circuit(m, PAIRS),
+    "analyse_attention": lambda m: analyse_attention(m, [1, 2]),
+    "detect_heads": lambda m: detect_heads(m),
+    "composition_scores": lambda m: composition_scores(m),
+    "copying_scores": lambda m: copying_scores(m),
+    "head_weights": lambda m: head_weights(m),
+    "graph_of": lambda m: graph_of(m),
+    "gradients": lambda m: gradients(
+        m, np.array([[1, 2]]), ["blocks.0.hook_resid_pre"], lambda logits: logits[:, -1, 0]
+    ),
+    "to_neuronpedia": lambda m: to_neuronpedia(
+        Circuit.of_edges(graph_of(HookedModel(m)), ["embed->logits"]), m, PAIRS[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("call", TAKE_A_MODEL.values(), ids=TAKE_A_MODEL)
+def test_a_model_that_is_not_hooked_is_refused(llama: HookedModel, call: Callable[[Any], object]) -> None:
+    with pytest.raises(
+        HookError, match=r"model is a HookedModel, as HookedModel\(model\) or .*, got Model\."
+    ) as caught:
+        call(llama.model)
+    assert caught.value.field == "model"
 
 
 def test_of_the_clean_run_no_more_is_kept_than_is_compared(llama: HookedModel) -> None:

@@ -1,6 +1,7 @@
 """What effects are measured on: whatever is given becomes the same examples, and nothing is padded."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,6 +10,9 @@ import pytest
 
 from mlx_hooks import HookedModel, HookError
 from mlx_hooks.analysis import eval_data
+from mlx_hooks.analysis.circuits import ablation_study, activation_patching, path_patching
+from mlx_hooks.analysis.circuits.edge_runs import EdgeRuns
+from mlx_hooks.analysis.circuits.groups import replace_groups
 from mlx_hooks.analysis.eval_data import NOTHING, EvalData, EvalExample, eval_data_of
 
 PARIS = {"clean": "The capital of France is", "corrupted": "The capital of Italy is"}
@@ -47,6 +51,72 @@ def test_endless_batches_are_bounded(tiny: HookedModel) -> None:
 
     assert len(eval_data_of(tiny, endless(), max_examples=6)) == 6
     assert len(eval_data_of(tiny, endless())) == 64
+
+
+def test_what_has_a_length_is_taken_whole_unless_asked_otherwise(tiny: HookedModel) -> None:
+    rows = [[1, 2, 3 + i] for i in range(70)]
+    assert len(eval_data_of(tiny, rows)) == len(eval_data_of(tiny, np.array(rows))) == 70
+    assert len(eval_data_of(tiny, rows, max_examples=3)) == 3
+
+
+def test_data_that_was_made_before_is_cut_as_lists_are(tiny: HookedModel) -> None:
+    rows = [[1, 2, 3, 4, 5], [1, 2], [3, 4, 5, 6]]
+    made = eval_data_of(tiny, rows)
+    assert eval_data_of(tiny, made, max_examples=3, max_tokens=5) is made
+    for limits in ({"max_examples": 2}, {"max_tokens": 3}, {"max_examples": 1, "max_tokens": 2}):
+        assert eval_data_of(tiny, made, **limits) == eval_data_of(tiny, rows, **limits)
+    late = eval_data_of(tiny, [(mx.array([[1, 2, 3, 4], [1, 2, 3, 4]]), mx.array([[3, 4], [0, 4]]))])
+    assert len(eval_data_of(tiny, late, max_tokens=2)) == 1
+    with pytest.raises(HookError, match="There is no eval data"):
+        eval_data_of(tiny, late, max_examples=1, max_tokens=2)
+    answers = eval_data_of(tiny, [PARIS | {"answer": "Paris"}])
+    with pytest.raises(HookError, match="Example 0 has 6 tokens; at most 4 are read"):
+        eval_data_of(tiny, answers, max_tokens=4)
+
+
+def test_analyses_run_on_all_that_they_are_given_and_on_as_many_as_are_asked(llama: HookedModel) -> None:
+    pairs = [{"clean": [5, 9, i % 50], "corrupted": [4, 9, i % 50], "answer": 7, "wrong": 8} for i in range(70)]
+    made = eval_data_of(llama, pairs)
+    cell: Any = [{"hook_point": "blocks.2.hook_resid_pre"}]
+    for given in (pairs, made):
+        assert len(EdgeRuns(llama, given).data) == 70
+        assert len(replace_groups(llama, given, [["L1 mlp"]]).plain) == 70
+        for n, asked in ((70, {}), (3, {"max_examples": 3})):
+            assert len(activation_patching(llama, given, cell, **asked).patched) == n
+            assert len(path_patching(llama, given, "logits", senders=["L2 mlp"], **asked).patched) == n
+            study = ablation_study(llama, given, {"components": ["blocks"], "ablations": ["zero"], **asked})
+            assert study.result["eval_data"]["examples"] == n
+
+
+PROMPT = EvalExample((1, 2), (NOTHING, 3), (1, 4), 5)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"tokens": (1, 60)}, {"targets": (NOTHING, 60)}, {"corrupted": (60, 4)}, {"wrong": 60}, {"wrong": -2}]
+)
+def test_data_that_was_made_for_another_model_is_refused(llama: HookedModel, changed: dict[str, Any]) -> None:
+    data = EvalData((PROMPT, replace(PROMPT, **changed)), "answers")
+    with pytest.raises(HookError, match=r"Example 1 has token (60|-2): ids are 0 to 59") as caught:
+        eval_data_of(llama, data)
+    assert caught.value.field == "eval_data"
+
+
+def test_data_that_was_made_for_a_model_that_reads_more_is_fitted(tiny: HookedModel) -> None:
+    n = tiny.cfg.max_positions or 0
+    long = EvalExample((1,) * (n + 1), (2,) * (n + 1))
+    assert eval_data_of(tiny, EvalData((long,), "texts")).to_dict()["cut"] == 1
+    asked = replace(long, targets=(*[NOTHING] * n, 2))
+    with pytest.raises(HookError, match=f"Example 0 has {n + 1} tokens; at most {n} are read"):
+        eval_data_of(tiny, EvalData((asked,), "answers"))
+
+
+@pytest.mark.parametrize("name", ["max_examples", "max_tokens"])
+@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "x"])
+def test_limits_are_whole_numbers(tiny: HookedModel, name: str, wrong: Any) -> None:
+    for given in ([[1, 2]], eval_data_of(tiny, [[1, 2]])):
+        with pytest.raises(HookError, match=f"{name} is a whole number from 1 up, or None") as caught:
+            eval_data_of(tiny, given, **{name: wrong})
+        assert caught.value.field == name
 
 
 def test_prompts_with_answers(tiny: HookedModel) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -354,6 +355,17 @@ def test_data_that_can_be_read_once_serves_several_analyses(captured: SimpleName
     analyses = runner.run_mechint_eval(eval_data=iter(TEXTS))["analyses"]
     assert analyses["causal"]["eval_data"]["examples"] == analyses["circuit"]["eval_data"]["examples"] == 3
     assert analyses["sae"][RESID]["loss_recovered"]["n_targets"] == 15
+
+
+def test_of_data_without_end_a_few_are_run_and_of_a_list_all(captured: SimpleNamespace) -> None:
+    quick = {"components": ["blocks"], "ablations": ["zero"], "batch_size": 100}
+    for options, given, n in (
+        (quick, cycle(TEXTS), 64),
+        (quick | {"max_examples": 80}, cycle(TEXTS), 80),
+        (quick, TEXTS * 30, 90),
+    ):
+        runner = runner_of(captured, "causal", model=make_model("llama"), analysis_options={"causal": options})
+        assert runner.run_mechint_eval(eval_data=given)["analyses"]["causal"]["eval_data"]["examples"] == n
 
 
 def test_features_steer_if_asked(captured: SimpleNamespace) -> None:

@@ -296,6 +296,16 @@ def test_a_result_tells_its_levels_its_strongest_places_and_intervals(llama: Hoo
     estimates = found.estimates(resamples=200)
     assert len(estimates) == 12
     assert estimates[top[0][0]].mean == pytest.approx(top[0][1])
+    few = activation_patching(llama, pairs(2), "layer x head")
+    for name, wrong in (
+        *(("confidence", each) for each in (95, 1, 0, -1, "x")),
+        *(("resamples", each) for each in (0, -5, 2.5)),
+        ("seed", -1),
+    ):
+        for result in (found, few):
+            with pytest.raises(HookError, match=f"{name} must be ") as caught:
+                result.estimates(**{name: wrong})
+            assert caught.value.field == name
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["effect"] == "recovery"
     assert told["axes"] == {"layer": ["0", "1", "2"], "head": ["H0", "H1", "H2", "H3"]}

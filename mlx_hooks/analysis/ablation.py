@@ -25,7 +25,7 @@ from ..errors import HookError
 from ..model import HookedModel
 from ..options import options, options_of
 from .components import Component, Numbers, Part, Replacement, captured, components_of, edits, logits_of
-from .eval_data import FIELD, MOST, NOTHING, EvalBatch, EvalData, eval_data_of
+from .eval_data import FIELD, NOTHING, EvalBatch, EvalData, eval_data_of
 from .intervals import IntervalOptions, few, means
 from .measures import at_targets, divergences, log_probabilities, logit_differences
 
@@ -54,14 +54,14 @@ class ExampleOptions(IntervalOptions):
 
     Args:
         mean_over: "all" takes one mean over all positions; "position" one per position, over the examples that have it.
-        max_examples: the first so many examples are run.
+        max_examples: the first so many examples are run; None for all, see :func:`eval_data_of`.
         max_tokens: of longer texts the rest is left out; None for what the model reads at most.
         batch_size: examples of one length that run together.
         seed: of all that is drawn: partners in resampling, resamples of the bootstrap, random sets.
     """
 
     mean_over: MeanOver = "all"
-    max_examples: Count = MOST
+    max_examples: Count | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     batch_size: Count = 8
 

@@ -305,13 +305,13 @@ def analyse_attention(
             attention pattern.
     """
     chosen = options_of(AttentionOptions, options)
+    asked = chosen_layers(model, layers)
     ids = model.to_tokens(prompt)
     if ids.shape[0] != 1:
         raise HookError(f"Attention is analysed for one prompt, got {ids.shape[0]}.", field="prompt")
     most = min(chosen.max_tokens, model.cfg.max_positions or chosen.max_tokens)
     if ids.shape[1] > most:
         raise HookError(f"The prompt has {ids.shape[1]} tokens; at most {most} are analysed.", field="prompt")
-    asked = chosen_layers(model, layers)
     left_out = {layer: why for layer in asked if (why := has_pattern(model, layer))}
     shown = [layer for layer in asked if layer not in left_out]
     if not shown:

@@ -159,8 +159,8 @@ def composition_scores(
         HookError: for layers that there are not, where layers do not read a plain sum of what earlier ones write, and
             when of no pair of layers the maps are known, with the reason.
     """
-    check_one_stream(model)
     chosen = chosen_layers(model, layers)
+    check_one_stream(model)
     weights = head_weights(model, chosen)
     heads = [
         (layer, h) for layer in chosen if _attends(model, layer) for h in range(model.architecture.n_query_heads(layer))
@@ -251,8 +251,8 @@ def copying_scores(model: HookedModel, layers: Iterable[int] | None = None) -> C
     Raises:
         HookError: for layers that there are not, and where layers do not read a plain sum of what earlier ones write.
     """
-    check_one_stream(model)
     chosen = chosen_layers(model, layers)
+    check_one_stream(model)
     found = head_weights(model, chosen, ["value", "output"])
     reasons = {layer: why for layer in chosen if (why := found[layer].why_not("value", "output"))}
     told = [layer for layer in chosen if layer not in reasons]

@@ -4,7 +4,7 @@ Whatever is given becomes examples: tokens, and for each position the token that
 and nothing is padded again: examples of one length run together, so each is what it is alone.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
@@ -14,13 +14,13 @@ import numpy as np
 
 from ..encoding import encode_text
 from ..errors import HookError
-from ..model import HookedModel
+from ..model import HookedModel, check_hooked
 from .directions import token_id
 
 NOTHING = -1
 """In the place of a target where nothing is asked."""
 MOST = 64
-"""Examples that are taken unless told otherwise: training batches have no end."""
+"""Examples that are taken of what has no length, unless told otherwise: training batches have no end."""
 TOKENS_AT_ONCE = 2**11
 """Of all that runs in one pass. More are no faster: caches hold less of them, and others wait for the pass."""
 FIELD = "eval_data"
@@ -143,7 +143,7 @@ class EvalData:
 
 
 def eval_data_of(
-    model: HookedModel, given: Any, *, max_examples: int = MOST, max_tokens: int | None = None
+    model: HookedModel, given: Any, *, max_examples: int | None = None, max_tokens: int | None = None
 ) -> EvalData:
     """Examples from what a caller has.
 
@@ -157,18 +157,24 @@ def eval_data_of(
             where what is learned begins and where the row ends [batch, 2]; what is padding is not asked for), or of
             mappings: ``clean`` and ``answer``, and if wished ``corrupted``, of as many tokens, and ``wrong``. Prompts
             are texts or rows of ids, answers single tokens, as texts or ids. All are of one kind. Or ``EvalData``.
-        max_examples: only the first so many are taken.
+        max_examples: only the first so many are taken; None for all, and of what has no length for MOST.
         max_tokens: of longer texts the rest is left out; None for what the model reads at most.
 
     Raises:
-        HookError: for no examples, what is none of these, with its index, a text of one token, and prompts that are
-            too long, not as long as their partner, or the same.
+        HookError: for no examples, what is none of these, with its index, a text of one token, ids that the model does
+            not have, and prompts that are too long, not as long as their partner, or the same.
     """
+    check_hooked(model)
+    for name, asked in (("max_examples", max_examples), ("max_tokens", max_tokens)):
+        if asked is not None and (type(asked) is not int or asked < 1):
+            raise HookError(f"{name} is a whole number from 1 up, or None, got {asked!r}.", field=name)
+    limit = _limit(model, max_tokens)
     if isinstance(given, EvalData):
-        return given
+        return _fitted(model, given, max_examples, limit)
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         raise _not_data(type(given).__name__)
-    limit = _limit(model, max_tokens)
+    if max_examples is None and not isinstance(given, Sized):
+        max_examples = MOST
     found: list[EvalExample] = []
     kinds: dict[str, int] = {}
     n_cut = 0
@@ -179,11 +185,11 @@ def eval_data_of(
         if len(kinds) > 1:
             (first, _), (second, at) = kinds.items()
             raise HookError(f"Examples are of one kind: example {at} has {second}, those before {first}.", field=FIELD)
-        found += islice(examples, max_examples - len(found))
+        found += examples if max_examples is None else islice(examples, max_examples - len(found))
         if len(found) == max_examples:
             break
     if not found:
-        raise HookError("There is no eval data: give at least one text, row of ids, batch or prompt.", field=FIELD)
+        raise _nothing()
     return EvalData(tuple(found), "answers" if "answer" in next(iter(kinds)) else "texts", n_cut)
 
 
@@ -193,6 +199,27 @@ def _not_data(what: str) -> HookError:
         f"and answer; got {what}.",
         field=FIELD,
     )
+
+
+def _nothing() -> HookError:
+    return HookError("There is no eval data: give at least one text, row of ids, batch or prompt.", field=FIELD)
+
+
+def _fitted(model: HookedModel, data: EvalData, max_examples: int | None, limit: int | None) -> EvalData:
+    """Examples that were made before, for this model or another one, as they would have been made now."""
+    examples = data.examples[:max_examples]
+    for i, example in enumerate(examples):
+        targets = [target for target in example.targets if target != NOTHING]
+        wrong = [] if example.wrong is None else [example.wrong]
+        _check_ids(model, [*example.tokens, *(example.corrupted or ()), *targets, *wrong], f"Example {i}")
+        if data.kind == "answers":
+            _check_length(len(example.tokens), limit, f"Example {i}")
+    cut = [example if data.kind == "answers" else _cut(example, limit) for example in examples]
+    n_cut = sum(a is not b for a, b in zip(examples, cut, strict=True))
+    kept = tuple(example for example in cut if _asks(example))
+    if not kept:
+        raise _nothing()
+    return data if kept == data.examples else EvalData(kept, data.kind, data.n_cut + n_cut)
 
 
 def _limit(model: HookedModel, max_tokens: int | None) -> int | None:
@@ -210,13 +237,17 @@ def _read(model: HookedModel, item: Any, i: int, limit: int | None) -> tuple[str
         examples = [_cut(example, limit) for example in rows]
         n_cut = sum(a is not b for a, b in zip(rows, examples, strict=True))
         # What is learned may begin behind the cut.
-        return "texts", [example for example in examples if any(t != NOTHING for t in example.targets)], n_cut
+        return "texts", [example for example in examples if _asks(example)], n_cut
     ids = _tokens(model, item, i)
     if len(ids) < 2:
         raise HookError(f"Example {i} has one token: the first token that is asked for is the second.", field=FIELD)
     example = EvalExample(ids, (*ids[1:], NOTHING))
     cut = _cut(example, limit)
     return "texts", [cut], int(cut is not example)
+
+
+def _asks(example: EvalExample) -> bool:
+    return any(target != NOTHING for target in example.targets)
 
 
 def _cut(example: EvalExample, limit: int | None) -> EvalExample:
@@ -240,10 +271,19 @@ def _tokens(model: HookedModel, given: Any, i: int, what: str = "") -> tuple[int
         raise _not_data(f"{type(given).__name__} as example {i}")
     if not ids:
         raise HookError(f"{where} is empty.", field=FIELD)
+    _check_ids(model, ids, where)
+    return tuple(ids)
+
+
+def _check_ids(model: HookedModel, ids: Sequence[int], where: str) -> None:
     outside = [token for token in ids if not 0 <= token < model.cfg.d_vocab]
     if outside:
         raise HookError(f"{where} has token {outside[0]}: ids are 0 to {model.cfg.d_vocab - 1}.", field=FIELD)
-    return tuple(ids)
+
+
+def _check_length(n_tokens: int, limit: int | None, where: str) -> None:
+    if limit is not None and n_tokens > limit:
+        raise HookError(f"{where} has {n_tokens} tokens; at most {limit} are read.", field=FIELD)
 
 
 def _is_batch(item: Any) -> bool:
@@ -267,8 +307,9 @@ def _rows_of_batch(model: HookedModel, batch: Any, lengths: Any, i: int) -> Iter
     for row, (start, stop) in zip(tokens, ends.tolist(), strict=True):
         ids = _tokens(model, row[:stop], i)
         targets = [ids[p + 1] if p + 1 < len(ids) and p + 1 >= start else NOTHING for p in range(len(ids))]
-        if any(target != NOTHING for target in targets):
-            yield EvalExample(ids, tuple(targets))
+        example = EvalExample(ids, tuple(targets))
+        if _asks(example):
+            yield example
 
 
 def _keys_of(item: Mapping[str, Any], i: int) -> str:
@@ -285,8 +326,7 @@ def _keys_of(item: Mapping[str, Any], i: int) -> str:
 
 def _prompt(model: HookedModel, item: Mapping[str, Any], i: int, limit: int | None) -> EvalExample:
     clean = _tokens(model, item["clean"], i, "clean")
-    if limit is not None and len(clean) > limit:
-        raise HookError(f"clean of example {i} has {len(clean)} tokens; at most {limit} are read.", field=FIELD)
+    _check_length(len(clean), limit, f"clean of example {i}")
     corrupted = None
     if item.get("corrupted") is not None:
         corrupted = _tokens(model, item["corrupted"], i, "corrupted")

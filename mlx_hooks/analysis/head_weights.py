@@ -24,7 +24,7 @@ from ..contributions import LinearNorm, relative_deviation, rounding
 from ..errors import HookError
 from ..hook_points import HEADS, RESID, HookPoint, block_point
 from ..hooks import Hook, Recorder
-from ..model import HookedModel
+from ..model import HookedModel, check_hooked
 
 _ROWS = 256
 """Rows of the identity that run at once."""
@@ -85,11 +85,14 @@ def chosen_layers(model: HookedModel, layers: Iterable[int] | None) -> list[int]
     """The layers asked for, ascending, each once.
 
     Raises:
-        HookError: for none, for what is no whole number, and for layers that there are not.
+        HookError: for what is no HookedModel, no layers, what is no whole number, and layers that there are not.
     """
+    check_hooked(model)
     n_layers = model.cfg.n_layers
     if layers is None:
         return list(range(n_layers))
+    if not isinstance(layers, Iterable):
+        raise HookError(f"Layers are a list of whole numbers from 0 to {n_layers - 1}, got {layers!r}.", field="layers")
     asked = list(layers)
     wrong = [i for i in asked if not isinstance(i, int) or isinstance(i, bool) or not -n_layers <= i < n_layers]
     if wrong or not asked:

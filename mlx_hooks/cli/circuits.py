@@ -117,14 +117,13 @@ def _find(options: argparse.Namespace) -> int:
     check_targets({f"--{name}": getattr(options, name) for name in _FILES}, [*model_files(options.model), *read])
     model = HookedModel.from_pretrained(options.model)
     given = {name: getattr(options, name) for name in ("metric", "ablation")}
-    # All prompts of a file count, however many.
     with _about(read[0]):
-        data = eval_data_of(model, prompts, max_examples=len(prompts))
+        data = eval_data_of(model, prompts)
     judge = runs = EdgeRuns(model, data, **given)
     if options.judge is not None:
         # Before the search, which may take hours.
         with _about(options.judge):
-            other = eval_data_of(model, judging, max_examples=len(judging))
+            other = eval_data_of(model, judging)
             judge = EdgeRuns(model, other, ablation=runs.ablation, metric=runs.metric)
     with _shown("Searching") as progress:
         circuit = find_circuit(runs, options=asked, progress=progress)

@@ -480,4 +480,14 @@ def _has_shards(folder: str | Path) -> bool:
 
 def _repeatable(eval_data: Any) -> Any:
     """Data that several analyses can read: what can be read only once is kept."""
-    return list(islice(eval_data, MOST_EXAMPLES)) if isinstance(eval_data, Iterator) else eval_data
+    return _Kept(list(islice(eval_data, MOST_EXAMPLES))) if isinstance(eval_data, Iterator) else eval_data
+
+
+class _Kept:
+    """The beginning of an iterator: of no length, as that one, so that an analysis runs on a few examples of it."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)

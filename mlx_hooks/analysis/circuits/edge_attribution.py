@@ -40,7 +40,7 @@ from ..components import logits_of
 from ..eval_data import TOKENS_AT_ONCE, EvalBatch
 from .edge_runs import EdgeAblation, EdgeRuns, IndexedSets, Written, replaced_by
 from .gradients import Gradients, gradients
-from .metrics import MetricFunction
+from .metrics import Metric, MetricFunction, metric_of
 from .model_graph import Entry, ModelGraph, Reading
 
 Method = Literal["eap", "eap-ig", "exact", "random"]
@@ -209,15 +209,21 @@ def _runs_of(model: "HookedModel | EdgeRuns", eval_data: Any, chosen: EdgeOption
         )
     if eval_data is not None:
         raise HookError("EdgeRuns has its own eval_data: give them there.", field="eval_data")
-    given = {name: getattr(chosen, name) for name in _asked(chosen, asked)} | {"metric": metric}
-    own = {name: getattr(model, name) for name in _OF_RUNS} | {"metric": model.metric.fn or model.metric.name}
+    own_metric = None if metric is None else metric_of(metric, model.data)
+    given = {name: getattr(chosen, name) for name in _asked(chosen, asked)} | {"metric": own_metric}
+    own = {name: getattr(model, name) for name in _OF_RUNS} | {"metric": model.metric}
     if chosen.method == "random" or model.ablation != "resample":
         # It is that of random scores alone.
         given.pop("seed", None)
     for name, value in given.items():
-        if value is not None and value != own[name] and value != getattr(model, name):
-            raise HookError(f"EdgeRuns has its own {name}, {own[name]!r}, got {value!r}: give it there.", field=name)
+        if value is not None and value != own[name]:
+            here, there = _shown(own[name]), _shown(value)
+            raise HookError(f"EdgeRuns has its own {name}, {here}, got {there}: give it there.", field=name)
     return model
+
+
+def _shown(value: Any) -> str:
+    return repr((value.fn or value.name) if isinstance(value, Metric) else value)
 
 
 _OF_RUNS = ("ablation", "mean_over", "batch_size", "seed")

@@ -130,8 +130,6 @@ class EdgeRuns:
         max_bytes: int = _BYTES_AT_ONCE,
     ) -> None:
         chosen = _Keywords(batch_size=batch_size, mean_over=mean_over, seed=seed, max_bytes=max_bytes)
-        if not isinstance(model, HookedModel):
-            raise HookError(f"Edges are replaced in a HookedModel, got {type(model).__name__}.", field="model")
         self.model = model
         self.data: EvalData = eval_data_of(model, eval_data)
         self.metric = metric_of(metric, self.data)

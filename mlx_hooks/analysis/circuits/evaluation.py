@@ -13,13 +13,14 @@ import numpy as np
 
 from ...errors import HookError
 from ..eval_data import NOTHING, EvalData, EvalExample
-from .model_graph import Edge
+from .circuit import is_finite, scores_in
+from .model_graph import Edge, ModelGraph, edge_name
 
 SEEDS = 100
 """Over which random controls are averaged."""
 
 Names = Collection[str | Edge]
-"""Edges, or their names."""
+"""Edges, or their names, here or in the EAP library."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ def edge_auc(scores: Any, true: Names, forced: Names = ()) -> float:
         edge_auc({"embed->L0H0<q>": 0.1, "L0H0->L1H0<k>": -2.0, ...}, true={"L0H0->L1H0<k>"})
 
     Args:
-        scores: by the edges' names; or what has ``edges`` and ``values`` (edge scores), or ``edges`` with scores (a
-            circuit).
-        true: the edges of the known circuit, or their names.
+        scores: by edges or their names; or what has ``edges`` and ``values`` (edge scores), or a circuit with scores.
+        true: the edges of the known circuit, or their names. Names may be those of the EAP library.
         forced: edges to which there is no alternative; they are left out.
 
     Raises:
-        HookError: for true or forced edges that have no score, and where all edges that are left are true, or none.
+        HookError: for what is no scores, true or forced edges that have none, and where all edges that are left are
+            true, or none.
     """
     sizes, labels = _labelled(scores, true, forced)
     return _auc(sizes, labels)
@@ -61,14 +62,14 @@ def edge_auc(scores: Any, true: Names, forced: Names = ()) -> float:
 def chance_auc(scores: Any, true: Names, forced: Names = (), seeds: int = SEEDS) -> Chance:
     """The control: the AUC with random numbers in the place of the scores. Arguments as of :func:`edge_auc`."""
     sizes, labels = _labelled(scores, true, forced)
-    rngs = [np.random.default_rng(seed) for seed in range(seeds)]
+    rngs = _generators(seeds)
     return _chance([_auc(rng.random(len(sizes)), labels) for rng in rngs])
 
 
 def permuted_auc(scores: Any, true: Names, forced: Names = (), seeds: int = SEEDS) -> Chance:
     """The control: the AUC with as many edges drawn at random called true. Arguments as of :func:`edge_auc`."""
     sizes, labels = _labelled(scores, true, forced)
-    rngs = [np.random.default_rng(seed) for seed in range(seeds)]
+    rngs = _generators(seeds)
     return _chance([_auc(sizes, rng.permutation(labels)) for rng in rngs])
 
 
@@ -113,22 +114,24 @@ def scores_by_name(scores: Any) -> dict[str, float]:
     Raises:
         HookError: for edges without a score, and scores that are not finite.
     """
-    values = getattr(scores, "values", None)
-    if isinstance(scores, Mapping):
-        found = dict(scores)
-    elif values is not None and not callable(values):
-        found = dict(zip(scores.edges, np.asarray(values).tolist(), strict=True))
-    else:
-        found = dict(scores.edges)
-    unscored = [name for name, score in found.items() if score is None or not np.isfinite(score)]
-    if unscored:
-        raise HookError(f"Every edge needs a finite score; {unscored[0]} has none.", field="scores")
+    given: Mapping[Any, Any] = scores if isinstance(scores, Mapping) else scores_in(scores)
+    found: dict[str, float] = {}
+    for edge, score in given.items():
+        if not isinstance(edge, str | Edge):
+            raise HookError(f"scores are by edges or their names, got {edge!r:.100}.", field="scores")
+        name = _named(edge, scores)
+        if not is_finite(score):
+            raise HookError(f"Every edge needs a finite score; {name} has none.", field="scores")
+        if name in found:
+            raise HookError(f"Every edge has one score; {name} has two.", field="scores")
+        found[name] = float(score)
     return found
 
 
 def _labelled(scores: Any, true: Names, forced: Names) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of scores, and whether the edges are true, [edge] of those that are not forced."""
-    found, of_circuit, without = scores_by_name(scores), _names("true", true), _names("forced", forced)
+    found = scores_by_name(scores)
+    of_circuit, without = _names("true", true, scores), _names("forced", forced, scores)
     unknown = sorted((of_circuit | without) - set(found))
     if unknown:
         raise HookError(f"There is no score of the edge {unknown[0]!r}.", field="scores")
@@ -142,10 +145,16 @@ def _labelled(scores: Any, true: Names, forced: Names) -> tuple[np.ndarray, np.n
     return np.abs([found[name] for name in free]), labels
 
 
-def _names(field: str, given: Names) -> set[str]:
+def _named(edge: str | Edge, scores: Any) -> str:
+    """An edge's name; k and v of a query head are those of its key-value head where the scores know their graph."""
+    graph, name = getattr(scores, "graph", None), edge_name(edge)
+    return graph.edge(name).name if isinstance(graph, ModelGraph) else name
+
+
+def _names(field: str, given: Names, scores: Any) -> set[str]:
     if isinstance(given, str) or not isinstance(given, Collection) or not all(isinstance(e, str | Edge) for e in given):
         raise HookError(f"{field} is a collection of edges or their names, got {given!r:.100}.", field=field)
-    return {each if isinstance(each, str) else each.name for each in given}
+    return {_named(each, scores) for each in given}
 
 
 def _auc(sizes: np.ndarray, labels: np.ndarray) -> float:
@@ -155,6 +164,12 @@ def _auc(sizes: np.ndarray, labels: np.ndarray) -> float:
     n_true = int(labels.sum())
     above = rankdata(sizes)[labels].sum() - n_true * (n_true + 1) / 2
     return float(above / (n_true * (len(labels) - n_true)))
+
+
+def _generators(seeds: int) -> list[np.random.Generator]:
+    if type(seeds) is not int or seeds < 1:
+        raise HookError(f"seeds is a whole number from 1 on, got {seeds!r}.", field="seeds")
+    return [np.random.default_rng(seed) for seed in range(seeds)]
 
 
 def _chance(found: list[float]) -> Chance:

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import HookError
 from ...hook_points import HookPoint, select
 from ...hooks import Hook, HookFunction
-from ...model import HookedModel
+from ...model import HookedModel, check_hooked
 from ..components import logits_of
 
 Score = Callable[[mx.array], mx.array]
@@ -59,6 +59,7 @@ def gradients(
         HookError: for no hook point, an unknown one, one that can be read but not replaced, or that is met several
             times in a pass.
     """
+    check_hooked(model)
     named = [[each] if isinstance(each, HookPoint) else select(model.hook_points, each) for each in points]
     # Names may overlap: "blocks.0.*" and "*.hook_z".
     chosen = list(dict.fromkeys(point for each in named for point in each))

@@ -21,7 +21,7 @@ from ...contributions import relative_deviation, rounding
 from ...errors import HookError
 from ...hook_points import HookPoint, block_point
 from ...hooks import Hook
-from ...model import HookedModel
+from ...model import HookedModel, check_hooked
 from ..components import logits_of
 from .model_graph import EMBED, KINDS, LOGITS, Edge, Entry, Input, Kind, ModelGraph, Node, Reading, Writer
 
@@ -41,8 +41,10 @@ def graph_of(model: HookedModel) -> ModelGraph:
     the stream in sight it is one input. A mixture of experts is one node.
 
     Raises:
-        HookError: where the stream is not the sum of what such nodes write, with the place.
+        HookError: for what is no HookedModel, and where the stream is not the sum of what such nodes write, with the
+            place.
     """
+    check_hooked(model)
     return _Finder(model).find()
 
 

@@ -324,6 +324,12 @@ class ModelGraph:
         return [each for each in self.inputs if name in each.feeds]
 
 
+def edge_name(given: "str | Edge") -> str:
+    """The name of an edge as it is here; of one of the EAP library's, "a0.h1->a1.h0<k>", "L0H1->L1H0<k>"."""
+    name = given.name if isinstance(given, Edge) else given
+    return "->".join(own_name(end.strip()) for end in name.split("->"))
+
+
 def own_name(name: object) -> str:
     """The name of a node or an input as it is here, where it is the EAP library's: "a0.h1" is "L0H1"."""
     if not isinstance(name, str):

@@ -25,7 +25,7 @@ from ...model import HookedModel
 from ...storage.files import write_whole, writing
 from ...token_text import TokenText
 from ..components import logits_of
-from ..eval_data import EvalExample, eval_data_of
+from ..eval_data import EvalData, EvalExample, eval_data_of
 from .circuit import is_finite
 from .places import EMBED, LOGITS, Place, places_of, steps_of
 
@@ -132,7 +132,8 @@ def visible_token(text: str) -> str:
 
 
 def _example(model: HookedModel, given: Any) -> EvalExample:
-    example = given if isinstance(given, EvalExample) else eval_data_of(model, [given]).examples[0]
+    own = EvalData((given,), "answers") if isinstance(given, EvalExample) else [given]
+    example = eval_data_of(model, own).examples[0]
     asked = [token for token in example.targets if token >= 0]
     if len(asked) != 1:
         raise HookError("A graph is of one prompt with its answer: give clean and answer.", field="example")

@@ -27,8 +27,8 @@ from ...model import HookedModel
 from ...options import options
 from ...token_text import TokenText
 from ..components import Part, components_of, logits_of
-from ..eval_data import FIELD, MOST, EvalBatch, EvalData, eval_data_of
-from ..intervals import CONFIDENCE, RESAMPLES, Estimate, ratios
+from ..eval_data import FIELD, EvalBatch, EvalData, eval_data_of
+from ..intervals import CONFIDENCE, RESAMPLES, Estimate, IntervalOptions, ratios
 from ..patched_runs import Cell, PatchedRuns
 from ..spelling import shortened
 from .metrics import Metric, check_differ, metric_of
@@ -63,7 +63,7 @@ class PatchingOptions:
         align: where a sweep counts positions from if prompts differ in length: "start" or "end". Only positions that
             all have are patched.
         metric: a name, or a function; see :func:`metric_of`.
-        max_examples: the first so many examples are run.
+        max_examples: the first so many examples are run; None for all, see :func:`eval_data_of`.
         batch_size: examples of one length that run together.
         rows: rows of a forward pass, which are cells x examples; None for as many as are fast and small.
     """
@@ -74,7 +74,7 @@ class PatchingOptions:
     direction: Direction = "denoising"
     align: Literal["start", "end"] | None = None
     metric: str | Callable[..., Any] | Metric | None = None
-    max_examples: Count = MOST
+    max_examples: Count | None = None
     batch_size: Count = 8
     rows: Count | None = None
 
@@ -136,11 +136,16 @@ class PatchingResult:
     def estimates(
         self, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
     ) -> dict[tuple[str, ...], Estimate]:
-        """The effects with bootstrap intervals over examples, by the labels of their places."""
+        """The effects with bootstrap intervals over examples, by the labels of their places.
+
+        Raises:
+            HookError: for what :class:`IntervalOptions` does not allow.
+        """
+        chosen = IntervalOptions(confidence=confidence, resamples=resamples, seed=seed)
         above, below = self._parts()
         there = self._places()
         columns = above[:, np.isfinite(self.patched[0])]
-        found = ratios(columns, below, confidence=confidence, resamples=resamples, seed=seed)
+        found = ratios(columns, below, **chosen.of_intervals)
         return {self._labels(at): estimate for at, estimate in zip(there, found, strict=True)}
 
     def top(self, n: int = 10) -> list[tuple[tuple[str, ...], float]]:
@@ -234,7 +239,7 @@ class Pairs:
         eval_data: see :func:`eval_data_of`.
         metric: see :func:`metric_of`.
         direction: which of the two runs, and which is put in.
-        max_examples: the first so many are taken.
+        max_examples: the first so many are taken; None for all.
         batch_size: examples of one length that run together.
 
     Raises:
@@ -243,7 +248,13 @@ class Pairs:
     """
 
     def __init__(
-        self, model: HookedModel, eval_data: Any, metric: Any, direction: Direction, max_examples: int, batch_size: int
+        self,
+        model: HookedModel,
+        eval_data: Any,
+        metric: Any,
+        direction: Direction,
+        max_examples: int | None,
+        batch_size: int,
     ) -> None:
         self.model = model
         self.direction = direction

@@ -16,7 +16,7 @@ import numpy as np
 from ...errors import HookError
 from ...model import HookedModel
 from ...options import options
-from ..eval_data import MOST, EvalBatch, EvalData
+from ..eval_data import EvalBatch, EvalData
 from .edge_runs import EdgeRuns
 from .metrics import Metric
 from .model_graph import Input, ModelGraph
@@ -31,14 +31,14 @@ class PathOptions:
         senders: nodes ("embed", "L0H1", "L0 mlp"); None for all that are before some receiver.
         direction: "noising" or "denoising"; see :class:`PatchingOptions`.
         metric: see :func:`metric_of`.
-        max_examples: the first so many examples are run.
+        max_examples: the first so many examples are run; None for all, see :func:`eval_data_of`.
         batch_size: examples of one length that run together.
     """
 
     senders: Sequence[str] | None = None
     direction: Direction = "noising"
     metric: str | Callable[..., Any] | Metric | None = None
-    max_examples: Count = MOST
+    max_examples: Count | None = None
     batch_size: Count = 8
 
 

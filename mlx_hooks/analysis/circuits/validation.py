@@ -25,7 +25,7 @@ from ..identity import ModelIdentity
 from ..intervals import FEWEST, Estimate, IntervalOptions, few, means, ratios
 from .circuit import Circuit, grown, is_finite, is_whole, on_paths, with_more
 from .edge_runs import ABLATIONS, EdgeAblation, EdgeRuns, IndexedSets, replaced_by
-from .metrics import METRICS, Metric
+from .metrics import METRICS, metric_of
 from .model_graph import ModelGraph
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -206,7 +206,7 @@ def runs_of(model: Any, eval_data: Any, chosen: RunOptions, found_with: Mapping[
             not those of the edge runs.
     """
     if not isinstance(model, HookedModel):
-        runs = check_runs(model, "Edges are replaced in a model or its edge runs")
+        runs = check_runs(model, "Edges are replaced in a HookedModel or its edge runs")
         if eval_data is not None:
             raise HookError("Edge runs have their own eval data: give them alone.", field="eval_data")
         _check_same(runs, chosen)
@@ -218,8 +218,8 @@ def runs_of(model: Any, eval_data: Any, chosen: RunOptions, found_with: Mapping[
     return EdgeRuns(
         model,
         eval_data,
-        ablation=chosen.ablation or _known(told.get("ablation"), ABLATIONS),
-        metric=chosen.metric or _known(told.get("metric"), METRICS),
+        ablation=_known(told.get("ablation"), ABLATIONS) if chosen.ablation is None else chosen.ablation,
+        metric=_known(told.get("metric"), METRICS) if chosen.metric is None else chosen.metric,
         mean_over=over or "position",
         batch_size=chosen.batch_size,
         seed=chosen.seed,
@@ -239,10 +239,10 @@ def check_runs(given: Any, what: str = "This takes edge runs, EdgeRuns(model, pr
 
 def _check_same(runs: EdgeRuns, chosen: RunOptions) -> None:
     """Raises HookError for an option that says something else than edge runs do."""
-    metric = runs.metric.fn or runs.metric.name
+    metric = None if chosen.metric is None else metric_of(chosen.metric, runs.data)
     for name, asked, own, shown in (
         ("ablation", chosen.ablation, runs.ablation, runs.ablation),
-        ("metric", chosen.metric, runs.metric if isinstance(chosen.metric, Metric) else metric, runs.metric.name),
+        ("metric", metric, runs.metric, runs.metric.name),
         ("mean_over", chosen.mean_over, runs.mean_over, runs.mean_over),
     ):
         if asked is not None and asked != own:
