@@ -23,6 +23,7 @@ from mlx_hooks.analysis.circuits.known_table import (
     MethodRow,
     OfKind,
     document,
+    placed,
     survey,
     surveys,
 )
@@ -171,6 +172,33 @@ def test_between_kinks_more_points_come_closer_and_at_jumps_they_do_not() -> Non
 
 
 # The document
+
+SECTION = f"{HEADING}\n\nNew.\n\n### Methods\n\nA table.\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("", SECTION),
+        ("# precious\n", f"# precious\n\n{SECTION}"),
+        ("precious", f"precious\n\n{SECTION}"),
+        ("precious\n\n", f"precious\n\n{SECTION}"),
+        (f"# Guide\n\n{HEADING}\n\nOld.\n\n### Methods\n\nOld.\n", f"# Guide\n\n{SECTION}"),
+        (f"{HEADING}\nOld.\n\n## Appendix\n\nprecious", f"{SECTION}\n## Appendix\n\nprecious"),
+        (f"{HEADING}\r\nOld.\r\n# Another\r\nprecious\r\n", f"{SECTION}\n# Another\r\nprecious\r\n"),
+        (f"{HEADING}\n\n```sh\n## Old.\n```\n## After\n", f"{SECTION}\n## After\n"),
+        (f"~~~~\n{HEADING}\n~~~\n~~~~\n", f"~~~~\n{HEADING}\n~~~\n~~~~\n\n{SECTION}"),
+        (f"{HEADING} by hand\n", f"{HEADING} by hand\n\n{SECTION}"),
+        (f"Of {HEADING}\nprecious\n", f"Of {HEADING}\nprecious\n\n{SECTION}"),
+    ],
+    ids=[
+        "nothing", "another heading", "no end of line", "a gap", "the last", "before another", "before a higher",
+        "code in it", "code about it", "a longer heading", "in a line",
+    ],
+)  # fmt: skip
+def test_the_section_takes_its_own_place_in_a_page_and_no_other(page: str, expected: str) -> None:
+    assert placed(SECTION, page) == expected
+    assert placed(SECTION, expected) == expected
 
 
 def differences(expected: str, written: str) -> Iterator[tuple[str | None, str | None]]:

@@ -1,7 +1,7 @@
 """``neuroscope circuits``."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -116,12 +116,44 @@ def test_known_circuits_are_written_as_a_table(
     (tmp_path / "circuits.md").write_text(f"# A guide\n\n{known_table.HEADING}\n\nOld figures.\n")
     assert main(["circuits", "--known", "--write", str(tmp_path / "circuits.md")]) == 0
     assert (tmp_path / "circuits.md").read_text() == f"# A guide\n\n{known_table.document([found])}"
+    (tmp_path / "circuits.md").write_bytes(b"# A guide\r\n\r\nIts own.\r\n")
+    assert main(["circuits", "--known", "--write", str(tmp_path / "circuits.md")]) == 0
+    written = (tmp_path / "circuits.md").read_bytes().decode()
+    assert written == f"# A guide\r\n\r\nIts own.\r\n\n{known_table.document([found])}"
     capsys.readouterr()
     told: list[tuple[int, int]] = []
     monkeypatch.setattr(cli, "_shown", lambda what: nullcontext(lambda *progress: told.append(progress)))
     assert main(["circuits", "--known"]) == 0
     assert capsys.readouterr().out == known_table.document([found])
     assert told == [(1, len(known_table.planned()))]
+
+
+def test_what_is_edited_while_known_circuits_are_measured_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, page = known_table.survey("frac_prevs", methods=("eap-ig", "acdc")), tmp_path / "circuits.md"
+
+    def measured_while_edited() -> Iterator[known_table.KnownSurvey]:
+        page.write_text("Edited.\n")
+        yield found
+
+    page.write_text("Old.\n")
+    monkeypatch.setattr(known_table, "surveys", measured_while_edited)
+    assert main(["circuits", "--known", "--write", str(page)]) == 0
+    assert page.read_text() == f"Edited.\n\n{known_table.document([found])}"
+
+
+def test_a_page_that_cannot_be_read_is_told_before_known_circuits_are_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_table, "surveys", lambda: pytest.fail("it measured"))
+    page = tmp_path / "latin.md"
+    page.write_bytes(b"caf\xe9")
+    assert main(["circuits", "--known", "--write", str(page)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"neuroscope: {page} is no page in UTF-8 that can be read: ")
+    assert shown.count("\n") == 1
+    assert page.read_bytes() == b"caf\xe9"
 
 
 @pytest.mark.parametrize(

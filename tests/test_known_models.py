@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from edge_reference import EdgeReference
+from known_places import Place, known_places
 
 from mlx_hooks import HookedModel, HookError, attribution_points, direct_logit_attribution
 from mlx_hooks.analysis.circuits.edge_attribution import attribute_edges
@@ -216,14 +217,8 @@ def test_the_smallest_models_that_are_allowed_are_right(known: KnownModel) -> No
 # Patching
 
 
-def changed(pair: dict[str, Any]) -> int:
-    """The one position at which the prompts differ."""
-    (position,) = np.flatnonzero(np.array(pair["clean"]) != np.array(pair["corrupted"]))
-    return int(position)
-
-
-def recoveries(model: HookedModel, pair: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """How much comes back of the logit difference, by (layer, position) of the stream and (layer, head, position)."""
+def effects_of_places(model: HookedModel, pair: dict[str, Any], direction: str) -> Iterator[tuple[Place, float]]:
+    """What a run with one place put in recovers of the logit difference, or damages; a run for each place."""
 
     def difference(interventions: list[dict[str, Any]], tokens: list[int]) -> float:
         logits, _ = model.run_with_cache([tokens], (), interventions=interventions)
@@ -231,47 +226,44 @@ def recoveries(model: HookedModel, pair: dict[str, Any]) -> Iterator[tuple[tuple
         return float(row[pair["answer"]] - row[pair["wrong"]])
 
     clean, corrupted = difference([], pair["clean"]), difference([], pair["corrupted"])
-    _, cache = model.run_with_cache([pair["clean"]])
+    own, other = ("corrupted", "clean") if direction == "denoising" else ("clean", "corrupted")
+    before = corrupted if direction == "denoising" else clean
+    _, cache = model.run_with_cache([pair[other]])
     n_layers, n_heads, n = model.cfg.n_layers, model.cfg.n_heads, len(pair["clean"])
-    streams = [(layer, f"blocks.{layer}.hook_resid_pre") for layer in range(n_layers)]
-    streams.append((n_layers, f"blocks.{n_layers - 1}.hook_resid_post"))
-    places: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    points = [(("stream", layer), f"blocks.{layer}.hook_resid_pre") for layer in range(n_layers)]
+    points.append((("stream", n_layers), f"blocks.{n_layers - 1}.hook_resid_post"))
+    points += [(("mlp", layer), f"blocks.{layer}.hook_mlp_out") for layer in range(n_layers)]
+    places: list[tuple[Place, dict[str, Any]]] = []
     for position in range(n):
         at = {"type": "patch", "source": cache, "positions": [position]}
-        places += [((layer, position), at | {"hook_point": name}) for layer, name in streams]
+        for where, name in points:
+            # Indirect objects have attention alone.
+            if name in model.hook_points:
+                places.append(((*where, position), at | {"hook_point": name}))
         for layer in range(n_layers):
             point = {"hook_point": f"blocks.{layer}.attn.hook_z"}
-            places += [((layer, head, position), at | point | {"heads": [head]}) for head in range(n_heads)]
+            places += [(("head", layer, head, position), at | point | {"heads": [head]}) for head in range(n_heads)]
     for place, intervention in places:
-        yield place, (difference([intervention], pair["corrupted"]) - corrupted) / (clean - corrupted)
+        change = difference([intervention], pair[own]) - before
+        yield place, change / (clean - corrupted) * (1 if direction == "denoising" else -1)
 
 
-def constructed(known: KnownModel, kind: str, pair: dict[str, Any]) -> set[tuple[Any, ...]]:
-    """Where the construction says that all of the difference is."""
-    at, last = changed(pair), len(pair["clean"]) - 1
-    if isinstance(known, KnownIndirectObject):
-        assert kind == "giver"
-        (_, duplicate), (_, inhibition), (_, mover) = known.circuit_heads
-        streams = {(0, GIVER), (1, GIVER), (2, last), (3, last)}
-        return streams | {(0, duplicate, GIVER), (1, inhibition, last), (2, mover, last)}
-    assert isinstance(known, KnownInduction)
-    induction = {(2, last), (1, known.induction_head, last)}
-    if kind == "match":
-        return induction | {(0, at), (1, at + 1), (0, known.previous_head, at + 1)}
-    return induction | {(0, at), (1, at)}
-
-
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize(
-    ("name", "kind"), [("induction", "match"), ("induction", "question"), ("induction", "value"), ("ioi", "giver")]
+    ("name", "kind"), [(name, kind) for name, made in KNOWN_MODELS.items() for kind in made().kinds]
 )
-def test_patching_recovers_all_at_the_constructed_places_and_nothing_elsewhere(name: str, kind: str) -> None:
+def test_patching_finds_what_was_built_at_its_places_and_nothing_elsewhere(
+    name: str, kind: str, direction: str
+) -> None:
     known = KNOWN_MODELS[name]()
     (pair,) = known.pairs(1, seed=5, kind=kind)
-    expected = constructed(known, kind, pair)
-    found = dict(recoveries(known.hooked(), pair))
-    assert expected <= set(found)
-    for place, recovery in found.items():
-        assert recovery == pytest.approx(1 if place in expected else 0, abs=1e-4), place
+    expected = known_places(known, kind, pair, direction)
+    found = dict(effects_of_places(known.hooked(), pair, direction))
+    assert set(expected) <= set(found)
+    told = {place: expected.get(place, 0.0) for place in found}
+    assert {place: found[place] for place in found if not np.isnan(told[place])} == pytest.approx(
+        {place: value for place, value in told.items() if not np.isnan(value)}, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", HAND_BUILT)
@@ -406,6 +398,22 @@ def test_edge_effects_of_a_linear_model_are_products_of_matrices(known: KnownLin
     assert set(found.edges) == set(expected)
     for edge, score in zip(found.edges, found.values, strict=True):
         assert score == pytest.approx(expected[edge].mean(), abs=2e-5), edge
+
+
+@pytest.mark.parametrize("known", [KnownLinear(), KnownLinear(9, 3, 2, seed=1)], ids=["usual", "three layers"])
+def test_the_parts_of_a_linear_model_add_up_to_all_of_it(known: KnownLinear) -> None:
+    for pair in known.pairs(3, seed=12):
+        runs = EdgeRuns(known.hooked(), [pair])
+        assert runs.corrupted is not None
+        (whole,) = runs.corrupted - runs.plain
+        effects = {edge: float(effect[0]) for edge, effect in known.edge_effects([pair]).items()}
+        first, last = ([e for e in effects if e.startswith("embed->")], [e for e in effects if e.endswith("->logits")])
+        for cut in (first, last):
+            assert sum(effects[edge] for edge in cut) == pytest.approx(whole, abs=1e-5)
+        places = known_places(known, "tokens", pair, "denoising")
+        for layer in range(known.n_layers + 1):
+            assert sum(part for place, part in places.items() if place[:2] == ("stream", layer)) == pytest.approx(1)
+        assert sum(abs(part) > 1e-2 for place, part in places.items() if place[:2] == ("stream", 0)) > 1
 
 
 def test_a_linear_model_writes_what_its_matrices_say() -> None:

@@ -8,18 +8,25 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from every_architecture import PHI3SMALL, needs_block_sparse
+from known_places import known_places
 from tiny_models import make_model
 
 from mlx_hooks import ActivationCache, HookedModel, HookError
 from mlx_hooks.analysis.circuits.metrics import metric_of
-from mlx_hooks.analysis.circuits.patching import PatchingOptions, activation_patching, draw_patching, grid_of
+from mlx_hooks.analysis.circuits.patching import (
+    PatchingOptions,
+    PatchingResult,
+    activation_patching,
+    draw_patching,
+    grid_of,
+)
 from mlx_hooks.analysis.eval_data import EvalBatch, eval_data_of
-from mlx_hooks.analysis.known_models import KNOWN_MODELS, KnownIndirectObject, KnownInduction
+from mlx_hooks.analysis.known_models import KNOWN_MODELS, KnownInduction
 from mlx_hooks.analysis.patched_runs import Cell, PatchedRuns
 from mlx_hooks.analysis.pictures import png
 from mlx_hooks.coverage.models import tiny_model
 
-INDUCTION, INDIRECT = KnownInduction(), KnownIndirectObject()
+INDUCTION = KnownInduction()
 SWEEPS: list[dict[str, Any]] = [
     {"sweep": "layer x position"},
     {"sweep": "layer x position", "component": "mlp_out"},
@@ -213,39 +220,46 @@ def test_recovery_is_1_where_the_induction_circuit_was_built_and_0_elsewhere(dir
     np.testing.assert_allclose(found.effects, meant, atol=1e-4)
 
 
+def shares(found: PatchingResult) -> np.ndarray:
+    """What each example recovers, or damages, by itself: [example, ...] as the sweep's axes are."""
+    rest = [1] * (found.patched.ndim - 1)
+    before = found.corrupted if found.direction == "denoising" else found.clean
+    change = (found.patched - before.reshape(-1, *rest)) / (found.clean - found.corrupted).reshape(-1, *rest)
+    return change if found.direction == "denoising" else -change
+
+
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
-def test_recovery_is_1_along_the_indirect_object_circuit_and_0_elsewhere(direction: str) -> None:
-    found = activation_patching(
-        INDIRECT.hooked(), INDIRECT.pairs(6, kind="giver"), "layer x head x position", direction=direction
-    )
-    meant = np.zeros(found.effects.shape)
-    (_, duplicate), (_, inhibition), (_, mover) = INDIRECT.circuit_heads
-    meant[0, duplicate, 8] = meant[1, inhibition, 11] = meant[2, mover, 11] = 1
-    np.testing.assert_allclose(found.effects, meant, atol=1e-4)
-
-
-IN_PARTS = {("ioi", "subject"), ("reverse", "length"), ("linear", "tokens"), ("planted_router", "last")}
-"""Known models and kinds of prompts whose parts add up, or back each other up: no part alone does all of it."""
-
-
 @pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name, made in KNOWN_MODELS.items() for kind in made().kinds]
 )
-def test_what_matters_is_what_was_built(name: str, kind: str) -> None:
+def test_sweeps_find_what_was_built_at_its_places_and_nothing_elsewhere(name: str, kind: str, direction: str) -> None:
     known = KNOWN_MODELS[name]()
-    inside = {edge.partition("->")[0] for edge in known.edges("corrupted", kind)}
-    for direction in ("noising", "denoising"):
-        found = activation_patching(known.hooked(), known.pairs(6, kind=kind), "component", direction=direction)
-        named = dict(zip(found.axes["component"], found.effects.tolist(), strict=True))
-        effects = {part: effect for part, effect in named.items() if not part.endswith("attn")}
-        assert {part: effects[part] for part in effects if part not in inside} == pytest.approx(
-            dict.fromkeys(effects.keys() - inside, 0), abs=1e-4
-        )
-        own = {part: effects[part] for part in effects if part in inside}
-        if (name, kind) not in IN_PARTS:
-            assert own == pytest.approx(dict.fromkeys(own, 1), abs=1e-4)
-        elif direction == "noising":
-            assert min(map(abs, own.values())) > 1e-3
+    model, data = known.hooked(), known.pairs(6, kind=kind)
+    expected = [known_places(known, kind, pair, direction) for pair in data]
+    sweeps = {"stream": ("layer x position", "resid_pre"), "head": ("layer x head x position", "z")}
+    if "blocks.0.hook_mlp_out" in model.hook_points:
+        sweeps["mlp"] = ("layer x position", "mlp_out")
+    for what, (sweep, component) in sweeps.items():
+        found = shares(activation_patching(model, data, sweep, component=component, direction=direction))
+        meant = np.zeros(found.shape)
+        for i, places in enumerate(expected):
+            for (part, layer, *rest), share in places.items():
+                # The stream behind the last layer is no layer's resid_pre.
+                if part == what and layer < model.cfg.n_layers:
+                    meant[(i, layer, *rest)] = share
+        np.testing.assert_allclose(np.where(np.isnan(meant), np.nan, found), meant, atol=1e-4, err_msg=what)
+    # All positions together: each token has its part, or one has all.
+    found_parts = activation_patching(model, data, "component", direction=direction)
+    matter = set()
+    for label, measured in zip(found_parts.axes["component"], shares(found_parts).T, strict=True):
+        if not label.endswith("attn"):
+            layer = int(label[1])
+            part = ("mlp", layer) if label.endswith("mlp") else ("head", layer, int(label[3:]))
+            told = [sum(share for place, share in places.items() if place[:-1] == part) for places in expected]
+            np.testing.assert_allclose(measured, told, atol=1e-4, err_msg=label)
+            matter |= {label} if np.abs(told).max() > 1e-3 else set()
+    inside = {edge.partition("->")[0] for edge in known.edges("corrupted", kind)} - {"embed"}
+    assert matter == inside if direction == "noising" else matter <= inside
 
 
 def test_two_places_that_only_together_bring_the_answer_back_are_one_cell() -> None:

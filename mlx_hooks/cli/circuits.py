@@ -52,8 +52,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="show the result as JSON")
     parser.add_argument("--known", action="store_true", help="find the circuits of models whose circuit is known")
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="with --known: write the table here (default: show it)"
-    )
+        "--write", type=Path, metavar="FILE",
+        help="with --known: write the table to this page, all else of which stays (default: show it)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -74,6 +75,8 @@ def _known(options: argparse.Namespace) -> int:
         name = given[0] if given[0] in ("model", "prompts") else f"--{given[0]}"
         raise HookError(f"--known measures models and prompts of its own in one way: leave out {name}.")
     check_targets({"--write": options.write})
+    # Before the measuring: a page that cannot be read is told at once.
+    _page(options.write)
     found: list[Any] = []
     planned = known_table.planned()
     with _shown("Measuring") as progress:
@@ -86,9 +89,19 @@ def _known(options: argparse.Namespace) -> int:
     if options.write is None:
         print(text, end="")
     else:
-        page = options.write.read_text(encoding="utf-8") if options.write.is_file() else ""
-        write_whole(options.write, known_table.placed(text, page))
+        # Once more: it may have been edited meanwhile.
+        write_whole(options.write, known_table.placed(text, _page(options.write)))
     return 0
+
+
+def _page(path: Path | None) -> str:
+    """What a page says, with the ends of lines that it has; nothing where there is none."""
+    from ..storage.files import reading
+
+    if path is None or not path.exists():
+        return ""
+    with reading(path, "page in UTF-8"):
+        return path.read_bytes().decode("utf-8")
 
 
 def _aucs(survey: Any) -> str:

@@ -1,5 +1,6 @@
 """How well each method finds the known circuits: measured, and written to ``docs/circuits.md``."""
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -328,10 +329,36 @@ def _chance(found: Chance) -> str:
     return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
+_ENDS = re.compile(r" {0,3}##?(\s|$)")
+"""What ends the section: a heading of its level, or of one above."""
+_FENCE = re.compile(r" {0,3}(```+|~~~+)")
+
+
 def placed(section: str, page: str) -> str:
-    """A page with the section in place of the one that it ends with; the section alone where it has none."""
-    before, heading, _ = page.partition(f"{HEADING}\n")
-    return before + section if heading else section
+    """A page with the section in place of the one that it has, or behind all else; nothing else of it changes."""
+    lines = page.splitlines(keepends=True)
+    headings = [i for i in _not_code(lines) if _ENDS.match(lines[i])]
+    start = next((i for i in headings if lines[i].rstrip() == HEADING), None)
+    if start is None:
+        gap = "" if not page or page.endswith("\n\n") else "\n" if page.endswith("\n") else "\n\n"
+        return page + gap + section
+    end = next((i for i in headings if i > start), len(lines))
+    after = "".join(lines[end:])
+    return "".join(lines[:start]) + section + ("\n" + after if after else "")
+
+
+def _not_code(lines: Sequence[str]) -> Iterator[int]:
+    """Indices of the lines that stand in no fenced block, where "#" begins a comment."""
+    fence = ""
+    for i, line in enumerate(lines):
+        mark = _FENCE.match(line)
+        if fence:
+            is_end = mark and mark[1].startswith(fence) and line.strip() == mark[1]
+            fence = "" if is_end else fence
+        elif mark:
+            fence = mark[1]
+        else:
+            yield i
 
 
 def document(found: Iterable[KnownSurvey]) -> str:
