@@ -393,7 +393,7 @@ def test_edge_effects_of_a_linear_model_are_products_of_matrices(known: KnownLin
     assert {edge for edge, values in expected.items() if values.any()} == known.edges(ablation)
     for edge, values in EdgeReference(known.module()).effects(pairs, ablation).items():
         np.testing.assert_allclose(values, expected[edge], atol=1e-5)
-    # Two passes forward and one backward give what replacing each edge gives.
+    # One gradient gives what replacing each edge gives.
     found = attribute_edges(EdgeRuns(known.hooked(), pairs, ablation=ablation), options={"method": "eap"})
     assert set(found.edges) == set(expected)
     for edge, score in zip(found.edges, found.values, strict=True):

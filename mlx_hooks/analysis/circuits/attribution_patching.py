@@ -1,7 +1,7 @@
 """Attribution patching: activation patching of all places at once, to first order.
 
 The metric with a place patched is about the metric as it is, plus what is put in less what is there, times the
-metric's gradient there. Two forward passes and one backward pass tell every place of a sweep. It is exact where the
+metric's gradient there. Four forward passes and one backward pass tell every place of a sweep. It is exact where the
 model and the metric are linear in what is patched; a softmax or a norm that is saturated, and large changes, it gets
 wrong. Source: Nanda, "Attribution Patching: Activation Patching at Industrial Scale" (2023); Kramár et al., "AtP*"
 (2024).

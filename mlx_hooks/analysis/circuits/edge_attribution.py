@@ -1,7 +1,7 @@
 """Scores for all edges at once: attribution patching, EAP and EAP-IG, and exactly, one edge after the other.
 
     eap      first order: what the edge would carry under ablation less what it carries, times the gradient of the
-             metric with respect to what its input reads. Two forward passes and one backward pass.
+             metric with respect to what its input reads. Three forward passes and one backward pass.
     eap-ig   the same with the gradient's mean along the straight way from the ablated embedding to the plain one, in
              ``steps`` points. Where a softmax or a norm is saturated, one gradient sees nothing; the mean does.
     exact    the metric with the edge replaced, less the plain one: a run per edge. The reference.

@@ -25,10 +25,10 @@ Names = Collection[str | Edge]
 
 @dataclass(frozen=True)
 class Chance:
-    """An AUC without knowledge, over several seeds.
+    """A control's number over several seeds.
 
     Args:
-        mean: about 0.5.
+        mean: of an AUC without knowledge, about 0.5.
         low, high: the least and the greatest.
     """
 

@@ -59,8 +59,9 @@ class KnownIndirectObject(KnownModel):
         "'subject' for the first, 'object' for the indirect object. With 'subject' the wrong answer is a word: the "
         "mover then looks at both names alike, and whether it reads the subject there or the third name is no part of "
         "the circuit. Against the subject as the wrong answer EAP-IG, with however many points, ranks what the mover "
-        "reads there above true edges, because it matters together with others, though not alone; EAP, exact scores "
-        "and ACDC do not. What is told by positions alone (where the "
+        "reads there above true edges, because it matters together with others, though not alone: on these prompts "
+        "its AUC is 0.9955 with 5 points and 0.9970 with 100, and embed->L2H2<k> is not among the strongest. That of "
+        "EAP, exact scores and ACDC is 1. What is told by positions alone (where the "
         "inhibition head looks, that the mover asks from the last token) shows with zeros and not with corrupted "
         "prompts."
     )

@@ -160,9 +160,11 @@ class KnownReverse(Program):
     name: ClassVar[str] = "reverse"
     description: ClassVar[str] = "Letters, SEP, and the letters backwards: where SEP stands says where to look."
     notes: ClassVar[str] = (
-        "Corrupted prompts change letters ('letters') or where SEP stands ('length'). What reads positions alone shows "
-        "with zeros and not with corrupted prompts. By zeros, estimates from gradients miss embed->L0 mlp: the neuron "
-        "that is on reads 1 - 1 there, and what those that are off would do no gradient says."
+        "Corrupted prompts change letters ('letters') or where SEP stands ('length'). Of 'length' a true edge has next "
+        "to no gradient: where plain EAP ranks it, and so what its strongest edges keep, is a matter of rounding. What "
+        "reads positions alone shows with zeros and not with corrupted prompts. By zeros, estimates from gradients "
+        "miss embed->L0 mlp: the neuron that is on reads 1 - 1 there, and what those that are off would do no "
+        "gradient says."
     )
     kinds: ClassVar[tuple[str, ...]] = ("letters", "length")
     START: ClassVar[int] = 0
