@@ -56,6 +56,9 @@ def test_only_the_heads_of_the_circuit_cost_anything(study: AblationStudy, known
         sizes = [abs(effect.mean or 0) for _, effect in ranked]
         assert sizes == sorted(sizes, reverse=True)
         assert study.strongest(2, ablation) == ranked[:2]
+    for wrong in (-1, "x", 1.0, True):
+        with pytest.raises(HookError, match="n is a whole number from 0 on, or None, got "):
+            study.strongest(wrong)  # type: ignore[arg-type]
     assert [title for title, _ in study.draw()] == ["One component at a time", "The strongest effects"]
 
 
@@ -121,6 +124,24 @@ def test_what_is_put_in_groups_is_one_of_four(known: KnownModel, model: HookedMo
 
 
 @pytest.mark.parametrize(
+    ("groups", "message", "field"),
+    [
+        (None, "groups is a list of lists of components, got None", "groups"),
+        ("L1H0", "groups is a list of lists of components, got 'L1H0'", "groups"),
+        ([5], "A group is a list of names of components, got 5", "groups[0]"),
+        (["L1H0"], "A group is a list of names of components, got 'L1H0'", "groups[0]"),
+        ([["L1H0"], [None]], r"A group is a list of names of components, got \[None\]", "groups[1]"),
+    ],
+)
+def test_groups_are_lists_of_names(
+    groups: Any, message: str, field: str, known: KnownModel, model: HookedModel
+) -> None:
+    with pytest.raises(HookError, match=message) as caught:
+        replace_groups(model, known.pairs(2), groups)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
     ("sets", "message"),
     [
         ([], "Name at least one edge or node to ablate"),
@@ -129,6 +150,9 @@ def test_what_is_put_in_groups_is_one_of_four(known: KnownModel, model: HookedMo
         (["L9H0->logits"], "has no node 'L9H0'"),
         ("L0H0", "sets is a list of edges and nodes, or a mapping from names .* got str"),
         (3, "got int"),
+        ([[]], "got list in a list"),
+        ({"one": ["embed->logits", 3]}, "got int in a list"),
+        (np.array([["L0H0"]]), "got ndarray in a list"),
     ],
 )
 def test_bad_sets_are_one_sentence(sets: Any, message: str, known: KnownModel, model: HookedModel) -> None:

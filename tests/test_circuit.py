@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from circuit_graphs import Graph
 
+from mlx_hooks import HookedModel
 from mlx_hooks.analysis.circuits.circuit import Circuit, grown, on_paths
 from mlx_hooks.errors import HookError
 
@@ -22,6 +23,25 @@ def scored(strong: dict[str, float], graph: Graph = GRAPH, rest: float = 0.001) 
     return SimpleNamespace(
         edges=edges, values=values, graph=graph, method="eap", metric="logit_difference", ablation="corrupted"
     )
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        (None, "Edges are a list of names, got NoneType"),
+        ("embed->logits", "the text"),
+        ([["x"]], "An edge is written as"),
+    ],
+)
+def test_edges_are_a_list_of_names(llama: HookedModel, edges: Any, message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        Circuit.of_edges(llama, edges)
+
+
+def test_scores_are_numbers() -> None:
+    for wrong in ("x", None):
+        with pytest.raises(HookError, match="scores have a number for each edge"):
+            Circuit.of_scores(SimpleNamespace(edges=["embed->logits"], values=[wrong]), GRAPH)
 
 
 def test_a_circuit_of_edges_has_its_nodes_in_forward_order() -> None:

@@ -150,7 +150,7 @@ def test_a_curve_rises_with_the_strongest_edges() -> None:
     assert faithfulness_curve(runs, scores_of(COSTS)).sizes.tolist() == sorted(  # type: ignore[arg-type]
         {0, n, *(max(1, round(share * n)) for share in FRACTIONS)}
     )
-    for wrong in ([-1], [n + 1], [True], [1.5]):
+    for wrong in ([-1], [n + 1], [True], [1.5], 5, "all"):
         with pytest.raises(HookError, match=f"sizes are whole numbers from 0 to {n}, the edges of the model"):
             faithfulness_curve(runs, scores_of(COSTS), wrong)  # type: ignore[arg-type]
 

@@ -297,13 +297,15 @@ def test_one_layer_has_no_scores_and_says_why() -> None:
     ("call", "message"),
     [
         (lambda f: f.of((1, 0), (2, 0), "q"), r"There is no head \(1, 0\)"),
+        (lambda f: f.of(0, 1, "q"), "There is no head 0"),
         (lambda f: f.of((0, 0), (2, 0), "o"), "compose by q, k or v, got 'o'"),
         (lambda f: f.strongest(3, "Q"), "compose by q, k or v, got 'Q'"),
         (lambda f: f.strongest(-1), "count is a whole number from 0 on, or None, got -1"),
         (lambda f: composition_scores(HookedModel(make_model("llama")), [3]), "Layers are 0 to 2, got 3"),
         (lambda f: composition_scores(HookedModel(make_model("llama")), []), "Layers are 0 to 2, got none"),
+        (lambda f: copying_scores(HookedModel(make_model("llama")), 5), "Layers are a list of whole numbers .* got 5"),
     ],
-    ids=["head", "kind", "kind of the strongest", "count", "layer", "none"],
+    ids=["head", "no head", "kind", "kind of the strongest", "count", "layer", "none", "no list"],
 )
 def test_what_is_not_there_is_told(found: Composition, call: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(HookError, match=message):

@@ -305,6 +305,14 @@ def test_what_is_refused(llama: HookedModel) -> None:
         attribute_edges(llama, [[1, 2, 3]], {"ablation": "corrupted"})
     with pytest.raises(HookError, match="Unknown hook point"):
         gradients(llama, mx.array([[1, 2]]), ["blocks.0.attn.attn_probs"], lambda logits: logits[:, -1, 0])
+    for tokens, points, message in (
+        (np.array([[1, 2]]), 5, "points is a list of hook points or their names, got 5"),
+        (np.array([[1, 2]]), "blocks.0.hook_resid_pre", "points is a list of hook points or their names, got 'blocks"),
+        (None, ["blocks.0.hook_resid_pre"], "Tokens are a text or whole numbers"),
+        (np.array([[1, 60]]), ["blocks.0.hook_resid_pre"], "Token ids are 0 to 59"),
+    ):
+        with pytest.raises(HookError, match=message):
+            gradients(llama, tokens, points, lambda logits: logits[:, -1, 0])  # type: ignore[arg-type]
     assert EdgeOptions().steps == 5
 
 

@@ -351,11 +351,28 @@ def test_heads_before_a_norm_are_one_node_where_their_projection_adds_a_constant
         ({"max_bytes": None}, "max_bytes must be a valid integer, got None"),
         ({"seed": -1}, "seed must be greater than or equal to 0, got -1"),
         ({"ablation": "none"}, "ablation is one of corrupted, resample, mean, zero, got 'none'"),
+        ({"ablation": ["zero"]}, r"ablation is one of corrupted, resample, mean, zero, got \['zero'\]"),
     ],
 )
 def test_what_runs_are_given_is_checked(llama: HookedModel, given: dict, said: str) -> None:
     with pytest.raises(HookError, match=said):
         EdgeRuns(llama, PAIRS, **given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda runs: runs.without(5), "sets is a list of lists of edges, got 5"),
+        (lambda runs: runs.without("embed->logits"), "sets is a list of lists of edges, got 'embed->logits'"),
+        (lambda runs: runs.masked(5), "Masks are an array .* got int"),
+        (lambda runs: runs.masked(np.zeros(())), "Masks are an array .* got ndarray"),
+        (lambda runs: runs.masked([[True], [True, False]]), "Masks are an array .* got list"),
+        (lambda runs: runs.masked(np.zeros((1, 2, 3), dtype=bool)), "Masks are bool of"),
+    ],
+)
+def test_sets_and_masks_are_checked(llama: HookedModel, call: Callable[[Any], object], message: str) -> None:
+    with pytest.raises(HookError, match=message):
+        call(EdgeRuns(llama, PAIRS))
 
 
 TAKE_A_MODEL: dict[str, Callable[[Any], object]] = {

@@ -298,6 +298,11 @@ def test_cells_share_passes_and_what_changes_nothing_is_not_run(llama: HookedMod
     assert sorted(i for indices, _ in found for i in indices) == list(range(72))
 
 
+def test_what_is_no_result_is_not_drawn() -> None:
+    with pytest.raises(HookError, match="result is what a patching function answered, got dict"):
+        draw_patching({})  # type: ignore[arg-type]
+
+
 def test_a_result_tells_its_levels_its_strongest_places_and_intervals(llama: HookedModel) -> None:
     found = activation_patching(llama, pairs(6), "layer x head")
     above = found.patched.mean(axis=0) - found.corrupted.mean()

@@ -106,7 +106,7 @@ class Composition:
             HookError: for heads and kinds that there are not.
         """
         for head in (source, target):
-            if tuple(head) not in self.heads:
+            if not isinstance(head, tuple | list) or tuple(head) not in self.heads:
                 raise HookError(f"There is no head {head!r}: there are {len(self.heads)}, as (layer, head).")
         if kind not in self.scores:
             raise HookError(f"Heads compose by q, k or v, got {kind!r}.", field="kind")

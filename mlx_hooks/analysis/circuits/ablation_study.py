@@ -22,6 +22,7 @@ from ..ablation import CausalOptions, Progress, analyse_causal, draw_causal
 from ..intervals import Estimate, few, means, ratios
 from .circuit import ARROW, Circuit, nodes_of
 from .edge_runs import EdgeAblation, EdgeRuns, replaced_by
+from .model_graph import Edge
 from .validation import RunOptions, runs_of
 
 if TYPE_CHECKING:
@@ -83,7 +84,16 @@ class AblationStudy:
     def strongest(
         self, n: int | None = None, ablation: str | None = None, measure: str | None = None
     ) -> list[tuple[str, Estimate]]:
-        """Components with their effects, the greatest first, whatever their signs; arguments as of ``effect``."""
+        """Components with their effects, the greatest first, whatever their signs; arguments as of ``effect``.
+
+        Args:
+            n: so many at most; None for all.
+
+        Raises:
+            HookError: as ``effect``, and for an n below 0.
+        """
+        if n is not None and (type(n) is not int or n < 0):
+            raise HookError(f"n is a whole number from 0 on, or None, got {n!r}.", field="n")
         found = [(name, self.effect(name, ablation, measure)) for name in self.components]
         return sorted(found, key=lambda each: -abs(each[1].mean or 0.0))[:n]
 
@@ -202,7 +212,7 @@ def ablate_edges(
     """
     chosen = options_of(RunOptions, options)
     runs = runs_of(model, eval_data, chosen)
-    named = sets if isinstance(sets, Mapping) else {name: (name,) for name in _names(sets)}
+    named = sets if isinstance(sets, Mapping) else {_name(each): (each,) for each in _names(sets)}
     if not named:
         raise HookError("Name at least one edge or node to ablate.", field="sets")
     edges = {str(name): _edges(runs, name, given) for name, given in named.items()}
@@ -224,14 +234,21 @@ def ablate_edges(
     )
 
 
-def _names(sets: Any) -> list[str]:
-    if isinstance(sets, str | Circuit) or not isinstance(sets, Iterable):
+def _names(sets: Any) -> list[str | Edge]:
+    is_list = isinstance(sets, Iterable) and not isinstance(sets, str | Circuit)
+    found: list[Any] = list(sets) if is_list else []
+    wrong = [f"{type(each).__name__} in a list" for each in found if not isinstance(each, str | Edge)]
+    if wrong or not is_list:
         raise HookError(
             "sets is a list of edges and nodes, or a mapping from names to such lists or circuits; got "
-            f"{type(sets).__name__}.",
+            f"{wrong[0] if wrong else type(sets).__name__}.",
             field="sets",
         )
-    return list(sets)
+    return found
+
+
+def _name(edge: str | Edge) -> str:
+    return edge.name if isinstance(edge, Edge) else edge
 
 
 def _edges(runs: EdgeRuns, name: str, given: Any) -> tuple[str, ...]:
@@ -239,7 +256,7 @@ def _edges(runs: EdgeRuns, name: str, given: Any) -> tuple[str, ...]:
     asked = list(given.edges) if isinstance(given, Circuit) else _names(given)
     if not asked:
         raise HookError(f"The set {name!r} has no edges.", field="sets")
-    found: list[str] = []
+    found: list[str | Edge] = []
     for each in asked:
         if isinstance(each, str) and ARROW not in each:
             nodes = nodes_of(runs.graph, each, "sets")

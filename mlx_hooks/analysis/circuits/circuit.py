@@ -146,7 +146,7 @@ class Circuit:
             HookError: for an edge that the model does not have, and where none is left.
         """
         known = graph_in(graph)
-        scores = edges if isinstance(edges, Mapping) else dict.fromkeys(edges)
+        scores = edges if isinstance(edges, Mapping) else dict.fromkeys(edge.name for edge in known.edges_of(edges))
         given = {known.edge(name).name: score for name, score in scores.items()}
         ordered = {edge.name: given[edge.name] for edge in known.edges if edge.name in given}
         found = with_more(_about(known), metadata)
@@ -536,7 +536,10 @@ def scores_in(given: Any) -> dict[str, float | None]:
         raise HookError(f"scores are edge scores, an ACDC result or a circuit, got {_kind(given)}.", field="scores")
     if len(edges) != len(values):
         raise HookError(f"scores have a value for each edge, got {len(values)} for {len(edges)}.", field="scores")
-    return dict(zip(edges, map(float, values), strict=True))
+    try:
+        return dict(zip(edges, map(float, values), strict=True))
+    except (TypeError, ValueError):
+        raise HookError("scores have a number for each edge; one of these has another value.", field="scores") from None
 
 
 def _told_by(scores: Any) -> dict[str, Any]:

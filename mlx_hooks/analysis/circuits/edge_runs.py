@@ -79,7 +79,15 @@ Masks = np.ndarray | IndexedSets | Iterable[np.ndarray]
 
 
 def _stacked(masks: Iterable[np.ndarray]) -> np.ndarray:
-    found = list(masks)
+    """Raises HookError for what is no iterable of arrays of one shape."""
+    is_list = isinstance(masks, Iterable) and getattr(masks, "ndim", 1) > 0
+    found = [np.asarray(mask) for mask in masks] if is_list else []
+    if not is_list or any(mask.ndim != 2 or mask.shape != found[0].shape for mask in found):
+        raise HookError(
+            f"Masks are an array [set, input, node] or a list of arrays [input, node], got {type(masks).__name__}"
+            f"{f' of {list(found[0].shape)}' if found else ''}.",
+            field="masks",
+        )
     return np.stack(found) if found else np.zeros((0, 0, 0), dtype=bool)
 
 
@@ -200,6 +208,8 @@ class EdgeRuns:
         Raises:
             HookError: for an unknown edge, and a metric that is not finite.
         """
+        if isinstance(sets, str) or not isinstance(sets, Iterable):
+            raise HookError(f"sets is a list of lists of edges, got {sets!r:.100}.", field="sets")
         return self.masked(IndexedSets(self.graph, [self.graph.indices_of(each) for each in sets]), progress)
 
     def mask(self, edges: Collection[str | Edge]) -> np.ndarray:
@@ -217,7 +227,8 @@ class EdgeRuns:
         Raises:
             HookError: for masks of another shape or type, and a metric that is not finite.
         """
-        masks = masks if isinstance(masks, np.ndarray | IndexedSets) else _stacked(masks)
+        if not isinstance(masks, IndexedSets) and not (isinstance(masks, np.ndarray) and masks.ndim == 3):
+            masks = _stacked(masks)
         found = np.zeros((len(masks), len(self.data)))
         at_once = [self.sets_at_once(batch) for batch in self.batches]
         total, done = sum(-(-len(masks) // each) for each in at_once), 0
@@ -310,7 +321,7 @@ class EdgeRuns:
 def _ablation_of(given: str | None, data: EvalData) -> EdgeAblation:
     if given is None:
         return "corrupted" if data.has_corrupted else "mean"
-    if given not in ABLATIONS:
+    if not isinstance(given, str) or given not in ABLATIONS:
         raise HookError(f"ablation is one of {', '.join(ABLATIONS)}, got {given!r}.", field="ablation")
     if given == "corrupted" and not data.has_corrupted:
         raise HookError(

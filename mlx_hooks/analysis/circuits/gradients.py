@@ -3,7 +3,7 @@
 Weights are never differentiated, so quantised ones are no different, and a backward pass costs about a forward pass.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -56,10 +56,12 @@ def gradients(
         everything unevaluated.
 
     Raises:
-        HookError: for no hook point, an unknown one, one that can be read but not replaced, or that is met several
-            times in a pass.
+        HookError: for what are no tokens of the model, no hook point, an unknown one, one that can be read but not
+            replaced, or that is met several times in a pass.
     """
     check_hooked(model)
+    if isinstance(points, str) or not isinstance(points, Iterable):
+        raise HookError(f"points is a list of hook points or their names, got {points!r:.100}.", field="points")
     named = [[each] if isinstance(each, HookPoint) else select(model.hook_points, each) for each in points]
     # Names may overlap: "blocks.0.*" and "*.hook_z".
     chosen = list(dict.fromkeys(point for each in named for point in each))
@@ -67,7 +69,7 @@ def gradients(
         raise HookError("Gradients are taken with respect to at least one hook point: name one.", field="points")
     for point in chosen:
         model.architecture.check_editable(point)
-    rows = np.asarray(tokens)
+    rows = np.array(model.to_tokens(tokens))
     shapes = _shapes(model, rows, chosen)
 
     def run(changes: list[mx.array]) -> tuple[mx.array, mx.array, list[mx.array]]:

@@ -100,6 +100,8 @@ def replace_groups(
     data = eval_data_of(model, eval_data)
     if putting in ("resample", "clean") and not data.has_corrupted:
         raise HookError(f"{putting} needs corrupted prompts: give every example one.", field=FIELD)
+    if not isinstance(groups, list | tuple):
+        raise HookError(f"groups is a list of lists of components, got {groups!r:.100}.", field="groups")
     chosen = [_members(model, group, i) for i, group in enumerate(groups)]
     if not chosen:
         raise HookError("groups names at least one group of components.", field="groups")
@@ -137,6 +139,8 @@ def _sides(batch: EvalBatch, putting: Putting) -> tuple[np.ndarray, np.ndarray |
 
 def _members(model: HookedModel, group: Sequence[str], i: int) -> list[Component]:
     field = f"groups[{i}]"
+    if not isinstance(group, list | tuple) or not all(isinstance(name, str) for name in group):
+        raise HookError(f"A group is a list of names of components, got {group!r:.100}.", field=field)
     if not group or len(set(group)) < len(group):
         raise HookError(f"A group names at least one component, each once; got {list(group)}.", field=field)
     known = {c.name: c for part in PARTS for c in _of_part(model, part)} | _streams(model)

@@ -78,7 +78,7 @@ def to_neuronpedia(
         raise HookError(f"created is in seconds since 1970, got {created!r:.100}.", field="created")
     chosen = _example(model, example)
     places = places_of(circuit)
-    at = _positions(places, positions or {}, len(chosen.tokens))
+    at = _positions(places, {} if positions is None else positions, len(chosen.tokens))
     spelled = TokenText(model.tokenizer)
     tokens = [visible_token(spelled.text(token)) for token in chosen.tokens]
     embedded = _embed_nodes(chosen, tokens)
@@ -95,7 +95,7 @@ def to_neuronpedia(
         "metadata": _metadata(circuit, model, chosen, tokens, spelled, slug, created),
         "qParams": {
             "pinnedIds": [node["node_id"] for node in nodes if node["node_id"] in linked],
-            "supernodes": _supernodes(ids, supernodes or {}),
+            "supernodes": _supernodes(ids, {} if supernodes is None else supernodes),
             "linkType": "both",
             "clickedId": answer["node_id"],
             "sg_pos": "",
@@ -154,7 +154,7 @@ def _positions(places: Mapping[str, Place], given: Mapping[str, int], n_tokens: 
 
 
 def _known(places: Mapping[str, Any], names: Any, field: str) -> None:
-    unknown = [name for name in names if name not in places or name in (EMBED, LOGITS)]
+    unknown = [name for name in names if not isinstance(name, str) or name not in places or name in (EMBED, LOGITS)]
     if unknown:
         there = [name for name in places if name not in (EMBED, LOGITS)]
         raise HookError(f"The circuit has no node {unknown[0]!r} to place. It has {', '.join(there)}.", field=field)

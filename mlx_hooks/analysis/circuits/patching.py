@@ -457,7 +457,13 @@ def _numbers(given: Any, name: str, i: int) -> tuple[int, ...]:
 
 
 def draw_patching(result: PatchingResult) -> list[tuple[str, "Figure"]]:
-    """The effects as a heat map: layers, or their heads, from top to bottom."""
+    """The effects as a heat map: layers, or their heads, from top to bottom.
+
+    Raises:
+        HookError: for what is no result, and without matplotlib.
+    """
+    if not isinstance(result, PatchingResult):
+        raise HookError(f"result is what a patching function answered, got {type(result).__name__}.", field="result")
     from ..charts import component_map, figure, heat_map, map_size
 
     told = {"denoising": "recovered by putting in clean activations", "noising": "lost by putting in corrupted ones"}

@@ -9,7 +9,7 @@ et al., "Interpretability in the Wild" (2022); Hanna et al., "Have Faith in Fait
 the curve Mueller et al., "MIB: A Mechanistic Interpretability Benchmark" (2025).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast, get_args
 
@@ -435,12 +435,14 @@ class _Ranking:
         n = len(self.names)
         if sizes is None:
             sizes = [max(1, round(fraction * n)) for fraction in FRACTIONS]
-        wrong = [size for size in sizes if not is_whole(size) or not 0 <= size <= n]
-        if wrong:
+        listed: list[Any] = list(sizes) if isinstance(sizes, Iterable) else []
+        wrong = [size for size in listed if not is_whole(size) or not 0 <= size <= n]
+        if wrong or not isinstance(sizes, Iterable):
+            got = wrong[0] if wrong else sizes
             raise HookError(
-                f"sizes are whole numbers from 0 to {n}, the edges of the model, got {wrong[0]!r}.", field="sizes"
+                f"sizes are whole numbers from 0 to {n}, the edges of the model, got {got!r}.", field="sizes"
             )
-        self.run([0, *(int(size) for size in sizes), n], progress)
+        self.run([0, *(int(size) for size in listed), n], progress)
         return self.told()
 
     def told(self) -> FaithfulnessCurve:
