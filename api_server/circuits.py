@@ -21,6 +21,7 @@ from mlx_hooks.analysis.circuits.path_patching import path_patching as patch_pat
 from mlx_hooks.analysis.circuits.pharo import to_neuroscope
 from mlx_hooks.analysis.circuits.validation import CircuitValidation, validate_circuit
 from mlx_hooks.analysis.eval_data import FIELD, EvalData, eval_data_of
+from mlx_hooks.analysis.progress import Part
 
 from .aside import Report
 from .errors import ApiError
@@ -48,7 +49,7 @@ def ablation(model: HookedModel, asked: AblationRequest, report: Report) -> dict
         return analyse_causal(model, data, options, report)
     found = {}
     for i, name in enumerate(asked.chosen):
-        part = _part_of(report, i, len(asked.chosen))
+        part = Part(report, i, len(asked.chosen))
         found[name] = _of_groups(model, data, asked, asked.groups, name, part, asked.mean_over).to_dict()
     return {
         "eval_data": data.to_dict(),
@@ -115,8 +116,8 @@ def circuit(model: HookedModel, asked: CircuitRequest, report: Report) -> dict[s
     """Find a circuit, prune it, and judge it."""
     runs = _runs(model, asked, asked.eval_data)
     judging = runs if asked.judge_by is None else _judging(runs, asked, asked.judge_by)
-    found = _found(runs, asked, _part_of(report, 0, 2))
-    validation = _judged(judging, found, asked, _part_of(report, 1, 2))
+    found = _found(runs, asked, Part(report, 0, 2))
+    validation = _judged(judging, found, asked, Part(report, 1, 2))
     written: dict[str, Any] = {}
     if "neuroscope-circuit" in asked.formats:
         written["neuroscope_circuit"] = to_neuroscope(found, asked.name, validation.faithfulness.mean)
@@ -249,8 +250,3 @@ def _check_runs(count: int, param: str) -> None:
             code="limit_exceeded",
             param=param,
         )
-
-
-def _part_of(report: Report, i: int, parts: int) -> Report:
-    """The progress of one of several parts as that of the whole."""
-    return lambda done, total: report(i * total + done, parts * total)

@@ -313,7 +313,7 @@ def test_the_progress_of_a_circuit_never_falls(tiny: HookedModel, method: dict[s
     assert told[-1] == 1
     assert len([at for at in told if at < 0.5]) > 2
     # The other half is the judging.
-    assert told[-2] == 0.5
+    assert 0.5 in told
 
 
 def test_judging_is_the_second_half(tiny: HookedModel) -> None:
@@ -322,14 +322,17 @@ def test_judging_is_the_second_half(tiny: HookedModel) -> None:
     body = {"eval_data": PAIRS, "size": 60, "random_circuits": 0, "formats": [], "batch_size": 1, "method": "eap"}
     circuits.circuit(tiny, CircuitRequest(**body), lambda done, total: told.append(done / total))
     assert told == sorted(told)
-    assert told[-4:] == pytest.approx([3 / 6, 4 / 6, 5 / 6, 1])
+    # Of three batches: as it is; replaced and all replaced; corrupted; replaced and both sets.
+    judged = [at for at in told if at > 0.5]
+    assert judged == pytest.approx([0.5 + i / 36 for i in range(1, 19)], abs=1e-3)
 
 
 def test_the_progress_of_groups_never_falls(tiny: HookedModel) -> None:
     told: list[float] = []
     body = {"eval_data": PAIRS, "groups": [["L2H1"], ["L0 mlp"]], "ablations": ["zero", "resample"]}
     circuits.ablation(tiny, AblationRequest(**body), lambda done, total: told.append(done / total))
-    assert told == [0.25, 0.5, 0.75, 1.0]
+    # Two baselines and two groups; to resample the corrupted prompts too.
+    assert told == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------
