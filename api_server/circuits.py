@@ -66,12 +66,14 @@ def patching(model: HookedModel, asked: PatchingRequest, report: Report) -> dict
         effects = _of_groups(model, data, asked, asked.groups, putting, report)
         about = {"eval_data": data.to_dict(), "direction": asked.direction, "metric": effects.metric.name}
         return about | {"groups": effects.to_dict()}
-    _check_runs(_n_cells(model, data, asked) * len(data), "cells" if asked.cells is not None else "sweep")
+    is_estimate = asked.method == "attribution"
+    count = _n_cells(model, data, asked) * len(data)
+    _check_runs(count, "cells" if asked.cells is not None else "sweep", "places" if is_estimate else "runs")
     sweep: Any = asked.sweep or "layer x position"
     if asked.cells is not None:
         sweep = [cell.plain() for cell in asked.cells]
     options = asked.model_dump(include={"component", "components", "direction", "align", "batch_size"})
-    patch = attribution_patching if asked.method == "attribution" else activation_patching
+    patch = attribution_patching if is_estimate else activation_patching
     try:
         found = patch(model, data, sweep, metric=asked.metric, progress=report, **options)
     except HookError as error:
@@ -241,12 +243,12 @@ def _n_cells(model: HookedModel, data: EvalData, asked: PatchingRequest) -> int:
     return count
 
 
-def _check_runs(count: int, param: str) -> None:
-    """Raises ApiError for a sweep that would keep everybody else waiting for long."""
+def _check_runs(count: int, param: str, what: str = "runs") -> None:
+    """Raises ApiError for a sweep that would keep everybody else waiting for long: by what it has of each prompt."""
     if count > MAX_RUNS:
         raise ApiError(
             400,
-            f"The sweep would take {count} runs of a prompt; at most {MAX_RUNS} are allowed: ask for less at a time.",
+            f"The sweep would take {count} {what} of a prompt; at most {MAX_RUNS} are allowed: ask for less at a time.",
             code="limit_exceeded",
             param=param,
         )

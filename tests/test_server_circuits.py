@@ -229,6 +229,8 @@ def test_sweeps_are_limited_by_their_cells(
     reply = client.post("/v1/analysis/patching", json={"eval_data": PAIRS[:1], "sweep": sweep})
     assert (reply.status_code, reply.json["error"]["param"]) == (400, "sweep")
     assert f"would take {4 * cells} runs" in reply.json["error"]["message"]
+    reply = client.post("/v1/analysis/patching", json={"eval_data": PAIRS[:1], "sweep": sweep, "method": "attribution"})
+    assert f"would take {4 * cells} places" in reply.json["error"]["message"]
     monkeypatch.setattr(circuits, "MAX_RUNS", 4 * cells)
     asked(client, "patching", {"eval_data": PAIRS[:1], "sweep": sweep})
 
@@ -513,6 +515,8 @@ RUBBISH: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("edges", {"eval_data": PAIRS * 85, "method": "exact"}, "method", "at most 100000 are allowed"),
     ("circuit", {"eval_data": PAIRS, "size": 3, "threshold": 1}, "threshold", "is left out where 'size'"),
     ("circuit", {"eval_data": PAIRS, "method": "acdc"}, "threshold", "is required for acdc"),
+    ("circuit", {"eval_data": PAIRS, "method": "acdc", "threshold": 1, "size": 3}, "size", "is not taken by acdc"),
+    ("circuit", {"eval_data": PAIRS, "method": "acdc", "faithfulness": 0.5}, "faithfulness", "is not taken by acdc"),
     ("circuit", {"eval_data": PAIRS, "method": "acdc", "threshold": 1e6}, "threshold", "keeps no edge"),
     ("circuit", {"eval_data": PAIRS, "threshold": 1e6}, "threshold", "No edge"),
     ("circuit", {"eval_data": PAIRS, "size": 1}, "size", "the circuit would be empty"),

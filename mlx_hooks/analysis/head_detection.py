@@ -169,9 +169,11 @@ def detect_heads(
     for rule, detector in DETECTORS.items():
         if not np.isfinite(values[rule]).any():
             reasons[rule] = detector.needs
-    told: dict[str, Sequence[Estimate]] = {
-        rule: means(values[rule], **chosen.of_intervals) for rule in DETECTORS if rule not in reasons
-    }
+    told: dict[str, Sequence[Estimate]] = {}
+    for rule in DETECTORS:
+        if rule not in reasons:
+            told[rule] = means(values[rule], **chosen.of_intervals)
+            passes.tell()
     by_chance = {rule: float(np.nanmean(chance[rule])) for rule in told}
     if chosen.copying:
         told, reasons = _with_copying(model, shown, names, told, reasons)
