@@ -21,6 +21,7 @@ from mlx_hooks.analysis.circuits.path_patching import path_patching as patch_pat
 from mlx_hooks.analysis.circuits.pharo import to_neuroscope
 from mlx_hooks.analysis.circuits.validation import CircuitValidation, validate_circuit
 from mlx_hooks.analysis.eval_data import FIELD, EvalData, eval_data_of
+from mlx_hooks.analysis.progress import Part
 
 from .aside import Report
 from .errors import ApiError
@@ -47,7 +48,7 @@ def ablation(model: HookedModel, asked: AblationRequest, report: Report) -> dict
         return analyse_causal(model, data, options, report)
     found = {}
     for i, name in enumerate(asked.chosen):
-        part = _part_of(report, i, len(asked.chosen))
+        part = Part(report, i, len(asked.chosen))
         found[name] = _of_groups(model, data, asked, asked.groups, name, part, asked.mean_over).to_dict()
     return {
         "eval_data": data.to_dict(),
@@ -64,12 +65,14 @@ def patching(model: HookedModel, asked: PatchingRequest, report: Report) -> dict
         effects = _of_groups(model, data, asked, asked.groups, putting, report)
         about = {"eval_data": data.to_dict(), "direction": asked.direction, "metric": effects.metric.name}
         return about | {"groups": effects.to_dict()}
-    _check_runs(_n_cells(model, data, asked) * len(data), "cells" if asked.cells is not None else "sweep")
+    is_estimate = asked.method == "attribution"
+    count = _n_cells(model, data, asked) * len(data)
+    _check_runs(count, "cells" if asked.cells is not None else "sweep", "places" if is_estimate else "runs")
     sweep: Any = asked.sweep or "layer x position"
     if asked.cells is not None:
         sweep = [cell.plain() for cell in asked.cells]
     options = asked.model_dump(include={"component", "components", "direction", "align", "batch_size"})
-    patch = attribution_patching if asked.method == "attribution" else activation_patching
+    patch = attribution_patching if is_estimate else activation_patching
     try:
         found = patch(model, data, sweep, metric=asked.metric, progress=report, **options)
     except HookError as error:
@@ -114,8 +117,8 @@ def circuit(model: HookedModel, asked: CircuitRequest, report: Report) -> dict[s
     """Find a circuit, prune it, and judge it."""
     runs = _runs(model, asked, asked.eval_data)
     judging = runs if asked.judge_by is None else _judging(runs, asked, asked.judge_by)
-    found = _found(runs, asked, _part_of(report, 0, 2))
-    validation = _judged(judging, found, asked, _part_of(report, 1, 2))
+    found = _found(runs, asked, Part(report, 0, 2))
+    validation = _judged(judging, found, asked, Part(report, 1, 2))
     written: dict[str, Any] = {}
     if "neuroscope-circuit" in asked.formats:
         written["neuroscope_circuit"] = to_neuroscope(found, asked.name, validation.faithfulness.mean)
@@ -239,17 +242,12 @@ def _n_cells(model: HookedModel, data: EvalData, asked: PatchingRequest) -> int:
     return count
 
 
-def _check_runs(count: int, param: str) -> None:
-    """Raises ApiError for a sweep that would keep everybody else waiting for long."""
+def _check_runs(count: int, param: str, what: str = "runs") -> None:
+    """Raises ApiError for a sweep that would keep everybody else waiting for long: by what it has of each prompt."""
     if count > MAX_RUNS:
         raise ApiError(
             400,
-            f"The sweep would take {count} runs of a prompt; at most {MAX_RUNS} are allowed: ask for less at a time.",
+            f"The sweep would take {count} {what} of a prompt; at most {MAX_RUNS} are allowed: ask for less at a time.",
             code="limit_exceeded",
             param=param,
         )
-
-
-def _part_of(report: Report, i: int, parts: int) -> Report:
-    """The progress of one of several parts as that of the whole."""
-    return lambda done, total: report(i * total + done, parts * total)

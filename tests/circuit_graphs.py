@@ -72,7 +72,14 @@ class Runs:
         self.plain = self.without([[]])[0]
         self.ablated = self.without([[edge.name for edge in graph.edges]])[0]
         self.corrupted = self.ablated
+        self.data = SimpleNamespace(has_corrupted=True)
         self.calls.clear()
+
+    def level(self, name: str, progress: object = None) -> np.ndarray:
+        return getattr(self, name)
+
+    def n_passes(self, *sweeps: int, levels: Sequence[str] = ()) -> int:
+        return len(sweeps)
 
     def masked(self, sets: IndexedSets, progress: object = None) -> np.ndarray:
         return self.without([[self.graph.edges[i].name for i in each] for each in sets.sets], progress)

@@ -214,7 +214,8 @@ def test_nothing_stays_behind_and_a_seed_tells_it_again(llama: HookedModel) -> N
     options = {"ablations": ["resample"], "components": ["heads"], "seed": 3}
     first = analyse_causal(llama, ROWS, options, lambda *done: seen.append(done))
     assert analyse_causal(llama, ROWS, options) == first
-    assert seen == [(i + 1, 12) for i in range(12)]
+    # And the batch as it is, and those that it is resampled from.
+    assert seen == [(i + 1, 12 + 2) for i in range(12 + 2)]
     assert np.array_equal(np.array(llama.model(llama.to_tokens(ROWS))), before)
 
 

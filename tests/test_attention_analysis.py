@@ -356,7 +356,8 @@ def test_detection_is_the_mean_over_sequences(llama: HookedModel) -> None:
     seen: list[tuple[int, int]] = []
     options = {"layers": [2], "copying": False}
     found = detect_heads(llama, prompts, options, lambda *done: seen.append(done))
-    assert seen == [(2, 4), (3, 4), (4, 4)]
+    # Others have a turn between the bootstraps, too.
+    assert list(dict.fromkeys(seen)) == [(2, 4), (3, 4), (4, 4)]
     assert found.heads == ((2, 0), (2, 1), (2, 2), (2, 3))
     for rule in heads.DETECTORS:
         own = []

@@ -9,6 +9,7 @@ from test_edge_runs import ALSO_LONGER, LONGER, PAIRS, difference, rows
 from tiny_models import make_model
 
 from mlx_hooks import HookedModel, HookError
+from mlx_hooks.analysis import eval_data
 from mlx_hooks.analysis.ablation import MeanOver
 from mlx_hooks.analysis.circuits import edge_attribution
 from mlx_hooks.analysis.circuits.ablation_study import ablate_edges
@@ -138,7 +139,8 @@ def test_batches_and_lengths_do_not_matter(llama: HookedModel) -> None:
         llama, [*PAIRS, LONGER], {"batch_size": 1}, progress=lambda done, of: told.append((done, of))
     )
     np.testing.assert_allclose(together.values, apart.values, atol=1e-5)
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    # Of each batch: what it writes, what is put in, a gradient, the embedding ablated, and as it is.
+    assert told == [(i + 1, 15) for i in range(15)]
 
 
 def test_what_is_told_of_scores(tiny: HookedModel) -> None:
@@ -239,19 +241,19 @@ def test_points_run_apart_where_a_backward_pass_would_hold_too_much(
 def test_progress_is_told_between_points_of_the_way(llama: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others take their turn there, and a job is cancelled there."""
     whole = attribute_edges(llama, [*PAIRS, LONGER])
-    monkeypatch.setattr(edge_attribution, "TOKENS_AT_ONCE", 2 * len(PAIRS) * len(PAIRS[0]["clean"]))
+    monkeypatch.setattr(eval_data, "TOKENS_AT_ONCE", 2 * eval_data.BACKWARD * len(PAIRS) * len(PAIRS[0]["clean"]))
     told: list[tuple[int, int]] = []
     apart = attribute_edges(llama, [*PAIRS, LONGER], progress=lambda done, of: told.append((done, of)))
     np.testing.assert_allclose(apart.values, whole.values, atol=1e-5)
-    assert len(told) > 2 + 1
+    assert len(told) > 2 * 5
     assert told == [(i + 1, len(told)) for i in range(len(told))]
 
     class Cancelled(Exception):
         pass
 
     def cancel(done: int, of: int) -> None:
-        assert done == 1
-        raise Cancelled
+        if done == 3:
+            raise Cancelled
 
     runs: list[int] = []
 
@@ -269,7 +271,8 @@ def test_no_pass_keeps_others_waiting_for_long(llama: HookedModel) -> None:
     told: list[int] = []
     long = [{"clean": [7] * 300, "corrupted": [8] * 300, "answer": 1, "wrong": 2}]
     attribute_edges(llama, long, {"steps": 13}, progress=lambda done, of: told.append(of))
-    assert told == [3] * 3
+    # Seven passes with gradients, of 2 points each; and what it writes, what is put in, ablated, and as it is.
+    assert told == [7 + 4] * (7 + 4)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def test_sets_run_together_are_what_they_are_alone(llama: HookedModel) -> None:
     tight = EdgeRuns(llama, data, max_bytes=1, batch_size=1)
     told: list[tuple[int, int]] = []
     np.testing.assert_allclose(tight.without(sets, lambda done, of: told.append((done, of))), together, atol=1e-5)
-    assert told == [(i + 1, 12) for i in range(12)]
+    # What is put in is a pass of each batch.
+    assert told == [(i + 1, 12 + 3) for i in range(12 + 3)]
     # Bit for bit where nothing is replaced, and where another set's edges lie elsewhere.
     alone = logits_of(llama, np.array(rows(PAIRS, "clean")))
     batch = runs.batches[0]

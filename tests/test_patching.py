@@ -350,8 +350,10 @@ def test_key_value_heads_are_named_and_positions_have_their_tokens(llama: Hooked
 def test_progress_comes_to_the_end(llama: HookedModel) -> None:
     seen: list[tuple[int, int]] = []
     activation_patching(llama, pairs(3), "layer x head", batch_size=2, progress=lambda *at: seen.append(at))
-    assert seen[-1] == (24, 24)
+    # Of two batches: four baselines, four captures, and 12 cells each; nothing continues from its middle.
+    assert seen[-1] == (32, 32)
     assert seen == sorted(seen)
+    assert seen[0] == (1, 36)
 
 
 def test_sweeps_are_drawn(llama: HookedModel) -> None:

@@ -229,6 +229,8 @@ def test_sweeps_are_limited_by_their_cells(
     reply = client.post("/v1/analysis/patching", json={"eval_data": PAIRS[:1], "sweep": sweep})
     assert (reply.status_code, reply.json["error"]["param"]) == (400, "sweep")
     assert f"would take {4 * cells} runs" in reply.json["error"]["message"]
+    reply = client.post("/v1/analysis/patching", json={"eval_data": PAIRS[:1], "sweep": sweep, "method": "attribution"})
+    assert f"would take {4 * cells} places" in reply.json["error"]["message"]
     monkeypatch.setattr(circuits, "MAX_RUNS", 4 * cells)
     asked(client, "patching", {"eval_data": PAIRS[:1], "sweep": sweep})
 
@@ -313,7 +315,7 @@ def test_the_progress_of_a_circuit_never_falls(tiny: HookedModel, method: dict[s
     assert told[-1] == 1
     assert len([at for at in told if at < 0.5]) > 2
     # The other half is the judging.
-    assert told[-2] == 0.5
+    assert 0.5 in told
 
 
 def test_judging_is_the_second_half(tiny: HookedModel) -> None:
@@ -322,14 +324,17 @@ def test_judging_is_the_second_half(tiny: HookedModel) -> None:
     body = {"eval_data": PAIRS, "size": 60, "random_circuits": 0, "formats": [], "batch_size": 1, "method": "eap"}
     circuits.circuit(tiny, CircuitRequest(**body), lambda done, total: told.append(done / total))
     assert told == sorted(told)
-    assert told[-4:] == pytest.approx([3 / 6, 4 / 6, 5 / 6, 1])
+    # Of three batches: as it is; replaced and all replaced; corrupted; replaced and both sets.
+    judged = [at for at in told if at > 0.5]
+    assert judged == pytest.approx([0.5 + i / 36 for i in range(1, 19)], abs=1e-3)
 
 
 def test_the_progress_of_groups_never_falls(tiny: HookedModel) -> None:
     told: list[float] = []
     body = {"eval_data": PAIRS, "groups": [["L2H1"], ["L0 mlp"]], "ablations": ["zero", "resample"]}
     circuits.ablation(tiny, AblationRequest(**body), lambda done, total: told.append(done / total))
-    assert told == [0.25, 0.5, 0.75, 1.0]
+    # Two baselines and two groups; to resample the corrupted prompts too.
+    assert told == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------
@@ -510,6 +515,8 @@ RUBBISH: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("edges", {"eval_data": PAIRS * 85, "method": "exact"}, "method", "at most 100000 are allowed"),
     ("circuit", {"eval_data": PAIRS, "size": 3, "threshold": 1}, "threshold", "is left out where 'size'"),
     ("circuit", {"eval_data": PAIRS, "method": "acdc"}, "threshold", "is required for acdc"),
+    ("circuit", {"eval_data": PAIRS, "method": "acdc", "threshold": 1, "size": 3}, "size", "is not taken by acdc"),
+    ("circuit", {"eval_data": PAIRS, "method": "acdc", "faithfulness": 0.5}, "faithfulness", "is not taken by acdc"),
     ("circuit", {"eval_data": PAIRS, "method": "acdc", "threshold": 1e6}, "threshold", "keeps no edge"),
     ("circuit", {"eval_data": PAIRS, "threshold": 1e6}, "threshold", "No edge"),
     ("circuit", {"eval_data": PAIRS, "size": 1}, "size", "the circuit would be empty"),

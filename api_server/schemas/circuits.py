@@ -310,11 +310,16 @@ class CircuitRequest(EdgeRunsRequest):
 
     @model_validator(mode="after")
     def _one_limit(self) -> "CircuitRequest":
+        if self.method == "acdc":
+            for name in ("size", "faithfulness"):
+                _refuse(self, name, "is not taken by acdc, which goes by 'threshold'")
+            if self.threshold is None:
+                raise PydanticCustomError(
+                    "no_threshold", "Field '{param}' is required for acdc", {"param": "threshold"}
+                )
         given = [name for name in ("size", "threshold", "faithfulness") if getattr(self, name) is not None]
         if len(given) > 1:
             _refuse(self, given[1], f"is left out where '{given[0]}' says how much is taken")
-        if self.method == "acdc" and self.threshold is None:
-            raise PydanticCustomError("no_threshold", "Field '{param}' is required for acdc", {"param": "threshold"})
         if len(set(self.formats)) < len(self.formats):
             raise PydanticCustomError("twice", "Field '{param}' has each name once", {"param": "formats"})
         return self

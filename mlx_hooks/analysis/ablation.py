@@ -12,7 +12,7 @@ with corrupted partners removes just what tells the two apart. Source: Wang et a
 (2022); Zhang and Nanda, "Towards Best Practices of Activation Patching" (2023).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,13 +28,13 @@ from .components import Component, Numbers, Part, Replacement, captured, compone
 from .eval_data import FIELD, NOTHING, EvalBatch, EvalData, eval_data_of
 from .intervals import IntervalOptions, few, means
 from .measures import at_targets, divergences, log_probabilities, logit_differences
+from .progress import Passes, Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Ablation = Literal["zero", "mean", "resample"]
 MeanOver = Literal["all", "position"]
-Progress = Callable[[int, int], None] | None
 Count = Annotated[int, Field(ge=1)]
 
 ABLATIONS: dict[str, str] = {
@@ -140,23 +140,35 @@ class Bench:
             return ABLATIONS["position"]
         return ABLATIONS["corrupted" if ablation == "resample" and self.data.has_corrupted else ablation]
 
-    def replacements(self, ablation: Ablation, batch: EvalBatch) -> Numbers | None:
+    def n_passes(self, ablation: Ablation) -> int:
+        """How many passes ``replacements`` takes, of all batches together."""
+        known = ablation == "zero" or (ablation == "mean" and self._means is not None)
+        return 0 if known else len(self.batches)
+
+    def replacements(self, ablation: Ablation, batch: EvalBatch, passes: Passes | None = None) -> Numbers | None:
         """What is put in for a batch; None stands for zeros.
 
         Examples without a partner get what they have themselves in resampling: see ``is_resampled``.
+
+        Args:
+            passes: counts those that it takes: for the first mean all batches run.
         """
+        passes = passes or Passes()
         if ablation == "zero":
             return None
         if ablation == "mean":
             if self._means is None:
-                self._means = self._find_means()
+                self._means = self._find_means(passes)
             return self._means
-        if batch.corrupted is not None:
-            return self.values(batch.corrupted)
-        length = batch.tokens.shape[1]
-        own = [i if self.partners[i] is None else self.partners[i] for i in batch.indices]
-        # Attention looks back only: what stands behind changes nothing at the positions before.
-        return self.values(np.array([self.data.examples[int(i or 0)].tokens[:length] for i in own]))
+        tokens = batch.corrupted
+        if tokens is None:
+            length = batch.tokens.shape[1]
+            own = [i if self.partners[i] is None else self.partners[i] for i in batch.indices]
+            # Attention looks back only: what stands behind changes nothing at the positions before.
+            tokens = np.array([self.data.examples[int(i or 0)].tokens[:length] for i in own])
+        found = self.values(tokens)
+        passes.passed()
+        return found
 
     def is_resampled(self, batch: EvalBatch) -> np.ndarray:
         """Which examples of a batch have a partner to be resampled from, [batch]."""
@@ -169,7 +181,7 @@ class Bench:
             name: {index: Replacement(value, True) for index, value in passes.items()} for name, passes in held.items()
         }
 
-    def _find_means(self) -> dict[str, dict[int, Replacement]]:
+    def _find_means(self, passes: Passes) -> dict[str, dict[int, Replacement]]:
         if self.mean_over == "position":
             check_means(self.data)
         sums: dict[tuple[str, int], np.ndarray] = {}
@@ -177,14 +189,15 @@ class Bench:
         longest = max(batch.tokens.shape[1] for batch in self.batches)
         for batch in self.batches:
             n, length = batch.tokens.shape
-            for name, passes in captured(self.model, batch.tokens, self.points).items():
-                for index, value in passes.items():
+            for name, held in captured(self.model, batch.tokens, self.points).items():
+                for index, value in held.items():
                     rows = to_numpy(value).astype(np.float64).sum(axis=0)
                     key = name, index
                     if key not in sums:
                         sums[key], counts[key] = np.zeros((longest, *rows.shape[1:])), np.zeros(longest)
                     sums[key][:length] += rows
                     counts[key][:length] += n
+            passes.passed()
         found: dict[str, dict[int, Replacement]] = {}
         for (name, index), total in sums.items():
             count = counts[name, index]
@@ -260,7 +273,7 @@ def analyse_causal(
 
     Args:
         eval_data: see :func:`eval_data_of`.
-        progress: called with the runs done and to do.
+        progress: called with the passes that are done, and how many there are.
 
     Returns:
         plain JSON values: ``plain`` has the measures without ablation; each of ``components`` its ``ablations``, in
@@ -355,14 +368,16 @@ def _measure_all(
     plain: dict[str, np.ndarray] = {name: np.zeros(n) for name in measures}
     keys: list[_Key] = [(i, a, name) for i in range(len(bench.components)) for a in ablations for name in measures]
     changes: dict[_Key, np.ndarray] = {key: np.full(n, np.nan) for key in keys}
-    done, total, left_out = 0, len(bench.batches) * len(bench.components) * len(ablations), 0
+    left_out, of_batch = 0, 1 + len(bench.components) * len(ablations)
+    passes = Passes(progress, len(bench.batches) * of_batch + sum(map(bench.n_passes, ablations)))
     for batch in bench.batches:
         logits = bench.run(batch.tokens)
         here, before = bench.measure(logits, batch), log_probabilities(logits, batch)
         for name in measures:
             plain[name][batch.indices] = getattr(here, name)
+        passes.passed()
         for ablation in ablations:
-            numbers = bench.replacements(ablation, batch)
+            numbers = bench.replacements(ablation, batch, passes)
             counted = bench.is_resampled(batch) if ablation == "resample" else np.ones(len(batch.indices), dtype=bool)
             left_out += int((~counted).sum())
             for i, component in enumerate(bench.components):
@@ -370,7 +385,5 @@ def _measure_all(
                 for name in measures:
                     change = getattr(found, name) - (0 if name == "kl" else getattr(here, name))
                     changes[i, ablation, name][batch.indices] = np.where(counted, change, np.nan)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+                passes.passed()
     return plain, changes, left_out

@@ -31,7 +31,7 @@ from .head_detection import HOW, chance_of, rule_scores
 from .head_weights import HeadWeights, chosen_layers, head_weights
 from .heads import DETECTORS, mean_attention
 from .patterns import LayerPattern, has_pattern, layer_patterns
-from .top_rows import Progress
+from .progress import Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

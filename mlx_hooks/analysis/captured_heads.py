@@ -16,7 +16,8 @@ from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import RowPart, Rows
 from . import heads
-from .top_rows import Progress, finite
+from .progress import Progress
+from .top_rows import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

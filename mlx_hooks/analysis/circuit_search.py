@@ -28,12 +28,13 @@ from pydantic import Field
 from ..errors import HookError
 from ..model import HookedModel
 from ..options import options, options_of
-from .ablation import Ablation, Bench, ExampleOptions, Progress
+from .ablation import Ablation, Bench, ExampleOptions
 from .components import Component, Numbers, Part, components_of
 from .eval_data import FIELD, EvalBatch, eval_data_of
 from .faithfulness import check_differ, is_near, less_than_one
 from .intervals import FEWEST, Estimate, few, means, ratios
 from .patched_runs import Cell, PatchedRuns
+from .progress import Passes, Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,6 +94,7 @@ class Search:
         self.ablation = ablation
         self.progress = progress
         self.n_runs = 0
+        self._passes = Passes(self._tell)
         alone = [ablation == "resample" and not bench.data.has_corrupted and p is None for p in bench.partners]
         self.counted = ~np.array(alone)
         """Which examples can be ablated: the others have no partner to be resampled from. [example]"""
@@ -117,6 +119,7 @@ class Search:
             for i, batch in enumerate(self.bench.batches):
                 numbers = self._replacements(i, batch) if outside else None
                 found[batch.indices] = self._score(batch.tokens, batch, outside, numbers)
+                self._tell()
             self._known[key] = found[self.counted]
             self._advance()
         return self._known[key]
@@ -127,6 +130,7 @@ class Search:
         for batch in self.bench.batches:
             assert batch.corrupted is not None
             found[batch.indices] = self._score(batch.corrupted, batch)
+            self._tell()
         return found[self.counted]
 
     def patched(self) -> np.ndarray:
@@ -136,10 +140,13 @@ class Search:
         for batch in self.bench.batches:
             assert batch.corrupted is not None
             plain = self._score(batch.corrupted, batch)
-            for indices, logits in PatchedRuns(self.bench.model, batch.corrupted, batch.tokens, cells).logits():
+            self._tell()
+            runs = PatchedRuns(self.bench.model, batch.corrupted, batch.tokens, cells, passes=self._passes)
+            for indices, logits in runs.logits():
                 n = len(indices)
                 scores = np.tile(plain, n) if logits is None else self._told(logits, batch.repeated(n))
                 found[np.ix_(batch.indices, np.array(indices))] = scores.reshape(n, -1).T
+                self._tell()
         self._advance()
         return found[self.counted]
 
@@ -155,7 +162,7 @@ class Search:
     def _replacements(self, i: int, batch: EvalBatch) -> Numbers | None:
         if i in self._kept:
             return self._kept[i]
-        numbers = self.bench.replacements(self.ablation, batch)
+        numbers = self.bench.replacements(self.ablation, batch, self._passes)
         n_bytes = sum(r.array.nbytes for passes in (numbers or {}).values() for r in passes.values())
         if self._n_bytes + n_bytes <= _MOST_KEPT:
             self._kept[i] = numbers
@@ -164,6 +171,10 @@ class Search:
 
     def _advance(self) -> None:
         self.n_runs += 1
+        self._tell()
+
+    def _tell(self, *passes: int) -> None:
+        """Say so after each pass: others may have a turn there."""
         if self.progress is not None:
             # How many sweeps there will be is not known: two are usual.
             self.progress(self.n_runs, max(3 * len(self.bench.components) + 4, self.n_runs + 1))

@@ -28,7 +28,7 @@ from ..hook_points import block_point, outer_point
 from ..model import HookedModel
 from .components import captured
 from .head_weights import HeadWeights, check_one_stream, chosen_layers, head_weights
-from .top_rows import Progress
+from .progress import Progress
 
 Kind = Literal["q", "k", "v"]
 _READS: dict[Kind, tuple[str, str]] = {"q": ("query", "key"), "k": ("key", "query"), "v": ("value", "output")}

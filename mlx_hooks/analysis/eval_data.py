@@ -23,6 +23,8 @@ MOST = 64
 """Examples that are taken of what has no length, unless told otherwise: training batches have no end."""
 TOKENS_AT_ONCE = 2**11
 """Of all that runs in one pass. More are no faster: caches hold less of them, and others wait for the pass."""
+BACKWARD = 3
+"""Forward passes that one with its gradients counts for."""
 FIELD = "eval_data"
 _KEYS = ("clean", "corrupted", "answer", "wrong")
 
@@ -107,18 +109,14 @@ class EvalData:
         """Whether each answer has a wrong one to be compared with."""
         return self.examples[0].wrong is not None
 
-    def batches(self, size: int) -> Iterator[EvalBatch]:
-        """The examples, at most ``size`` at once, those of one length together; lengths as they first appear.
+    def batches(self, size: int, cost: int = 1) -> Iterator[EvalBatch]:
+        """The examples, at most ``size`` at once, as :func:`together` has them.
 
-        Of long examples fewer run at once, so that a batch has at most TOKENS_AT_ONCE tokens, or one example.
+        Args:
+            cost: see :func:`rows_at_once`.
         """
-        by_length: dict[int, list[int]] = {}
-        for i, example in enumerate(self.examples):
-            by_length.setdefault(len(example.tokens), []).append(i)
-        for length, indices in by_length.items():
-            at_once = max(1, min(size, TOKENS_AT_ONCE // length))
-            for start in range(0, len(indices), at_once):
-                yield self._batch(indices[start : start + at_once])
+        for indices in together([len(example.tokens) for example in self.examples], size, cost):
+            yield self._batch(indices)
 
     def _batch(self, indices: list[int]) -> EvalBatch:
         chosen = [self.examples[i] for i in indices]
@@ -140,6 +138,29 @@ class EvalData:
             "wrong_answers": self.has_wrong,
             "cut": self.n_cut,
         }
+
+
+def rows_at_once(tokens: int, cost: int = 1) -> int:
+    """How many rows of so many tokens run in one pass: at most TOKENS_AT_ONCE tokens, or one row.
+
+    Args:
+        cost: passes that it counts for: 1, or BACKWARD.
+    """
+    return max(1, TOKENS_AT_ONCE // (cost * max(1, tokens)))
+
+
+def together(lengths: Sequence[int], size: int, cost: int = 1) -> Iterator[list[int]]:
+    """Indices of rows that run together: of one length, at most ``size``, of long ones as many as run in one pass.
+
+    list(together([3, 5, 3, 3], 2))         # [[0, 2], [3], [1]]: lengths as they first appear
+    """
+    by_length: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(i)
+    for length, same in by_length.items():
+        at_once = min(size, rows_at_once(length, cost))
+        for start in range(0, len(same), at_once):
+            yield same[start : start + at_once]
 
 
 def eval_data_of(

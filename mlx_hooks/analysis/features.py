@@ -13,8 +13,9 @@ from pydantic import Field
 from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import RowPart, Rows
+from .progress import Progress
 from .threads import one_thread
-from .top_rows import Progress, Spell, check_vectors, finite, from_position, told_row
+from .top_rows import Spell, check_vectors, finite, from_position, told_row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,11 +19,12 @@ from ..errors import HookError
 from ..model import HookedModel, Tokens
 from ..options import options, options_of
 from .composition import copying_scores
+from .eval_data import together
 from .head_weights import chosen_layers
 from .heads import DETECTORS, HeadScore, mean_attention
 from .intervals import Estimate, IntervalOptions, few, means
 from .patterns import has_pattern, layer_patterns
-from .top_rows import Progress
+from .progress import Passes, Progress
 
 COPYING = "copying"
 HOW = {name: f"mean attention to {detector.looks_at}" for name, detector in DETECTORS.items()} | {
@@ -40,7 +41,7 @@ class DetectionOptions(IntervalOptions):
         sequences: random ones that are made; of prompts the first so many are read.
         length: different random tokens, which are said twice; fewer where the model has fewer tokens or positions.
         copying: whether the copying score is told as well.
-        batch_size: sequences that run at once.
+        batch_size: sequences of one length that run at once, fewer of long ones.
         seed: of the tokens and the resamples.
     """
 
@@ -138,7 +139,7 @@ def detect_heads(
 
     Args:
         prompts: texts or rows of ids in place of random tokens.
-        progress: called with the sequences that are done, and that there are.
+        progress: called with what is done and to do: each layer of each sequence.
 
     Raises:
         HookError: for no prompts, one that is longer than the model reads, a model that reads too few tokens, and
@@ -155,23 +156,24 @@ def detect_heads(
     names = [(layer, head) for layer in shown for head in range(model.architecture.n_query_heads(layer))]
     values = {rule: np.full((len(rows), len(names)), np.nan) for rule in DETECTORS}
     chance = {rule: np.full((len(rows), len(names)), np.nan) for rule in DETECTORS}
-    done = 0
-    for at in _batches(rows, chosen.batch_size):
+    passes = Passes(progress, len(rows) * len(shown))
+    for at in together([len(row) for row in rows], chosen.batch_size):
         tokens = np.array([rows[i] for i in at])
         for found in layer_patterns(model, tokens, shown):
             columns = [i for i, (layer, _) in enumerate(names) if layer == found.layer]
             for row, i in enumerate(at):
                 for rule, (own, alike) in rule_scores(found.pattern[row], found.visible[row], tokens[row]).items():
                     values[rule][i, columns], chance[rule][i, columns] = own, alike
-        done += len(at)
-        if progress is not None:
-            progress(done, len(rows))
+            # Of long sequences each layer is a pass of its own.
+            passes.passed(len(at))
     for rule, detector in DETECTORS.items():
         if not np.isfinite(values[rule]).any():
             reasons[rule] = detector.needs
-    told: dict[str, Sequence[Estimate]] = {
-        rule: means(values[rule], **chosen.of_intervals) for rule in DETECTORS if rule not in reasons
-    }
+    told: dict[str, Sequence[Estimate]] = {}
+    for rule in DETECTORS:
+        if rule not in reasons:
+            told[rule] = means(values[rule], **chosen.of_intervals)
+            passes.tell()
     by_chance = {rule: float(np.nanmean(chance[rule])) for rule in told}
     if chosen.copying:
         told, reasons = _with_copying(model, shown, names, told, reasons)
@@ -279,11 +281,3 @@ def _given(model: HookedModel, prompts: Iterable[Tokens], most: int) -> list[lis
     if not rows:
         raise HookError("There are no prompts: give at least one.", field="prompts")
     return rows
-
-
-def _batches(rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of rows of one length, at most ``size`` together."""
-    by_length: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_length.setdefault(len(row), []).append(i)
-    return [same[at : at + size] for same in by_length.values() for at in range(0, len(same), size)]

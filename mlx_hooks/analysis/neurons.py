@@ -11,7 +11,8 @@ from pydantic import Field
 from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import Rows
-from .top_rows import Progress, Spell, TopRows, check_vectors, finite, from_position
+from .progress import Progress
+from .top_rows import Spell, TopRows, check_vectors, finite, from_position
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

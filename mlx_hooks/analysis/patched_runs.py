@@ -20,6 +20,7 @@ from ..hook_points import POSITION_AXES, HookPoint, block_point
 from ..hooks import Hook, Run
 from ..model import HookedModel
 from .components import Component, captured, logits_of
+from .progress import Passes
 
 _ENOUGH = 1024
 """Tokens of one forward pass: with more it is not faster."""
@@ -105,7 +106,11 @@ class PatchedRuns:
         source: [batch, pos], what is put in is from their runs.
         cells: all that will be put in, checked.
         rows: rows of one forward pass at most; None for as many as are fast and small.
+        passes: counts those that come before the cells', PASSES at most; what is not needed it takes back.
     """
+
+    PASSES = 4
+    """Both runs are captured; whether a run can continue from its middle takes it in halves, and as a whole."""
 
     def __init__(
         self,
@@ -114,38 +119,48 @@ class PatchedRuns:
         source: np.ndarray,
         cells: Sequence[Cell],
         rows: int | None = None,
+        passes: Passes | None = None,
     ) -> None:
+        passes = passes or Passes()
         self.model = model
         self.tokens = tokens
         self.cells = list(cells)
         self.rows = rows
         points = [name for name in model.hook_points if any(name in cell.hook_points for cell in self.cells)]
         self._given = captured(model, source, points)
+        passes.passed()
         starts = self._starts()
         self._own = captured(model, tokens, [*dict.fromkeys([*points, *starts.values()])])
+        passes.passed()
         # A layer that runs several times comes back to what lies before it.
         self._starts_at = {layer: name for layer, name in starts.items() if set(self._own[name]) == {0}}
-        self._before = self._plain_run() if any(cell.first(tokens.shape[1]) for cell in self.cells) else None
+        is_later = any(cell.first(tokens.shape[1]) for cell in self.cells)
+        kv_cache = make_prompt_cache(model.model) if is_later else []
+        self._before = None
+        if len(kv_cache) == model.cfg.n_layers and all(type(each) is KVCache for each in kv_cache):
+            self._before = self._plain_run(kv_cache, passes)
+        else:
+            passes.expect(-2)
 
     @property
     def can_continue(self) -> bool:
         """Whether runs begin at the first position that they change; else all begin at the first of all."""
         return self._before is not None
 
-    def _plain_run(self) -> "tuple[list[KVCache], mx.array] | None":
+    def _plain_run(self, kv_cache: "list[KVCache]", passes: Passes) -> "tuple[list[KVCache], mx.array] | None":
         """The KV caches and the logits of the plain run; None where a run cannot continue from its middle."""
-        kv_cache = make_prompt_cache(self.model.model)
-        if len(kv_cache) != self.model.cfg.n_layers or any(type(each) is not KVCache for each in kv_cache):
-            return None
         # Some models of mlx-lm attend otherwise with a KV cache than without, or to tokens that come later.
         middle = self.tokens.shape[1] // 2
         halves = [
             logits_of(self.model, part, kv_cache=kv_cache)
             for part in (self.tokens[:, :middle], self.tokens[:, middle:])
         ]
+        mx.eval(halves, [[each.keys, each.values] for each in kv_cache])
+        passes.passed()
         logits = logits_of(self.model, self.tokens)
         is_same = _are_close(mx.concatenate(halves, axis=1), logits)
-        mx.eval(is_same, logits, [[each.keys, each.values] for each in kv_cache])
+        mx.eval(is_same, logits)
+        passes.passed()
         return (kv_cache, logits) if is_same.item() else None
 
     def _starts(self) -> dict[int, str]:

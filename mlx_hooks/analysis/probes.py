@@ -26,8 +26,9 @@ from ..errors import HookError
 from ..options import options, options_of
 from ..storage.rows import RowPart, Rows
 from .intervals import Estimate, IntervalOptions, few, ratios
+from .progress import Progress
 from .threads import one_thread
-from .top_rows import Progress, Spell, check_vectors, finite
+from .top_rows import Spell, check_vectors, finite
 from .traits.methods import usual_distance
 
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ from ..storage.rows import RowPart, Rows
 
 Spell = Callable[[int], str | None] | None
 """What a token id is as text; None where nobody knows."""
-Progress = Callable[[int, int], None] | None
-"""Called with what is done and what there is to do."""
 _KEYS = "key"
 
 

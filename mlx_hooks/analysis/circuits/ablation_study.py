@@ -18,8 +18,9 @@ import numpy as np
 from ...errors import HookError
 from ...model import HookedModel
 from ...options import options_of
-from ..ablation import CausalOptions, Progress, analyse_causal, draw_causal
+from ..ablation import CausalOptions, analyse_causal, draw_causal
 from ..intervals import Estimate, few, means, ratios
+from ..progress import Passes, Progress
 from .circuit import ARROW, Circuit, nodes_of
 from .edge_runs import EdgeAblation, EdgeRuns, replaced_by
 from .model_graph import Edge
@@ -119,7 +120,7 @@ def ablation_study(
 
     Args:
         eval_data: see :func:`eval_data_of`. Of prompts with ``corrupted`` partners resampling takes these.
-        progress: called with the runs done and to do.
+        progress: called with the passes that are done, and how many there are.
 
     Raises:
         HookError: for no eval data, and for components that the model does not have.
@@ -216,8 +217,9 @@ def ablate_edges(
     if not named:
         raise HookError("Name at least one edge or node to ablate.", field="sets")
     edges = {str(name): _edges(runs, name, given) for name, given in named.items()}
-    values = runs.without(list(edges.values()), progress)
-    plain, nothing = runs.plain, runs.ablated
+    passes = Passes(progress, runs.n_passes(len(edges), levels=("plain", "ablated")))
+    values = runs.without(list(edges.values()), passes)
+    plain, nothing = runs.level("plain", passes), runs.level("ablated", passes)
     off = (values - plain).T
     shares = ratios(off, nothing - plain, **chosen.of_intervals)
     return EdgeAblations(

@@ -18,10 +18,11 @@ from ...errors import HookError
 from ...hook_points import POSITION_AXES, HookPoint
 from ...model import HookedModel
 from ..components import captured
-from ..eval_data import EvalBatch
+from ..eval_data import BACKWARD, EvalBatch
 from ..patched_runs import Cell
+from ..progress import Passes, Progress
 from .gradients import gradients
-from .patching import Pairs, PatchingOptions, PatchingResult, Progress, grid_of
+from .patching import Pairs, PatchingOptions, PatchingResult, grid_of
 
 
 def attribution_patching(
@@ -34,7 +35,7 @@ def attribution_patching(
         numpy.corrcoef(estimated.effects.ravel(), exact.effects.ravel())
 
     Args:
-        progress: called with the cells done and to do.
+        progress: called with the passes that are done, and how many there are.
         options: see :class:`PatchingOptions`; ``rows`` has no meaning here.
 
     Raises:
@@ -42,8 +43,8 @@ def attribution_patching(
             the clean prompts run.
     """
     chosen = PatchingOptions(sweep=sweep, **options)
-    pairs = Pairs(model, eval_data, chosen.metric, chosen.direction, chosen.max_examples, chosen.batch_size)
-    if pairs.metric.needs_plain and not pairs.is_denoising:
+    pairs = Pairs(model, eval_data, chosen.metric, chosen.direction, chosen.max_examples, chosen.batch_size, BACKWARD)
+    if pairs.needs_plain and not pairs.is_denoising:
         raise HookError(
             f"The gradient of {pairs.metric.name} at the clean run is 0: take the direction denoising, another metric, "
             "or activation_patching.",
@@ -58,22 +59,24 @@ def attribution_patching(
             field="sweep",
         )
     patched = np.full((len(pairs.data), *grid.shape), np.nan)
-    done, total = 0, len(grid.cells) * len(pairs.batches)
+    # Of each batch one pass is captured, and one goes forward and back.
+    passes = Passes(progress, pairs.n_passes + (pairs.needs_plain + 2) * len(pairs.batches))
+    pairs.measure(passes)
     for batch in pairs.batches:
-        for place, change in zip(grid.cells, _changes(pairs, batch, list(grid.cells.values())), strict=True):
+        for place, change in zip(grid.cells, _changes(pairs, batch, list(grid.cells.values()), passes), strict=True):
             # The examples' axis last: an index of several axes takes a view.
             np.moveaxis(patched, 0, -1)[place][batch.indices] = pairs.base[batch.indices] + change
-        done += len(grid.cells)
-        if progress is not None:
-            progress(done, total)
+        passes.passed()
     return pairs.result(chosen.sweep, grid.axes, patched, component=grid.component, is_estimate=True)
 
 
-def _changes(pairs: Pairs, batch: EvalBatch, cells: Sequence[Cell]) -> list[np.ndarray]:
+def _changes(pairs: Pairs, batch: EvalBatch, cells: Sequence[Cell], passes: Passes) -> list[np.ndarray]:
     """How much patching each cell changes the metric, to first order, [example] each."""
     model, metric, (tokens, source) = pairs.model, pairs.metric, pairs.sides(batch)
     names = [name for name in model.hook_points if any(name in cell.hook_points for cell in cells)]
-    given, plain = captured(model, source, names), pairs.plain(batch)
+    given = captured(model, source, names)
+    passes.passed()
+    plain = pairs.plain(batch, passes)
     whole = [name for name in names if not mx.issubdtype(given[name][0].dtype, mx.floating)]
     if whole:
         raise HookError(

@@ -24,8 +24,8 @@ from ...errors import HookError
 from ...model import HookedModel
 from ...options import plain_json
 from ...storage.files import reading, write_whole, writing
-from ..ablation import Progress
 from ..identity import ModelIdentity
+from ..progress import Progress
 from .graph import graph_of
 from .model_graph import EMBED, LOGITS, ModelGraph, own_name
 

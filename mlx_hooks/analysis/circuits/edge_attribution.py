@@ -21,7 +21,7 @@ Discovery" (2023); Hanna et al., "Have Faith in Faithfulness" (2024).
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -35,10 +35,11 @@ from ...hook_points import HookPoint
 from ...hooks import Hook, HookFunction
 from ...model import HookedModel
 from ...options import options, options_of
-from ..ablation import Count, MeanOver, Progress
+from ..ablation import Count, MeanOver
 from ..components import logits_of
-from ..eval_data import TOKENS_AT_ONCE, EvalBatch
-from .edge_runs import EdgeAblation, EdgeRuns, IndexedSets, Written, replaced_by
+from ..eval_data import BACKWARD, EvalBatch, rows_at_once
+from ..progress import Passes, Progress
+from .edge_runs import EdgeAblation, EdgeRuns, IndexedSets, Level, Written, replaced_by
 from .gradients import Gradients, gradients
 from .metrics import Metric, MetricFunction, metric_of
 from .model_graph import Entry, ModelGraph, Reading
@@ -245,7 +246,8 @@ Found = tuple[np.ndarray | None, dict[str, Any]]
 
 def _exact(runs: EdgeRuns, chosen: EdgeOptions, progress: Progress) -> Found:
     alone = IndexedSets(runs.graph, np.arange(len(runs.graph.edges))[:, None])
-    return (runs.masked(alone, progress) - runs.plain).T, {}
+    passes = Passes(progress, runs.n_passes(len(alone), levels=["plain"]))
+    return (runs.masked(alone, passes) - runs.level("plain", passes)).T, {}
 
 
 def _random(runs: EdgeRuns, chosen: EdgeOptions, progress: Progress) -> Found:
@@ -254,27 +256,23 @@ def _random(runs: EdgeRuns, chosen: EdgeOptions, progress: Progress) -> Found:
 
 def _by_gradients(runs: EdgeRuns, chosen: EdgeOptions, progress: Progress) -> Found:
     found, ablated = np.zeros((len(runs.data), len(runs.graph.edges))), np.zeros(len(runs.data))
-    changes, done = False, 0
-    n_points = 1 if chosen.method == "eap" else chosen.steps
-    total = sum(-(-n_points // _points_at_once(runs, batch)) for batch in runs.batches)
-
-    def passed() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
+    changes, is_eap = False, chosen.method == "eap"
+    n_points = 1 if is_eap else chosen.steps
+    # Besides those of gradients each batch runs as it is, and but for EAP with the embedding's edges ablated.
+    of_batches = sum(-(-n_points // _points_at_once(runs, batch)) + 2 - is_eap for batch in runs.batches)
+    levels: tuple[Level, ...] = () if is_eap else ("plain",)
+    passes = Passes(progress, of_batches + runs.n_replacing() + runs.n_passes(levels=levels))
     for i, batch in enumerate(runs.batches):
-        own = _Attribution(runs, i, batch, chosen)
-        found[batch.indices] = own.scores(passed)
+        own = _Attribution(runs, i, batch, chosen, passes)
+        found[batch.indices] = own.scores()
         changes = changes or own.changes
         if own.moves:
             ablated[batch.indices] = own.without_embedding()
-        passed()
+            passes.passed()
     _check_gradients(runs, found, changes)
-    if chosen.method == "eap":
+    if is_eap:
         return found, {}
-    whole = float((ablated - runs.plain).mean())
+    whole = float((ablated - runs.level("plain", passes)).mean())
     integral = float(found[:, runs.graph.edge_columns == 0].sum(axis=1).mean())
     return found, {"integral": integral, "whole_change": whole if np.isfinite(whole) else None}
 
@@ -314,19 +312,19 @@ def _points_at_once(runs: EdgeRuns, batch: EvalBatch) -> int:
     of_layer = _ARRAYS * cfg.d_model + _ARRAYS * (cfg.d_mlp or 0) // 3 + 2 * cfg.n_heads * length
     of_inputs = 3 * len(graph.inputs) * cfg.d_model
     numbers = batch.tokens.size * (cfg.n_layers * of_layer + of_inputs + 3 * cfg.d_vocab)
-    # As in ``sets_at_once``, others wait for the pass.
-    return max(1, min(runs.max_bytes // (4 * numbers), TOKENS_AT_ONCE // batch.tokens.size))
+    return max(1, min(runs.max_bytes // (4 * numbers), rows_at_once(batch.tokens.size, BACKWARD)))
 
 
 class _Attribution:
     """EAP and EAP-IG of one batch."""
 
-    def __init__(self, runs: EdgeRuns, i: int, batch: EvalBatch, chosen: EdgeOptions) -> None:
-        self.runs, self.batch = runs, batch
+    def __init__(self, runs: EdgeRuns, i: int, batch: EvalBatch, chosen: EdgeOptions, passes: Passes) -> None:
+        self.runs, self.batch, self.passes = runs, batch, passes
         self.graph: ModelGraph = runs.graph
-        self.plain = runs.plain_run(i)
+        self.plain = runs.plain_run(i, passes)
         self.own = runs.written(batch.tokens)
-        self.others = runs.replacements(batch)
+        passes.passed()
+        self.others = runs.replacements(batch, passes)
         one = chosen.method == "eap"
         self.points: np.ndarray
         self.weights: np.ndarray
@@ -335,23 +333,25 @@ class _Attribution:
         self.changes = False
         """Whether ablation changes what some node writes; ``scores`` tells."""
 
-    def scores(self, passed: Callable[[], None]) -> np.ndarray:
-        """[example, edge]; ``passed`` is called after each pass but the last."""
+    def scores(self) -> np.ndarray:
+        """[example, edge]."""
         n_examples = len(self.batch.tokens)
         changes = _changes(self.own, self.others)
         self.changes = bool(mx.any(changes != 0).item())
         flat = mx.moveaxis(changes, 1, 0).reshape(n_examples, len(self.graph.nodes), -1)
         read = [(reading, entry) for reading in self.graph.readings for entry in reading.entries]
         columns = []
-        for (reading, _), gradient in zip(read, self._mean_gradients(read, passed), strict=True):
+        for (reading, _), gradient in zip(read, self._mean_gradients(read), strict=True):
             before = flat[:, : reading.n_before]
             own = gradient.reshape(*gradient.shape[:2], -1)
             columns.append((own @ before.swapaxes(1, 2)).reshape(n_examples, -1))
         made = mx.concatenate(columns, axis=1)
         mx.eval(made)
+        # That of the last gradients, which are computed with the scores.
+        self.passes.passed()
         return np.array(made).astype(np.float64)
 
-    def _mean_gradients(self, read: list[tuple[Reading, Entry]], passed: Callable[[], None]) -> list[mx.array]:
+    def _mean_gradients(self, read: list[tuple[Reading, Entry]]) -> list[mx.array]:
         """On the way, with respect to what the inputs of each entry read, [example, input, pos, d_model]."""
         at_once = _points_at_once(self.runs, self.batch)
         total: list[mx.array] = []
@@ -363,7 +363,7 @@ class _Attribution:
             if at_once < len(self.points):
                 mx.eval(total)
             if start + at_once < len(self.points):
-                passed()
+                self.passes.passed()
         return total
 
     def _gradients(self, read: list[tuple[Reading, Entry]], points: np.ndarray) -> Gradients:

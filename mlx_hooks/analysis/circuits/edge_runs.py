@@ -8,8 +8,7 @@ Interpretability" (2023); Goldowsky-Dill et al., "Localizing Model Behavior with
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -21,10 +20,11 @@ from ...hook_points import HookPoint
 from ...hooks import Hook, HookFunction
 from ...model import HookedModel
 from ...options import options
-from ..ablation import Count, MeanOver, Progress, check_means, partners_of
+from ..ablation import Count, MeanOver, check_means, partners_of
 from ..components import logits_of
+from ..eval_data import BACKWARD, EvalBatch, EvalData, eval_data_of, rows_at_once
 from ..eval_data import FIELD as DATA_FIELD
-from ..eval_data import TOKENS_AT_ONCE, EvalBatch, EvalData, eval_data_of
+from ..progress import Passes, Progress
 from .graph import Edge, Entry, ModelGraph, Reading, graph_of
 from .metrics import Metric, MetricFunction, PlainRun, metric_of
 
@@ -38,6 +38,10 @@ ABLATIONS: dict[str, str] = {
 """What an edge carries that is ablated; of the mean see :func:`replaced_by`."""
 _BYTES_AT_ONCE = 2**29
 """Of what the nodes write, in one pass."""
+
+Level = Literal["plain", "ablated", "corrupted"]
+"""What the metric is compared with: of the model as it is, with all edges replaced, of the corrupted prompts."""
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 Written = list[mx.array] | None
 """What the nodes write, by writer, [node, batch, pos, d_model]; None for zeros."""
@@ -89,6 +93,10 @@ def _stacked(masks: Iterable[np.ndarray]) -> np.ndarray:
             field="masks",
         )
     return np.stack(found) if found else np.zeros((0, 0, 0), dtype=bool)
+
+
+def _replace_something(masks: np.ndarray | IndexedSets) -> bool:
+    return bool(masks.any()) if isinstance(masks, np.ndarray) else any(len(each) for each in masks.sets)
 
 
 @options
@@ -145,7 +153,8 @@ class EdgeRuns:
         self.batch_size, self.max_bytes = chosen.batch_size, chosen.max_bytes
         self.mean_over, self.seed = chosen.mean_over, chosen.seed
         self.graph: ModelGraph = graph_of(model)
-        self.batches = list(self.data.batches(max(1, min(batch_size, self._examples_at_once()))))
+        # Gradients are taken of the same batches.
+        self.batches = list(self.data.batches(max(1, min(batch_size, self._examples_at_once())), BACKWARD))
         self._partners = partners_of(self.data, seed) if self.ablation == "resample" else []
         if any(partner is None for partner in self._partners):
             raise HookError(
@@ -156,6 +165,8 @@ class EdgeRuns:
         if self.ablation == "mean" and self.mean_over == "position":
             check_means(self.data)
         self._plain_runs: dict[int, PlainRun | None] = {}
+        self._levels: dict[Level, np.ndarray] = {}
+        self._means: list[mx.array] | None = None
 
     def _examples_at_once(self) -> int:
         """How many examples' nodes may be held."""
@@ -164,43 +175,89 @@ class EdgeRuns:
 
     # What the model does as it is, and with all edges replaced.
 
-    @cached_property
+    @property
     def plain(self) -> np.ndarray:
         """The metric of the model as it is, [example] in float64."""
-        return self.without([[]])[0]
+        return self.level("plain")
 
-    @cached_property
+    @property
     def ablated(self) -> np.ndarray:
         """The metric with all edges replaced, [example] in float64."""
-        return self.without([self.graph.edges])[0]
+        return self.level("ablated")
 
-    @cached_property
+    @property
     def corrupted(self) -> np.ndarray | None:
         """The metric of the corrupted prompts, [example] in float64; None without them."""
-        if not self.data.has_corrupted:
-            return None
+        return self.level("corrupted") if self.data.has_corrupted else None
+
+    def level(self, name: Level, passes: Passes | None = None) -> np.ndarray:
+        """One of these, found once.
+
+        Args:
+            name: "corrupted" only where there are such prompts.
+            passes: counts those that it takes; see ``n_passes``.
+        """
+        if name not in self._levels:
+            passes = passes or Passes()
+            if name == "corrupted":
+                self._levels[name] = self._of_corrupted(passes)
+            else:
+                self._levels[name] = self.without([[] if name == "plain" else self.graph.edges], passes)[0]
+        return self._levels[name]
+
+    def _of_corrupted(self, passes: Passes) -> np.ndarray:
         found = np.zeros(len(self.data))
         for i, batch in enumerate(self.batches):
             assert batch.corrupted is not None
-            logits = logits_of(self.model, batch.corrupted)
-            found[batch.indices] = self.metric.numbers(logits, batch, self.plain_run(i))
+            plain = self.plain_run(i, passes)
+            found[batch.indices] = self.metric.numbers(logits_of(self.model, batch.corrupted), batch, plain)
+            passes.passed()
         return found
 
-    def plain_run(self, i: int) -> PlainRun | None:
+    def plain_run(self, i: int, passes: Passes | None = None) -> PlainRun | None:
         """What is kept of batch i as it is, for a metric that needs it; else None."""
         if self.metric.needs_plain and i not in self._plain_runs:
             batch = self.batches[i]
             self._plain_runs[i] = self.metric.plain_run(logits_of(self.model, batch.tokens), batch)
+            if passes is not None:
+                passes.passed()
         return self._plain_runs.get(i)
+
+    def n_passes(self, *sweeps: int, levels: Iterable[Level] = ()) -> int:
+        """How many passes are to be made: of levels that are not known yet, and of sweeps.
+
+        Args:
+            sweeps: of how many sets each, some of which replace something.
+            levels: "corrupted" counts where there are such prompts.
+        """
+        due = [each for each in levels if each not in self._levels]
+        if not self.data.has_corrupted:
+            due = [each for each in due if each != "corrupted"]
+        n_sets = [n for n in sweeps if n]
+        return self._n_passes([*n_sets, *(1 for _ in due)], len(n_sets) + ("ablated" in due))
+
+    def _n_passes(self, sweeps: Sequence[int], n_replacing: int) -> int:
+        """The same of sweeps of so many sets, of which so many sweeps take replacements."""
+        n_batches = len(self.batches)
+        found = sum(-(-n // self.sets_at_once(batch)) for batch in self.batches for n in sweeps)
+        if sweeps and self.metric.needs_plain:
+            found += n_batches - len(self._plain_runs)
+        return found + self.n_replacing(n_replacing)
+
+    def n_replacing(self, times: int = 1) -> int:
+        """How many passes ``replacements`` takes for all batches, so many times."""
+        if self.ablation == "mean":
+            return len(self.batches) if times and self._means is None else 0
+        return 0 if self.ablation == "zero" else times * len(self.batches)
 
     # Runs with edges replaced.
 
-    def without(self, sets: Sequence[Collection[str | Edge]], progress: Progress = None) -> np.ndarray:
+    def without(self, sets: Sequence[Collection[str | Edge]], progress: Progress | Passes = None) -> np.ndarray:
         """The metric with the edges of each set replaced.
 
         Args:
             sets: edges, or their names; an empty set is the model as it is.
-            progress: called with the passes that are done, and how many there are.
+            progress: called with the passes that are done, and how many there are; or what counts them.
 
         Returns:
             [set, example] in float64.
@@ -216,13 +273,13 @@ class EdgeRuns:
         """Which edges are in a set, [input, node] of bool."""
         return IndexedSets(self.graph, [self.graph.indices_of(edges)])[:1][0]
 
-    def masked(self, masks: "Masks", progress: Progress = None) -> np.ndarray:
+    def masked(self, masks: "Masks", progress: Progress | Passes = None) -> np.ndarray:
         """The same for sets as ``mask`` gives them.
 
         Args:
             masks: which edges are replaced, [set, input, node] of bool; an iterable of [input, node]; or
                 :class:`IndexedSets`, of which only those masks are made that run together.
-            progress: called with the passes that are done, and how many there are.
+            progress: as in ``without``.
 
         Raises:
             HookError: for masks of another shape or type, and a metric that is not finite.
@@ -231,19 +288,19 @@ class EdgeRuns:
             masks = _stacked(masks)
         found = np.zeros((len(masks), len(self.data)))
         at_once = [self.sets_at_once(batch) for batch in self.batches]
-        total, done = sum(-(-len(masks) // each) for each in at_once), 0
+        passes = progress if isinstance(progress, Passes) else Passes(progress)
+        if passes is not progress:
+            passes.expect(self._n_passes([len(masks)], int(_replace_something(masks))))
         for i, batch in enumerate(self.batches):
             others: Written = None
             for start in range(0, len(masks), at_once[i]):
                 some = self._checked(masks[start : start + at_once[i]])
                 if others is None and some.any():
-                    others = self.replacements(batch)
-                logits = self.logits(batch, others, some)
-                numbers = self.metric.numbers(logits, batch, self.plain_run(i))
+                    others = self.replacements(batch, passes)
+                plain = self.plain_run(i, passes)
+                numbers = self.metric.numbers(self.logits(batch, others, some), batch, plain)
                 found[start : start + len(some), batch.indices] = numbers.reshape(len(some), -1)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+                passes.passed()
         return found
 
     def _checked(self, masks: np.ndarray) -> np.ndarray:
@@ -261,7 +318,7 @@ class EdgeRuns:
         cfg, graph = self.model.cfg, self.graph
         widest = max(len(reading.entries[0].inputs) for reading in graph.readings)
         numbers = batch.tokens.size * ((len(graph.nodes) + 2 * widest) * cfg.d_model + cfg.d_vocab)
-        return max(1, min(self.max_bytes // (4 * numbers), TOKENS_AT_ONCE // batch.tokens.size))
+        return max(1, min(self.max_bytes // (4 * numbers), rows_at_once(batch.tokens.size)))
 
     def logits(self, batch: EvalBatch, others: Written, masks: np.ndarray) -> mx.array:
         """Logits [set * batch, pos, d_vocab], not evaluated; one set's rows after the other's.
@@ -286,22 +343,30 @@ class EdgeRuns:
         mx.eval(found)
         return found
 
-    def replacements(self, batch: EvalBatch) -> Written:
-        """What the nodes write instead for a batch, by writer, [node, batch, pos, d_model]; None for zeros."""
+    def replacements(self, batch: EvalBatch, passes: Passes | None = None) -> Written:
+        """What the nodes write instead for a batch, by writer, [node, batch, pos, d_model]; None for zeros.
+
+        Args:
+            passes: counts those that it takes: for the first mean all batches run.
+        """
+        passes = passes or Passes()
         if self.ablation == "zero":
             return None
         n_examples, length = batch.tokens.shape
         if self.ablation == "mean":
+            if self._means is None:
+                self._means = self._find_means(passes)
             return [mx.repeat(mean[:, None, :length], n_examples, axis=1) for mean in self._means]
-        if self.ablation == "corrupted":
-            assert batch.corrupted is not None
-            return self.written(batch.corrupted)
-        # Attention looks back only: what stands behind changes nothing at the positions before.
-        others = [self.data.examples[int(self._partners[i] or 0)].tokens[:length] for i in batch.indices]
-        return self.written(np.array(others))
+        tokens = batch.corrupted
+        if self.ablation == "resample":
+            # Attention looks back only: what stands behind changes nothing at the positions before.
+            tokens = np.array([self.data.examples[int(self._partners[i] or 0)].tokens[:length] for i in batch.indices])
+        assert tokens is not None
+        found = self.written(tokens)
+        passes.passed()
+        return found
 
-    @cached_property
-    def _means(self) -> list[mx.array]:
+    def _find_means(self, passes: Passes) -> list[mx.array]:
         """The mean of what nodes write, by writer, [node, pos, d_model]."""
         longest = max(batch.tokens.shape[1] for batch in self.batches)
         sums = [mx.zeros((len(writer.nodes), longest, self.model.cfg.d_model)) for writer in self.graph.writers]
@@ -312,6 +377,7 @@ class EdgeRuns:
             for total, value in zip(sums, self.written(batch.tokens), strict=True):
                 total[:, :length] += value.sum(axis=1)
             mx.eval(sums)
+            passes.passed()
         if self.mean_over == "all":
             means = [total.sum(axis=1, keepdims=True) / counts.sum() for total in sums]
             return [mx.repeat(mean, longest, axis=1) for mean in means]

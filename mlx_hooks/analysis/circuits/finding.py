@@ -7,7 +7,8 @@ from pydantic import Field
 from ...errors import HookError
 from ...model import HookedModel
 from ...options import options, options_of
-from ..ablation import Count, Progress
+from ..ablation import Count
+from ..progress import Part, Progress
 from .circuit import Circuit
 from .edge_attribution import Rule, attribute_edges
 from .edge_runs import EdgeRuns
@@ -89,12 +90,12 @@ def find_circuit(
     asked = {"method": "eap-ig" if is_acdc else chosen.method, "steps": chosen.steps, "rule": chosen.rule}
     scores = None
     try:
-        scores = attribute_edges(runs, options=asked, progress=_Part(progress, 0))
+        scores = attribute_edges(runs, options=asked, progress=Part(progress, 0, 2))
     except HookError as error:
         # Of ACDC they only guess what it will keep, to spare it runs: it does not mind a metric without a gradient.
         if not is_acdc or error.field != "metric":
             raise
-    then, about = _Part(progress, 1), chosen.metadata or {}
+    then, about = Part(progress, 1, 2), chosen.metadata or {}
     if is_acdc:
         found = acdc(runs, chosen.threshold or 0.0, scores=scores, progress=then).circuit(about)
     elif chosen.n is not None or chosen.threshold is not None:
@@ -105,17 +106,3 @@ def find_circuit(
     if progress is not None:
         progress(1000, 1000)
     return found
-
-
-class _Part:
-    """Progress of one half; several sweeps in it do not go back."""
-
-    def __init__(self, progress: Progress, half: int) -> None:
-        self.progress, self.half, self.most = progress, half, 0
-
-    def __call__(self, done: int, total: int) -> None:
-        at = 500 * self.half + min(499, 500 * done // max(1, total))
-        self.most = max(self.most, at)
-        # Told each time: who is told may stop it, or let others have a turn.
-        if self.progress is not None:
-            self.progress(self.most, 1000)

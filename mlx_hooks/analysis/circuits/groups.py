@@ -18,9 +18,10 @@ import numpy as np
 from ...errors import HookError
 from ...hook_points import block_point
 from ...model import HookedModel
-from ..ablation import Bench, MeanOver, Progress
-from ..components import Component, Part, components_of
+from ..ablation import Bench, MeanOver
+from ..components import Component, Numbers, Part, components_of
 from ..eval_data import FIELD, EvalBatch, eval_data_of
+from ..progress import Passes, Progress
 from .metrics import Metric, MetricFunction, metric_of
 
 Putting = Literal["zero", "mean", "resample", "clean"]
@@ -89,7 +90,7 @@ def replace_groups(
         metric: see :func:`metric_of`.
         mean_over: "all" positions, or "position" by position.
         batch_size: examples of one length that run together.
-        progress: called with the runs done and to do.
+        progress: called with the passes that are done, and how many there are.
 
     Raises:
         HookError: for no groups, an empty one, a component that the model does not have, another ``putting``, and
@@ -110,20 +111,29 @@ def replace_groups(
     bench = Bench(model, data, members, batch_size=batch_size, mean_over=mean_over)
     plain, other = np.zeros(len(data)), np.zeros(len(data)) if data.has_corrupted else None
     replaced = np.zeros((len(chosen), len(data)))
-    done, total = 0, len(bench.batches) * len(chosen)
+    of_batch = judge.needs_plain + 1 + (other is not None) + (putting == "clean") + len(chosen)
+    of_ablation = 0 if putting == "clean" else bench.n_passes(putting)
+    passes = Passes(progress, len(bench.batches) * of_batch + of_ablation)
     for batch in bench.batches:
         runs, rest = _sides(batch, putting)
-        clean = bench.run(batch.tokens) if judge.needs_plain else None
+        clean = None
+        if judge.needs_plain:
+            clean = judge.plain_run(bench.run(batch.tokens), batch)
+            passes.passed()
         plain[batch.indices] = judge.numbers(bench.run(runs), batch, clean)
+        passes.passed()
         if other is not None and rest is not None:
             other[batch.indices] = judge.numbers(bench.run(rest), batch, clean)
-        numbers = bench.values(batch.tokens) if putting == "clean" else bench.replacements(putting, batch)
+            passes.passed()
+        if putting == "clean":
+            numbers: Numbers | None = bench.values(batch.tokens)
+            passes.passed()
+        else:
+            numbers = bench.replacements(putting, batch, passes)
         for i, group in enumerate(chosen):
             logits: mx.array = bench.run(runs, group, numbers)
             replaced[i, batch.indices] = judge.numbers(logits, batch, clean)
-            done += 1
-            if progress is not None:
-                progress(done, total)
+            passes.passed()
     names = tuple(tuple(component.name for component in group) for group in chosen)
     description = DENOISING if putting == "clean" else bench.describe(putting)
     return GroupEffects(names, putting, description, judge, plain, other, replaced)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import mlx.core as mx
 import numpy as np
 from pydantic import Field
 
@@ -30,8 +29,9 @@ from ..components import Part, components_of, logits_of
 from ..eval_data import FIELD, EvalBatch, EvalData, eval_data_of
 from ..intervals import CONFIDENCE, RESAMPLES, Estimate, IntervalOptions, ratios
 from ..patched_runs import Cell, PatchedRuns
+from ..progress import Passes, Progress
 from ..spelling import shortened
-from .metrics import Metric, check_differ, metric_of
+from .metrics import Metric, PlainRun, check_differ, metric_of
 from .places import place_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 Direction = Literal["denoising", "noising"]
 Sweep = Literal["layer x position", "layer x head", "layer x head x position", "component"]
 SWEEPS: tuple[str, ...] = get_args(Sweep)
-Progress = Callable[[int, int], None] | None
 Count = Annotated[int, Field(ge=1)]
 EFFECTS: dict[str, str] = {"denoising": "recovery", "noising": "damage"}
 """What is told of a direction."""
@@ -202,7 +201,7 @@ def activation_patching(
     Args:
         eval_data: prompts with corrupted partners; see :func:`eval_data_of`.
         sweep: which places: see :class:`PatchingOptions`.
-        progress: called with the cells done and to do.
+        progress: called with the runs of a batch that are done and to do: one for each cell, and the plain ones.
         options: see :class:`PatchingOptions`.
 
     Raises:
@@ -214,10 +213,12 @@ def activation_patching(
     grid = grid_of(model, pairs.data, chosen)
     places = list(grid.cells)
     patched = np.full((len(pairs.data), *grid.shape), np.nan)
-    done, total = 0, len(places) * len(pairs.batches)
+    of_batch = pairs.needs_plain + PatchedRuns.PASSES + len(places)
+    passes = Passes(progress, pairs.n_passes + of_batch * len(pairs.batches))
+    pairs.measure(passes)
     for batch in pairs.batches:
-        plain = pairs.plain(batch)
-        runs = PatchedRuns(model, *pairs.sides(batch), list(grid.cells.values()), chosen.rows)
+        plain = pairs.plain(batch, passes)
+        runs = PatchedRuns(model, *pairs.sides(batch), list(grid.cells.values()), chosen.rows, passes)
         for indices, logits in runs.logits():
             found = np.tile(pairs.base[batch.indices], len(indices))
             if logits is not None:
@@ -225,9 +226,7 @@ def activation_patching(
             for i, values in zip(indices, found.reshape(len(indices), -1), strict=True):
                 # The examples' axis last: an index of several axes takes a view.
                 np.moveaxis(patched, 0, -1)[places[i]][batch.indices] = values
-            done += len(indices)
-            if progress is not None:
-                progress(done, total)
+            passes.passed(len(indices))
     return pairs.result(chosen.sweep, grid.axes, patched, component=grid.component)
 
 
@@ -241,10 +240,10 @@ class Pairs:
         direction: which of the two runs, and which is put in.
         max_examples: the first so many are taken; None for all.
         batch_size: examples of one length that run together.
+        cost: of a batch's most expensive pass; see :func:`rows_at_once`.
 
     Raises:
-        HookError: for eval data without corrupted prompts, and a metric that is the same for both in the mean: then
-            nothing is a share of their difference.
+        HookError: for eval data without corrupted prompts.
     """
 
     def __init__(
@@ -255,6 +254,7 @@ class Pairs:
         direction: Direction,
         max_examples: int | None,
         batch_size: int,
+        cost: int = 1,
     ) -> None:
         self.model = model
         self.direction = direction
@@ -262,14 +262,34 @@ class Pairs:
         if not self.data.has_corrupted:
             raise HookError("Patching needs corrupted prompts, of as many tokens as the clean ones.", field=FIELD)
         self.metric = metric_of(metric, self.data)
-        self.batches = list(self.data.batches(batch_size))
+        self.batches = list(self.data.batches(batch_size, cost))
         self.clean, self.corrupted = np.zeros(len(self.data)), np.zeros(len(self.data))
-        """The metric of both, [example]."""
+        """The metric of both, [example], as ``measure`` finds it."""
+
+    @property
+    def n_passes(self) -> int:
+        """How many ``measure`` takes."""
+        return 2 * len(self.batches)
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether ``plain`` takes a pass."""
+        return self.metric.needs_plain
+
+    def measure(self, passes: Passes) -> None:
+        """Run both as they are.
+
+        Raises:
+            HookError: for a metric that is the same for both in the mean: then nothing is a share of their difference.
+        """
         for batch in self.batches:
             assert batch.corrupted is not None
-            plain = logits_of(model, batch.tokens)
+            plain = logits_of(self.model, batch.tokens)
             self.clean[batch.indices] = self.metric.numbers(plain, batch, plain)
-            self.corrupted[batch.indices] = self.metric.numbers(logits_of(model, batch.corrupted), batch, plain)
+            passes.passed()
+            logits = logits_of(self.model, batch.corrupted)
+            self.corrupted[batch.indices] = self.metric.numbers(logits, batch, plain)
+            passes.passed()
         check_differ(self.clean, self.corrupted)
 
     @property
@@ -287,9 +307,13 @@ class Pairs:
         assert batch.corrupted is not None
         return (batch.corrupted, batch.tokens) if self.is_denoising else (batch.tokens, batch.corrupted)
 
-    def plain(self, batch: EvalBatch) -> mx.array | None:
-        """The logits of the clean run, for a metric that needs them; else None."""
-        return logits_of(self.model, batch.tokens) if self.metric.needs_plain else None
+    def plain(self, batch: EvalBatch, passes: Passes) -> PlainRun | None:
+        """What is kept of the clean run, for a metric that needs it; else None."""
+        if not self.needs_plain:
+            return None
+        found = self.metric.plain_run(logits_of(self.model, batch.tokens), batch)
+        passes.passed()
+        return found
 
     def result(
         self,

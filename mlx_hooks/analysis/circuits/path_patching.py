@@ -17,10 +17,11 @@ from ...errors import HookError
 from ...model import HookedModel
 from ...options import options
 from ..eval_data import EvalBatch, EvalData
+from ..progress import Passes, Progress
 from .edge_runs import EdgeRuns
 from .metrics import Metric
 from .model_graph import Input, ModelGraph
-from .patching import Count, Direction, Pairs, PatchingResult, Progress
+from .patching import Count, Direction, Pairs, PatchingResult
 
 
 @options
@@ -59,7 +60,7 @@ def path_patching(
         eval_data: prompts with corrupted partners; see :func:`eval_data_of`.
         receivers: inputs ("L1H0<q>", "L1KV0<k>", "L1 mlp", "logits"), or a head or another node for all that it reads.
             A list of them in the list is one receiver: these read it together.
-        progress: called with the runs done and to do.
+        progress: called with the passes that are done, and how many there are.
         options: see :class:`PathOptions`.
 
     Returns:
@@ -85,18 +86,17 @@ def path_patching(
         raise HookError(f"None of {', '.join(senders)} is before any of {', '.join(names)}.", field="senders")
     patched = np.full((len(data), len(senders), len(names)), np.nan)
     stacked, places = np.stack(list(masks.values())), list(masks)
-    done, total = 0, len(stacked) * len(runs.batches)
+    passes = Passes(progress, pairs.n_passes + runs.n_passes(len(stacked)))
+    pairs.measure(passes)
     for batch in runs.batches:
-        others, at_once = runs.replacements(batch), runs.sets_at_once(batch)
-        plain = pairs.plain(_swapped_batch(batch) if pairs.is_denoising else batch)
+        others, at_once = runs.replacements(batch, passes), runs.sets_at_once(batch)
+        plain = pairs.plain(_swapped_batch(batch) if pairs.is_denoising else batch, passes)
         for start in range(0, len(stacked), at_once):
             some = stacked[start : start + at_once]
             found = pairs.metric.numbers(runs.logits(batch, others, some), batch, plain)
             for (i, j), values in zip(places[start : start + at_once], found.reshape(len(some), -1), strict=True):
                 patched[batch.indices, i, j] = values
-            done += len(some)
-            if progress is not None:
-                progress(done, total)
+            passes.passed()
     return pairs.result("path", {"sender": tuple(senders), "receiver": tuple(names)}, patched)
 
 

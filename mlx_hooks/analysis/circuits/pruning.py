@@ -19,7 +19,8 @@ from pydantic import Field
 
 from ...errors import HookError
 from ...options import options, options_of
-from ..ablation import Count, Progress
+from ..ablation import Count
+from ..progress import Passes, Progress
 from .circuit import Circuit, is_finite, scores_in, with_more
 from .edge_runs import EdgeAblation, EdgeRuns
 from .model_graph import LOGITS, ModelGraph
@@ -254,7 +255,15 @@ class _Search:
         if self.sizes is not None and not self.guesses:
             self.guesses = {name: bool(size >= threshold) for name, size in zip(self.names, self.sizes, strict=True)}
         n_before = self.n_runs
-        state = _State(0, self.outside.copy(), {LOGITS}, self._distances([self.outside])[0])
+        state = _State(0, self.outside.copy(), {LOGITS}, 0.0)
+
+        def tell(*passes: int) -> None:
+            # How many runs there will be is not known: told is how many edges are decided.
+            if progress is not None:
+                progress(state.at, len(self.order))
+
+        passes = Passes(tell)
+        state.distance = self._distances([self.outside], passes)[0]
         n_start, first = self.n_runs, state.distance
         values = np.zeros(len(self.names))
         most = n_ahead = self.options.at_once
@@ -264,7 +273,7 @@ class _Search:
             tests = list(self._ahead(state.copy(), min(n_ahead, left)))
             if not tests:
                 break
-            distances = self._distances([removed for _, removed, _ in tests])
+            distances = self._distances([removed for _, removed, _ in tests], passes)
             before = state.distance
             is_right = True
             for (edge, _, stays), distance in zip(tests, distances, strict=True):
@@ -282,8 +291,7 @@ class _Search:
                 before = before if stays else distance
             # Where guesses are wrong, looking far ahead is in vain.
             n_ahead = min(most, 2 * n_ahead) if is_right else max(1, n_ahead // 2)
-            if progress is not None:
-                progress(state.at, len(self.order))
+            tell()
         kept = [name for name, gone in zip(self.names, state.removed, strict=True) if not gone]
         undecided = [self.names[i] for i in sorted(self.order[state.at :]) if not state.removed[i]]
         if progress is not None:
@@ -340,12 +348,12 @@ class _Search:
         state.removed[edge] = not keep
         state.at += 1
 
-    def _distances(self, removed: Sequence[np.ndarray]) -> list[float]:
+    def _distances(self, removed: Sequence[np.ndarray], passes: Passes) -> list[float]:
         """How far the metric is from the model's with these edges [edge] replaced; each set runs once."""
         keys = [_key(each) for each in removed]
         new = {key: each for key, each in zip(keys, removed, strict=True) if key not in self._known}
         if new:
-            off = replaced(self.runs, list(new.values())) - self.runs.plain
+            off = replaced(self.runs, list(new.values()), passes) - self.runs.level("plain", passes)
             found = np.abs(off).mean(axis=1) if self.options.distance == "examples" else np.abs(off.mean(axis=1))
             self._known |= dict(zip(new, found.tolist(), strict=True))
             self.n_runs += len(new)

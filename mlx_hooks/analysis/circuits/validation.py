@@ -19,12 +19,13 @@ from pydantic import Field
 from ...errors import HookError
 from ...model import HookedModel
 from ...options import options, options_of
-from ..ablation import Count, MeanOver, Progress
+from ..ablation import Count, MeanOver
 from ..faithfulness import check_differ, is_near, less_than_one
 from ..identity import ModelIdentity
 from ..intervals import FEWEST, Estimate, IntervalOptions, few, means, ratios
+from ..progress import Passes, Progress
 from .circuit import Circuit, grown, is_finite, is_whole, on_paths, with_more
-from .edge_runs import ABLATIONS, EdgeAblation, EdgeRuns, IndexedSets, replaced_by
+from .edge_runs import ABLATIONS, LEVELS, EdgeAblation, EdgeRuns, IndexedSets, replaced_by
 from .metrics import METRICS, metric_of
 from .model_graph import ModelGraph
 
@@ -166,14 +167,18 @@ def validate_circuit(
         _check_sizes(model, circuit)
     runs = runs_of(model, eval_data, chosen, circuit.metadata)
     circuit.check(runs.graph)
-    plain, nothing = _levels(runs)
+    passes = Passes(progress, runs.n_passes(2 + chosen.random_circuits, levels=LEVELS))
+    plain, nothing = _levels(runs, passes)
     own = among(runs.graph, circuit.edges)
-    drawn = _random_circuits(runs, own, chosen.random_circuits, chosen.seed)
-    removed, *scores = replaced(runs, [own, ~own, *(~each for each in drawn)], progress)
+    drawn = _random_circuits(runs, own, chosen.random_circuits, chosen.seed, passes)
+    # Fewer may be drawn than were asked for.
+    passes.expect(runs.n_passes(2 + len(drawn)) - runs.n_passes(2 + chosen.random_circuits))
+    removed, *scores = replaced(runs, [own, ~own, *(~each for each in drawn)], passes)
     settings = chosen.of_intervals
     columns = np.stack([removed, *scores], axis=1) - nothing[:, None]
     complement, found, *others = ratios(columns, plain - nothing, **settings)
-    levels = [plain, nothing, *([] if runs.corrupted is None else [runs.corrupted])]
+    has_corrupted = runs.data.has_corrupted
+    levels = [plain, nothing, *([runs.level("corrupted", passes)] if has_corrupted else [])]
     level = means(np.stack(levels, axis=1), **settings)
     return CircuitValidation(
         faithfulness=found,
@@ -182,7 +187,7 @@ def validate_circuit(
         random=tuple(each.mean for each in others),
         plain=level[0],
         ablated=level[1],
-        corrupted=None if runs.corrupted is None else level[2],
+        corrupted=level[2] if has_corrupted else None,
         kept=scores[0],
         removed=removed,
         n_edges=len(circuit),
@@ -259,7 +264,7 @@ def _known(told: Any, names: Collection[str]) -> Any:
     return told if isinstance(told, str) and told in names else None
 
 
-def replaced(runs: EdgeRuns, sets: Sequence[np.ndarray], progress: Progress = None) -> np.ndarray:
+def replaced(runs: EdgeRuns, sets: Sequence[np.ndarray], progress: Progress | Passes = None) -> np.ndarray:
     """The metric with sets of edges [edge] of bool replaced, [set, example] in float64."""
     return runs.masked(IndexedSets(runs.graph, [np.flatnonzero(each) for each in sets]), progress)
 
@@ -285,12 +290,11 @@ def _check_sizes(model: HookedModel, circuit: Circuit) -> None:
         raise HookError(f"The circuit is of another model: {known.sizes}; this is {here.sizes}.", field="circuit")
 
 
-def _levels(runs: EdgeRuns) -> tuple[np.ndarray, np.ndarray]:
+def _levels(runs: EdgeRuns, passes: Passes) -> tuple[np.ndarray, np.ndarray]:
     """The metric of the model as it is and with all edges replaced, [example], which differ."""
-    check_differ(
-        runs.plain, runs.ablated, f"with all edges replaced the metric {runs.metric.name} is what it is without"
-    )
-    return runs.plain, runs.ablated
+    plain, ablated = runs.level("plain", passes), runs.level("ablated", passes)
+    check_differ(plain, ablated, f"with all edges replaced the metric {runs.metric.name} is what it is without")
+    return plain, ablated
 
 
 def _notes(runs: EdgeRuns, circuit: Circuit, found: Estimate) -> list[str]:
@@ -322,7 +326,7 @@ def _otherwise(runs: EdgeRuns, circuit: Circuit) -> list[str]:
     ]
 
 
-def _random_circuits(runs: EdgeRuns, circuit: np.ndarray, count: int, seed: int) -> list[np.ndarray]:
+def _random_circuits(runs: EdgeRuns, circuit: np.ndarray, count: int, seed: int, passes: Passes) -> list[np.ndarray]:
     """Sets of the circuit's size [edge] of bool, each once and not the circuit: grown from logits, in an order drawn at
     random."""
     generator = np.random.default_rng(seed)
@@ -337,6 +341,7 @@ def _random_circuits(runs: EdgeRuns, circuit: np.ndarray, count: int, seed: int)
         drawn = among(runs.graph, order[: int(circuit.sum())])
         if (drawn != circuit).any():
             found[drawn.tobytes()] = drawn
+        passes.tell()
     return list(found.values())
 
 
@@ -398,14 +403,15 @@ def faithfulness_curve(
         HookError: for sizes that there are not, edges of another model, and where the metric is the same with all
             edges replaced.
     """
-    return _Ranking(runs, scores, grow).curve(sizes, progress)
+    return _Ranking(runs, scores, grow, progress).curve(sizes)
 
 
 class _Ranking:
     """A model's edges by their scores, and the faithfulness of the first n, each n run once."""
 
-    def __init__(self, runs: EdgeRuns, scores: Any, grow: bool) -> None:
+    def __init__(self, runs: EdgeRuns, scores: Any, grow: bool, progress: Progress) -> None:
         check_runs(runs)
+        self.passes = Passes(progress)
         whole = scores if isinstance(scores, Circuit) else Circuit.of_scores(scores, runs.graph, connected=False)
         whole.check(runs.graph)
         self.names = [edge.name for edge in runs.graph.edges]
@@ -414,16 +420,18 @@ class _Ranking:
             raise HookError(f"Every edge of the model has a score, and {lacking} has none.", field="scores")
         self.runs, self.whole = runs, whole
         self.ranked = whole.ranked(grow=grow)
-        self.plain, self.nothing = _levels(runs)
         self.values: dict[int, np.ndarray] = {}
         self.edges: dict[int, int] = {}
 
-    def run(self, sizes: Sequence[int], progress: Progress = None) -> None:
+    def run(self, sizes: Sequence[int]) -> None:
         new = [size for size in sorted(set(sizes)) if size not in self.values]
         circuits = [among(self.runs.graph, on_paths(self.ranked[:size], self.whole.inputs)) for size in new]
         # A set that is all edges, or none, is known.
         to_run = [i for i, each in enumerate(circuits) if each.any() and not each.all()]
-        found = dict(zip(to_run, replaced(self.runs, [~circuits[i] for i in to_run], progress), strict=True))
+        # How many further sweeps there will be is not known.
+        self.passes.expect(self.runs.n_passes(len(to_run), levels=("plain", "ablated")))
+        self.plain, self.nothing = _levels(self.runs, self.passes)
+        found = dict(zip(to_run, replaced(self.runs, [~circuits[i] for i in to_run], self.passes), strict=True))
         for i, size in enumerate(new):
             self.edges[size] = int(circuits[i].sum())
             self.values[size] = found.get(i, self.plain if circuits[i].any() else self.nothing)
@@ -431,7 +439,7 @@ class _Ranking:
     def share(self, size: int) -> float:
         return float((self.values[size] - self.nothing).mean() / (self.plain - self.nothing).mean())
 
-    def curve(self, sizes: Sequence[int] | None, progress: Progress = None) -> FaithfulnessCurve:
+    def curve(self, sizes: Sequence[int] | None) -> FaithfulnessCurve:
         n = len(self.names)
         if sizes is None:
             sizes = [max(1, round(fraction * n)) for fraction in FRACTIONS]
@@ -442,7 +450,7 @@ class _Ranking:
             raise HookError(
                 f"sizes are whole numbers from 0 to {n}, the edges of the model, got {got!r}.", field="sizes"
             )
-        self.run([0, *(int(size) for size in listed), n], progress)
+        self.run([0, *(int(size) for size in listed), n])
         return self.told()
 
     def told(self) -> FaithfulnessCurve:
@@ -516,14 +524,14 @@ def smallest_circuit(
         faithfulness: what is to be reached; no circuit without edges does.
         two_sided: a circuit that does as much better than the model is no more faithful than one that does worse.
         metadata: more of it for the circuit, other than what is told of it.
-        progress: called with the passes that are done, and how many there are, in either sweep.
+        progress: called with the passes that are done, and how many are known to come.
 
     Raises:
         HookError: as :func:`faithfulness_curve`.
     """
     if not is_finite(faithfulness) or not 0 < faithfulness <= 1:
         raise HookError(f"faithfulness is above 0 and at most 1, got {faithfulness!r}.", field="faithfulness")
-    ranking, asked = _Ranking(runs, scores, grow), float(faithfulness)
+    ranking, asked = _Ranking(runs, scores, grow, progress), float(faithfulness)
 
     def is_faithful(size: int) -> bool:
         share = ranking.share(size)
@@ -537,10 +545,10 @@ def smallest_circuit(
         return tried[tried.index(before) + 1], before
 
     n_edges = len(ranking.names)
-    ranking.run([0, *_sizes(n_edges)], progress)
+    ranking.run([0, *_sizes(n_edges)])
     found, before = settled()
     while found - before > 1:
-        ranking.run(np.unique(np.linspace(before, found, _CLOSER + 2).round().astype(int)).tolist(), progress)
+        ranking.run(np.unique(np.linspace(before, found, _CLOSER + 2).round().astype(int)).tolist())
         found, before = settled()
     chosen = ranking.whole.top(found, grow=grow)
     own = {"metric": runs.metric.name, "ablation": runs.ablation}
