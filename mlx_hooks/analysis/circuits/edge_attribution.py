@@ -1,7 +1,7 @@
 """Scores for all edges at once: attribution patching, EAP and EAP-IG, and exactly, one edge after the other.
 
     eap      first order: what the edge would carry under ablation less what it carries, times the gradient of the
-             metric with respect to what its input reads. Two forward passes and one backward pass.
+             metric with respect to what its input reads. Three forward passes and one backward pass.
     eap-ig   the same with the gradient's mean along the straight way from the ablated embedding to the plain one, in
              ``steps`` points. Where a softmax or a norm is saturated, one gradient sees nothing; the mean does.
     exact    the metric with the edge replaced, less the plain one: a run per edge. The reference.
@@ -58,7 +58,8 @@ class EdgeOptions:
         rule: which points.
         ablation: what an ablated edge carries; see :class:`EdgeRuns`.
         mean_over: of the mean.
-        batch_size: examples of one length that run together; "eap-ig" runs ``steps`` times as many rows.
+        batch_size: examples of one length that run together, fewer of long ones; "eap-ig" runs ``steps`` times as many
+            rows, as far as they fit: see :class:`EdgeRuns`.
         seed: of resampling, and of random scores.
     """
 
@@ -314,7 +315,6 @@ def _points_at_once(runs: EdgeRuns, batch: EvalBatch) -> int:
     of_layer = _ARRAYS * cfg.d_model + _ARRAYS * (cfg.d_mlp or 0) // 3 + 2 * cfg.n_heads * length
     of_inputs = 3 * len(graph.inputs) * cfg.d_model
     numbers = batch.tokens.size * (cfg.n_layers * of_layer + of_inputs + 3 * cfg.d_vocab)
-    # As in ``sets_at_once``, others wait for the pass.
     return max(1, min(runs.max_bytes // (4 * numbers), TOKENS_AT_ONCE // batch.tokens.size))
 
 
