@@ -122,6 +122,7 @@ def test_the_controls_are_about_one_half() -> None:
         (TRUE, 5, "forced is a collection of edges or their names, got 5."),
         (EDGES[0], [], "true is a collection of edges or their names, got 'embed->L0H0<q>'."),
         (["L9H9->logits"], [], "There is no score of the edge 'L9H9->logits'."),
+        (TRUE, ["L9H9->logits"], "There is no score of the edge 'L9H9->logits'."),
     ],
 )
 def test_what_has_no_auc_is_refused(true: list[str], forced: list[str], message: str) -> None:
