@@ -1,5 +1,6 @@
 """What heads attend to in a prompt, and by which rule: as the construction says, and as plain loops compute it."""
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -377,7 +378,7 @@ def test_intervals_of_detection_are_those_that_are_asked_for(llama: HookedModel)
     rule = "previous_token"
 
     def told(**options: Any) -> list[Estimate]:
-        return detect_heads(llama, prompts, {"layers": [1], "copying": False, "sequences": 24, **options}).scores[rule]
+        return detect_heads(llama, prompts, {"layers": [1], "copying": False, **options}).scores[rule]
 
     patterns = [llama.run_with_cache(ids, "blocks.1.attn.hook_pattern")[1] for ids in prompts]
     own = [
@@ -389,6 +390,12 @@ def test_intervals_of_detection_are_those_that_are_asked_for(llama: HookedModel)
         for one, other in zip(told(**options), expected, strict=True):
             np.testing.assert_allclose([one.mean, one.low, one.high], [other.mean, other.low, other.high], rtol=1e-5)
     assert told(seed=3) != told()
+
+
+def test_all_prompts_are_read_and_of_what_never_ends_some(llama: HookedModel) -> None:
+    options = {"layers": [0], "copying": False, "sequences": 2}
+    assert detect_heads(llama, [[1, 2, 1]] * 70, options).sequences == 70
+    assert detect_heads(llama, itertools.repeat([1, 2, 1]), options).sequences == 64
 
 
 def test_random_tokens_are_said_twice_after_one_that_does_not_come_again(tiny: HookedModel, known: HookedModel) -> None:

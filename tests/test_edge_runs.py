@@ -30,6 +30,7 @@ from mlx_hooks.analysis.circuits.patching import activation_patching
 from mlx_hooks.analysis.circuits.path_patching import path_patching
 from mlx_hooks.analysis.components import logits_of
 from mlx_hooks.analysis.composition import composition_scores, copying_scores
+from mlx_hooks.analysis.eval_data import TOKENS_AT_ONCE
 from mlx_hooks.analysis.head_detection import detect_heads
 from mlx_hooks.analysis.head_weights import head_weights
 from mlx_hooks.analysis.known_models import KnownFraction
@@ -374,6 +375,13 @@ def test_what_runs_are_given_is_checked(llama: HookedModel, given: dict, said: s
 def test_sets_and_masks_are_checked(llama: HookedModel, call: Callable[[Any], object], message: str) -> None:
     with pytest.raises(HookError, match=message):
         call(EdgeRuns(llama, PAIRS))
+
+
+def test_a_pass_of_several_sets_has_no_more_tokens_than_another(llama: HookedModel) -> None:
+    runs = EdgeRuns(llama, [*PAIRS, LONGER], max_bytes=2**40)
+    for batch in runs.batches:
+        at_once = runs.sets_at_once(batch)
+        assert at_once == TOKENS_AT_ONCE // batch.tokens.size
 
 
 TAKE_A_MODEL: dict[str, Callable[[Any], object]] = {

@@ -94,7 +94,7 @@ class EvalRequest(Request):
         description="The prompts. Where one has `corrupted` or `wrong`, all have it."
     )
     batch_size: Annotated[int, OrNull()] = Field(
-        8, ge=1, le=MAX_BATCH, description="Prompts of one length that run together."
+        8, ge=1, le=MAX_BATCH, description="Prompts of one length that run together, fewer of long ones."
     )
     model: Name | None = Field(None, description=MODEL)
     background: Annotated[bool, OrNull()] = Field(

@@ -84,8 +84,7 @@ class HeadsRequest(Request):
     @property
     def options(self) -> dict[str, Any]:
         """As the engine takes them."""
-        own = self.model_dump(exclude={"prompts", "model", "background"})
-        return own if self.prompts is None else own | {"sequences": len(self.prompts)}
+        return self.model_dump(exclude={"prompts", "model", "background"})
 
 
 class CompositionRequest(Request):

@@ -56,7 +56,7 @@ class ExampleOptions(IntervalOptions):
         mean_over: "all" takes one mean over all positions; "position" one per position, over the examples that have it.
         max_examples: the first so many examples are run; None for all, see :func:`eval_data_of`.
         max_tokens: of longer texts the rest is left out; None for what the model reads at most.
-        batch_size: examples of one length that run together.
+        batch_size: examples of one length that run together, fewer of long ones: see :meth:`EvalData.batches`.
         seed: of all that is drawn: partners in resampling, resamples of the bootstrap, random sets.
     """
 
@@ -109,7 +109,7 @@ class Bench:
     Args:
         model, data: what is run.
         components: all that may be replaced.
-        batch_size: examples of one length that run together.
+        batch_size: examples of one length that run together, fewer of long ones: see :meth:`EvalData.batches`.
         mean_over: see :class:`CausalOptions`.
         seed: of who is whose partner in resampling.
     """

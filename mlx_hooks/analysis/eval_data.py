@@ -22,7 +22,8 @@ NOTHING = -1
 MOST = 64
 """Examples that are taken of what has no length, unless told otherwise: training batches have no end."""
 TOKENS_AT_ONCE = 2**11
-"""Of all that runs in one pass. More are no faster: caches hold less of them, and others wait for the pass."""
+"""Of all that runs in one pass. With MLX's CPU build more are no faster, since caches hold less of them; on
+any machine a server's other requests, and whoever cancels, wait for the pass."""
 BACKWARD = 3
 """Forward passes that one with its gradients counts for."""
 FIELD = "eval_data"

@@ -7,8 +7,9 @@ Scores are those of ``heads.py``, of all positions that have a say; the copying 
 Source: Olsson et al., "In-context Learning and Induction Heads" (2022).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..errors import HookError
 from ..model import HookedModel, Tokens
 from ..options import options, options_of
 from .composition import copying_scores
-from .eval_data import together
+from .eval_data import MOST, together
 from .head_weights import chosen_layers
 from .heads import DETECTORS, HeadScore, mean_attention
 from .intervals import Estimate, IntervalOptions, few, means
@@ -38,7 +39,7 @@ class DetectionOptions(IntervalOptions):
 
     Args:
         layers: whose heads; None for all.
-        sequences: random ones that are made; of prompts the first so many are read.
+        sequences: random ones that are made.
         length: different random tokens, which are said twice; fewer where the model has fewer tokens or positions.
         copying: whether the copying score is told as well.
         batch_size: sequences of one length that run at once, fewer of long ones.
@@ -138,7 +139,7 @@ def detect_heads(
         found.ranked("previous_token")[:3]
 
     Args:
-        prompts: texts or rows of ids in place of random tokens.
+        prompts: texts or rows of ids in place of random tokens; all of a list, of what has no length the first MOST.
         progress: called with what is done and to do: each layer of each sequence.
 
     Raises:
@@ -152,7 +153,7 @@ def detect_heads(
     if not shown:
         why = next(iter(reasons.values()))
         raise HookError(f"{model.cfg.model_type} has no layer whose heads can be scored: {why}.")
-    rows = _random(model, chosen) if prompts is None else _given(model, prompts, chosen.sequences)
+    rows = _random(model, chosen) if prompts is None else _given(model, prompts)
     names = [(layer, head) for layer in shown for head in range(model.architecture.n_query_heads(layer))]
     values = {rule: np.full((len(rows), len(names)), np.nan) for rule in DETECTORS}
     chance = {rule: np.full((len(rows), len(names)), np.nan) for rule in DETECTORS}
@@ -260,13 +261,13 @@ def _random(model: HookedModel, chosen: DetectionOptions) -> list[list[int]]:
     return rows
 
 
-def _given(model: HookedModel, prompts: Iterable[Tokens], most: int) -> list[list[int]]:
+def _given(model: HookedModel, prompts: Iterable[Tokens]) -> list[list[int]]:
     if isinstance(prompts, str):
         raise HookError("Prompts are a list of texts or of rows of ids, got one text.", field="prompts")
     if not isinstance(prompts, Iterable):
         raise HookError(f"Prompts are a list of texts or of rows of ids, got {prompts!r}.", field="prompts")
     rows: list[list[int]] = []
-    for prompt in prompts:
+    for prompt in prompts if isinstance(prompts, Sized) else islice(prompts, MOST):
         tokens = model.to_tokens(prompt)
         if tokens.shape[0] != 1:
             raise HookError(f"Prompt {len(rows)} has {tokens.shape[0]} rows: give them one by one.", field="prompts")
@@ -276,8 +277,6 @@ def _given(model: HookedModel, prompts: Iterable[Tokens], most: int) -> list[lis
                 field=f"prompts[{len(rows)}]",
             )
         rows.append(id_list(tokens[0]))
-        if len(rows) == most:
-            break
     if not rows:
         raise HookError("There are no prompts: give at least one.", field="prompts")
     return rows

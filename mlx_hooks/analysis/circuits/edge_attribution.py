@@ -59,7 +59,8 @@ class EdgeOptions:
         rule: which points.
         ablation: what an ablated edge carries; see :class:`EdgeRuns`.
         mean_over: of the mean.
-        batch_size: examples of one length that run together; "eap-ig" runs ``steps`` times as many rows.
+        batch_size: examples of one length that run together, fewer of long ones; "eap-ig" runs ``steps`` times as many
+            rows, as far as they fit: see :class:`EdgeRuns`.
         seed: of resampling, and of random scores.
     """
 

@@ -89,7 +89,7 @@ def replace_groups(
             clean prompts; "clean" in those of the corrupted ones: denoising.
         metric: see :func:`metric_of`.
         mean_over: "all" positions, or "position" by position.
-        batch_size: examples of one length that run together.
+        batch_size: examples of one length that run together, fewer of long ones: see :meth:`EvalData.batches`.
         progress: called with the passes that are done, and how many there are.
 
     Raises:

@@ -63,7 +63,7 @@ class PatchingOptions:
             all have are patched.
         metric: a name, or a function; see :func:`metric_of`.
         max_examples: the first so many examples are run; None for all, see :func:`eval_data_of`.
-        batch_size: examples of one length that run together.
+        batch_size: examples of one length that run together, fewer of long ones: see :meth:`EvalData.batches`.
         rows: rows of a forward pass, which are cells x examples; None for as many as are fast and small.
     """
 
@@ -239,7 +239,7 @@ class Pairs:
         metric: see :func:`metric_of`.
         direction: which of the two runs, and which is put in.
         max_examples: the first so many are taken; None for all.
-        batch_size: examples of one length that run together.
+        batch_size: examples of one length that run together, fewer of long ones: see :meth:`EvalData.batches`.
         cost: of a batch's most expensive pass; see :func:`rows_at_once`.
 
     Raises:

@@ -33,7 +33,7 @@ class PathOptions:
         direction: "noising" or "denoising"; see :class:`PatchingOptions`.
         metric: see :func:`metric_of`.
         max_examples: the first so many examples are run; None for all, see :func:`eval_data_of`.
-        batch_size: examples of one length that run together.
+        batch_size: examples of one length that run together, fewer of long ones: see :meth:`EvalData.batches`.
     """
 
     senders: Sequence[str] | None = None

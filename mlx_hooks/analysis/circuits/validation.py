@@ -48,7 +48,7 @@ class RunOptions(IntervalOptions):
             what the edge runs take.
         metric: as in :func:`metric_of`; None in the same way, where that was one of ``METRICS``.
         mean_over: of the mean, "position" or "all"; None in the same way.
-        batch_size: examples of one length that run together, which changes no result.
+        batch_size: examples of one length that run together, fewer of long ones, which changes no result.
         seed: of random circuits, of the bootstrap, and of who is whose partner in resampling, which edge runs that are
             given have drawn already.
     """
