@@ -128,7 +128,7 @@ def every_answer_is_as_described(case: schemathesis.Case) -> None:
 def fuzzed(operation: str) -> Any:
     """The test of one operation, by a name of its own: test processes tell tests apart by name."""
     tried = settings(
-        max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=5, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
 
     def test(case: schemathesis.Case) -> None:
