@@ -1,23 +1,13 @@
 """Graphs of circuits without a model, and runs of them whose metric is a formula."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
 from mlx_hooks.analysis.circuits.edge_runs import IndexedSets
+from mlx_hooks.analysis.circuits.model_graph import Edge
 from mlx_hooks.errors import HookError
-
-
-@dataclass(frozen=True)
-class Edge:
-    source: str
-    input: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.source}->{self.input}"
 
 
 class Graph:

@@ -384,6 +384,23 @@ def test_a_pass_of_several_sets_has_no_more_tokens_than_another(llama: HookedMod
         assert at_once == TOKENS_AT_ONCE // batch.tokens.size
 
 
+def test_each_batch_runs_as_many_sets_as_it_has_room_for(llama: HookedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = EdgeRuns(llama, [*PAIRS, LONGER])
+    room = {batch.tokens.size: n for batch, n in zip(runs.batches, (5, 2), strict=True)}
+    ran: list[tuple[int, int]] = []
+    logits = runs.logits
+
+    def noted(batch: Any, others: Any, masks: np.ndarray) -> Any:
+        ran.append((batch.tokens.size, len(masks)))
+        return logits(batch, others, masks)
+
+    monkeypatch.setattr(runs, "sets_at_once", lambda batch: room[batch.tokens.size])
+    monkeypatch.setattr(runs, "logits", noted)
+    runs.without([[edge] for edge in runs.graph.edges[:6]])
+    first, second = room
+    assert ran == [(first, 5), (first, 1), (second, 2), (second, 2), (second, 2)]
+
+
 TAKE_A_MODEL: dict[str, Callable[[Any], object]] = {
     "EdgeRuns": lambda m: EdgeRuns(m, PAIRS),
     "attribute_edges": lambda m: attribute_edges(m, PAIRS),

@@ -182,7 +182,8 @@ def survey(
     true, forced = known.edges(chosen), known.forced
     # What all methods use is computed first: its time is no method's.
     judged = _judged(runs, true)
-    few.plain, few.ablated  # noqa: B018
+    for level in ("plain", "ablated"):
+        few.level(level)
     measured = [_measured(method, few if method in SEARCHES else runs, runs, true, forced) for method in methods]
     scores = next(scores for row, scores in measured if row.method == "eap-ig")
     by_kind: dict[str, list[OfKind]] = {method: [] for method in methods}
